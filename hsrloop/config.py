@@ -1,0 +1,304 @@
+"""The configuration of a run: the only home of its defaults.
+
+`TrainConfig` is frozen and checks itself. Settings come in layers, each holding only what it
+changes: defaults < tier < preset < YAML file < command line (`resolve`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hsrloop.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one field accepts: shown by `--help`, enforced by `TrainConfig`."""
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # low itself is excluded
+    choices: tuple[Any, ...] = ()
+    multiple_of: int = 0
+
+    def describe(self) -> str:
+        """Return the allowed values in words."""
+        if self.choices:
+            return "one of " + ", ".join(_spell(c) for c in self.choices)
+        if self.multiple_of:
+            return f"a positive multiple of {self.multiple_of}"
+        if self.low == -math.inf and self.high == math.inf:
+            return "any number"
+        if self.high == math.inf:
+            return f"{'more than' if self.above else 'at least'} {self.low:g}"
+        return f"{'more than' if self.above else 'from'} {self.low:g} {'and' if self.above else 'to'} " + (
+            f"at most {self.high:g}" if self.above else f"{self.high:g}"
+        )
+
+    def problem(self, value: Any) -> bool:
+        """Return whether `value`, already of the right type, breaks the rule."""
+        if self.choices:
+            return value not in self.choices
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if self.multiple_of and (value <= 0 or value % self.multiple_of):
+                return True
+            too_low = value <= self.low if self.above else value < self.low
+            return too_low or value > self.high or math.isnan(value)
+        return False
+
+
+def _setting(default: Any, help: str, **rule: Any) -> Any:
+    return field(default=default, metadata={"rule": Rule(help=help, **rule)})
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run, validated on construction.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range.
+    """
+
+    # What and where
+    dataset: str | None = _setting(None, "data.yaml of the data set")
+    model: str = _setting("yolov8m.pt", "base weights: a name, a path, or a .yaml for scratch")
+    output: str = _setting("models/finetuned", "folder that receives the run folder")
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    gpu_tier: str | None = _setting(
+        None,
+        "hardware tier; detected when not given",
+        choices=(None, "low", "medium", "high", "workstation", "cpu"),
+    )
+    auto_scale: bool = _setting(True, "choose model, batch and imgsz by hardware tier")
+    # Schedule
+    epochs: int = _setting(50, "passes over the training set", low=1)
+    batch: int = _setting(16, "optimization batch, in images", low=1)
+    micro_batch: int | None = _setting(
+        None, "images per forward pass; the batch itself when not given", low=1
+    )
+    imgsz: int = _setting(640, "side of the square network input, px", multiple_of=32)
+    patience: int = _setting(10, "epochs without a better mAP50-95 before stopping; 0: never", low=0)
+    optimizer: str = _setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
+    lr0: float = _setting(0.001, "highest learning rate", low=0, above=True)
+    lrf: float = _setting(0.01, "last learning rate as a fraction of lr0", low=0, high=1)
+    momentum: float = _setting(0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999)
+    weight_decay: float = _setting(0.0005, "weight decay, as given, not rescaled by batch", low=0)
+    warmup_epochs: float = _setting(3.0, "epochs of linear warm-up, at most a tenth of the run", low=0)
+    cos_lr: bool = _setting(False, "cosine instead of linear decay of the learning rate")
+    llrd: bool = _setting(False, "layer-wise learning-rate decay")
+    llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
+    freeze: int = _setting(0, "number of leading modules that are not trained", low=0)
+    ema_decay: float = _setting(0.9999, "highest decay of the averaged weights", low=0, high=0.999999)
+    # Augmentation
+    hsv_h: float = _setting(0.015, "hue gain, fraction", low=0, high=0.5)
+    hsv_s: float = _setting(0.7, "saturation gain, fraction", low=0, high=1)
+    hsv_v: float = _setting(0.4, "value gain, fraction", low=0, high=1)
+    degrees: float = _setting(10.0, "largest rotation, degrees either way", low=0, high=180)
+    translate: float = _setting(0.1, "largest shift, fraction of imgsz", low=0, high=1)
+    scale: float = _setting(0.5, "largest zoom, fraction either way", low=0, high=0.95)
+    shear: float = _setting(0.0, "largest shear, degrees either way", low=0, high=60)
+    flipud: float = _setting(0.0, "probability of an upside-down flip", low=0, high=1)
+    fliplr: float = _setting(0.5, "probability of a left-right flip", low=0, high=1)
+    mosaic: float = _setting(1.0, "probability of a four-image mosaic", low=0, high=1)
+    mixup: float = _setting(0.1, "probability of blending two images", low=0, high=1)
+    close_mosaic: int = _setting(
+        10, "last epochs without mosaic and mixup, at most a third; 0: never close", low=0
+    )
+    # Copy-paste synthesis
+    dynamic_synthetic: bool = _setting(True, "copy-paste synthesis while training")
+    backgrounds_dir: str | None = _setting(None, "background photographs for synthesis")
+    annotated_dir: str | None = _setting(None, "cut-out objects for synthesis")
+    synthetic_ratio: float = _setting(2.0, "synthetic images per real image", low=0)
+    # Machine
+    workers: int = _setting(8, "loader processes at most; fewer on few cores, 0 on the CPU", low=0)
+    cache: bool | str = _setting(
+        "ram", "decoded images: false, ram (or true) or disk", choices=(False, "ram", "disk")
+    )
+    amp: bool = _setting(True, "mixed precision; CUDA only, the CPU computes in float32")
+    oom_recovery: bool = _setting(True, "go on at smaller settings when memory runs out")
+    seed: int = _setting(0, "seed of every random choice", low=0, high=2**32 - 1)
+    deterministic: bool = _setting(False, "deterministic kernels on CUDA")
+    trust_checkpoint: bool = _setting(
+        False, "open weights of unknown origin; they can run any code on this machine"
+    )
+    # Reports
+    save_period: int = _setting(0, "keep weights/epochN.pt every N epochs; 0: never", low=0)
+    tensorboard: bool = _setting(True, "TensorBoard event files and server")
+    tensorboard_port: int = _setting(6006, "port of the server; the next free one if taken", low=0, high=65535)
+    export: str | None = _setting(None, "export best.pt after training", choices=(None, "onnx"))
+
+    def __post_init__(self) -> None:
+        for name, kind in _types().items():
+            value = _coerce(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            rule = rule_of(name)
+            if value is not None and rule.problem(value):
+                raise ConfigError(
+                    f"{name} is {_spell(value)}; it must be {rule.describe()}.{_remedy(name, value)}"
+                )
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise ConfigError(
+                f"micro_batch is {self.micro_batch}; it must be at most batch ({self.batch}). "
+                f"Raise batch or drop micro_batch."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of plain values that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Build from a mapping; missing keys take defaults.
+
+        Raises:
+            ConfigError: an unknown key, with the nearest known one, or a wrong value.
+        """
+        for key in data:
+            check_key(key)
+        return cls(**data)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """Return a copy with `changes`, validated like any other."""
+        return dataclasses.replace(self, **changes)
+
+
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
+def rule_of(name: str) -> Rule:
+    """Return the rule of a field; KeyError when there is no such field."""
+    rule: Rule = TrainConfig.__dataclass_fields__[name].metadata["rule"]
+    return rule
+
+
+def check_key(key: str) -> None:
+    """Raise ConfigError, with the nearest known name, when `key` is no setting."""
+    known = list(TrainConfig.__dataclass_fields__)
+    if key in known:
+        return
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(sorted(known))}."
+    raise ConfigError(f"{key} is not a setting.{hint}")
+
+
+def _remedy(name: str, value: Any) -> str:
+    if name == "imgsz" and isinstance(value, int):
+        return f" Use --imgsz {max(32, round(value / 32) * 32)}."
+    return ""
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """Return `value` as `kind`, accepting whole floats for int and any int for float."""
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if name == "cache":
+        value = "ram" if value is True else value
+    if value is None and type(None) in members:
+        return None
+    for member in members:
+        if member is bool and isinstance(value, bool):
+            return value
+        if member is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if member is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if member is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if member is str and isinstance(value, str):
+            return value
+    words = " or ".join(getattr(m, "__name__", str(m)).replace("NoneType", "null") for m in members)
+    raise ConfigError(f"{name} is {value!r}; it must be of type {words}.")
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Read `key=value` as `--set` takes it; the value is read as YAML would read it.
+
+    Raises:
+        ConfigError: no "=", an unknown key, or a value that is no YAML scalar.
+    """
+    key, equals, raw = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals:
+        raise ConfigError(f"--set {text} has no '='; write --set key=value.")
+    check_key(key)
+    return key, parse_scalar(key, raw)
+
+
+def parse_scalar(key: str, raw: str) -> Any:
+    """Read one value from text for field `key`; `1e-3` is a number, unlike in YAML 1.1."""
+    members = _types()[key]
+    kinds = typing.get_args(members) if isinstance(members, types.UnionType) else (members,)
+    text = raw.strip()
+    if type(None) in kinds and text.lower() in {"", "null", "none", "~"}:
+        return None
+    if bool in kinds and text.lower() in {"true", "false", "yes", "no", "on", "off"}:
+        return text.lower() in {"true", "yes", "on"}
+    for kind in kinds:
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A config with, for each field, the name of the layer its value came from."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+
+
+def resolve(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Lay differences over the defaults, the later layer winning.
+
+    Args:
+        layers: (name, changes) in rising order, e.g. ("tier high", {...}), ("command line", {...}).
+
+    Raises:
+        ConfigError: as `TrainConfig`, prefixed with the layer's name for an unknown key.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(TrainConfig.__dataclass_fields__, "default")
+    for name, changes in layers:
+        for key, value in changes.items():
+            try:
+                check_key(key)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            values[key] = value
+            sources[key] = name
+    return Resolved(TrainConfig(**values), types.MappingProxyType(sources))
+
+
+COMPETITION_CONFIG: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "model": "yolov8m.pt",
+        "imgsz": 640,
+        "epochs": 50,
+        "batch": 16,
+        "patience": 10,
+        "optimizer": "AdamW",
+        "lr0": 0.001,
+        "amp": True,
+        "cache": "ram",
+        "close_mosaic": 10,
+    }
+)
+
+FAST_CONFIG: Mapping[str, Any] = types.MappingProxyType(
+    {"model": "yolov8s.pt", "imgsz": 480, "epochs": 30, "patience": 5}
+)

@@ -1,0 +1,48 @@
+"""Every error a user can cause, as one tree.
+
+HsrloopError              one clear line on stderr and exit code 2
+|- ConfigError            an option, preset or configuration file
+|- DatasetError           data.yaml, images, labels
+|- WeightsError           base weights: missing, truncated, not YOLOv8, not safe to open
+|- CheckpointError        a run that cannot be resumed
+|- DeviceError            the device asked for is absent or unusable
+|- OutputError            the output folder or its disk
+`- DependencyError        a library that an option needs is not installed
+
+Only the command line turns these into exit code 2; anything else is a defect of hsrloop and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+
+class HsrloopError(Exception):
+    """Base of all errors that the user can mend; the message is the value, the rule, the remedy."""
+
+
+class ConfigError(HsrloopError):
+    """An option, a preset or a configuration file is wrong."""
+
+
+class DatasetError(HsrloopError):
+    """The data set cannot be used as it is."""
+
+
+class WeightsError(HsrloopError):
+    """Base weights are missing, damaged, of another kind, or not safe to open."""
+
+
+class CheckpointError(HsrloopError):
+    """A checkpoint cannot be resumed."""
+
+
+class DeviceError(HsrloopError):
+    """The device asked for is absent or cannot be used."""
+
+
+class OutputError(HsrloopError):
+    """The output folder cannot be written, or its disk is too full."""
+
+
+class DependencyError(HsrloopError):
+    """An optional library that a requested feature needs is not installed."""
