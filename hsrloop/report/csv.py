@@ -1,0 +1,95 @@
+"""results.csv: a row per epoch, in the columns that Ultralytics' users plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from hsrloop.events import EpochDone, Event
+from hsrloop.report.files import replace_text
+
+FIRST_COLUMNS = (
+    "epoch",
+    "box_loss",
+    "cls_loss",
+    "dfl_loss",
+    "mAP50",
+    "mAP50-95",
+    "precision",
+    "recall",
+)
+_LAST_COLUMNS = ("images_per_s", "skipped_steps", "train_s", "val_s")
+
+
+class CsvSink:
+    """Appends a row for each `EpochDone`; the row is on the disk when `handle` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def handle(self, event: Event) -> None:
+        """Write the row of an `EpochDone`; other events are not for a table."""
+        if not isinstance(event, EpochDone):
+            return
+        header = _header(self._path)
+        new = header is None
+        columns = header or [*FIRST_COLUMNS, *(f"lr/{name}" for name in event.lr), *_LAST_COLUMNS]
+        cells = _cells(event)
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(columns)
+            writer.writerow([cells.get(column, "") for column in columns])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Nothing is held between rows."""
+
+
+def cut_back(path: Path, epoch: int) -> None:
+    """Drop the rows after `epoch` (from 1; 0 drops all rows), and a row cut off by a crash.
+
+    A file that is not there stays so.
+    """
+    if not path.exists():
+        return
+    rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+    kept = [
+        row
+        for index, row in enumerate(rows)
+        if index == 0 or (len(row) == len(rows[0]) and int(row[0]) <= epoch)
+    ]
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(kept)
+    replace_text(path, text.getvalue())
+
+
+def _header(path: Path) -> list[str] | None:
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), None)
+
+
+def _cells(event: EpochDone) -> dict[str, str]:
+    numbers: dict[str, float] = {
+        "box_loss": event.box_loss,
+        "cls_loss": event.cls_loss,
+        "dfl_loss": event.dfl_loss,
+        "mAP50": event.ap50,
+        "mAP50-95": event.ap50_95,
+        "precision": event.precision,
+        "recall": event.recall,
+        "images_per_s": event.images_per_s,
+        "train_s": event.train_s,
+        "val_s": event.val_s,
+        **{f"lr/{name}": rate for name, rate in event.lr.items()},
+    }
+    return {
+        "epoch": str(event.epoch),
+        "skipped_steps": str(event.skipped_steps),
+        **{name: f"{value:.6g}" for name, value in numbers.items()},
+    }

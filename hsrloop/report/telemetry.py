@@ -1,0 +1,70 @@
+"""events.jsonl: every logged event of a run, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hsrloop.events import Event, is_logged
+from hsrloop.report.files import replace_text
+
+
+class TelemetrySink:
+    """Appends logged events; each line is handed to the operating system at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def handle(self, event: Event) -> None:
+        """Write the event, unless it is one of the frequent ones."""
+        if is_logged(event):
+            self._file.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def cut_back(path: Path, epoch: int, sample: int = 0) -> None:
+    """Drop what a run said after its checkpoint, so that it can be said again.
+
+    Cuts at the first line that lies beyond the checkpoint: an `EpochDone` of a later epoch, a
+    `CheckpointSaved` of a later position, the run's end, or a line cut off by a crash.
+
+    Args:
+        path: events.jsonl; a file that is not there stays so.
+        epoch: epochs completed at the checkpoint.
+        sample: samples of the next epoch already trained at the checkpoint.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        event = _parse(line)
+        if event is None or _is_beyond(event, (epoch, sample)):
+            break
+        kept.append(line)
+    replace_text(path, "".join(kept))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _is_beyond(event: dict[str, Any], position: tuple[int, int]) -> bool:
+    match event.get("event"):
+        case "EpochDone":
+            return bool(event["epoch"] > position[0])
+        case "CheckpointSaved":
+            return bool((event["epoch"], event["sample"]) > position)
+        case "RunFinished":
+            return True
+    return False

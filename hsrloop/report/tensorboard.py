@@ -1,0 +1,164 @@
+"""TensorBoard: event files of a run, and a server that shows them.
+
+The files are written with TensorBoard's own writer, so this module does not load torch. The server
+is a process of its own that ends with ours, however ours ends (`tensorboard_server`).
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hsrloop.events import EpochDone, Event, Note, RunStarted
+
+_LOG = logging.getLogger(__name__)
+_START_LIMIT_S = 30.0  # a guess; 3 s on an idle machine
+
+
+class TensorBoardSink:
+    """Writes losses, metrics, speed and the learning rate of each group, a point per epoch.
+
+    Args:
+        logdir: made when it is not there.
+        purge_step: on resume, the first epoch to be run again; older points from it on are hidden.
+    """
+
+    def __init__(self, logdir: Path, *, purge_step: int | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._record = Record
+        self._writer = EventFileWriter(str(logdir), flush_secs=10)
+        if purge_step is not None:
+            restart = SessionLog(status=SessionLog.START)
+            self._writer.add_event(
+                Record(wall_time=time.time(), step=purge_step, session_log=restart)
+            )
+
+    def handle(self, event: Event) -> None:
+        """Write the points of an `EpochDone`, and notes and settings as text."""
+        match event:
+            case EpochDone():
+                self._scalars(event)
+                self._writer.flush()
+            case RunStarted():
+                lines = [f"| {key} | {value} |" for key, value in sorted(event.config.items())]
+                table = "\n".join(["| setting | value |", "|---|---|", *lines])
+                self._text("run/settings", table, step=event.epoch - 1)
+            case Note(level="warning"):
+                self._text("run/warnings", event.text, step=0)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+    def _scalars(self, event: EpochDone) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = {
+            "train/box_loss": event.box_loss,
+            "train/cls_loss": event.cls_loss,
+            "train/dfl_loss": event.dfl_loss,
+            "train/images_per_s": event.images_per_s,
+            "metrics/mAP50": event.ap50,
+            "metrics/mAP50-95": event.ap50_95,
+            "metrics/precision": event.precision,
+            "metrics/recall": event.recall,
+            **{f"lr/{name}": rate for name, rate in event.lr.items()},
+        }
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+        self._writer.add_event(
+            self._record(
+                wall_time=event.time or time.time(),
+                step=event.epoch,
+                summary=Summary(value=values),
+            )
+        )
+
+    def _text(self, tag: str, text: str, *, step: int) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._writer.add_event(
+            self._record(wall_time=time.time(), step=step, summary=text_pb(tag, text))
+        )
+
+
+class Server:
+    """A TensorBoard server; `start_server` makes it."""
+
+    def __init__(self, process: subprocess.Popen[str] | None) -> None:
+        self._process = process
+        self._url: str | None = None
+        self._asked = False
+
+    @property
+    def url(self) -> str | None:
+        """Where the server listens; the first call may wait for it. None: it did not start."""
+        if not self._asked:
+            self._asked = True
+            line = self._first_line()
+            if line.startswith("http"):
+                self._url = line
+            else:
+                _LOG.warning(
+                    "TensorBoard's server did not start (%s). Event files are written all the "
+                    "same; use --no-tensorboard to do without.",
+                    line or "no answer",
+                )
+                self.close()
+        return self._url
+
+    def close(self) -> None:
+        """Stop the server; a second call does nothing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()  # the server's signal to end
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def wait(self) -> None:
+        """Return when the server has ended by itself."""
+        if self._process is not None:
+            self._process.wait()
+
+    def _first_line(self) -> str:
+        if self._process is None or self._process.stdout is None:
+            return "its process could not be made"
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout=_START_LIMIT_S):
+                return ""
+        return self._process.stdout.readline().strip()
+
+
+def start_server(logdir: Path, port: int, *, host: str = "127.0.0.1") -> Server:
+    """Start a server of `logdir` on `port`, or on the next free one; returns at once.
+
+    A server that cannot start is a warning when its `url` is asked for, never an error.
+    """
+    command = [sys.executable, "-m", "hsrloop.report.tensorboard_server"]
+    try:
+        process = subprocess.Popen(
+            [*command, str(logdir), str(port), host],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the run; the server ends after it
+        )
+    except OSError as error:
+        _LOG.debug("TensorBoard's process: %s", error)
+        return Server(None)
+    return Server(process)

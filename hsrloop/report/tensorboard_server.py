@@ -1,0 +1,47 @@
+"""The process of a TensorBoard server: `python -m hsrloop.report.tensorboard_server LOGDIR PORT HOST`.
+
+It writes one line to stdout, its address once it listens or why it cannot, and ends when its stdin
+closes. Thus it never outlives the run that started it, even one that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_PORTS_TRIED = 100
+
+
+def serve(logdir: str, port: int, host: str) -> str:
+    """Start serving in a thread of this process, on the first free port from `port`; return the URL.
+
+    Raises:
+        OSError: none of the ports tried is free.
+    """
+    from tensorboard import default, program
+
+    for candidate in range(port, min(port + _PORTS_TRIED, 65536)):
+        board = program.TensorBoard(default.get_plugins())
+        board.configure(logdir=logdir, port=candidate, host=host, reload_interval=15)
+        try:
+            return str(board.launch())
+        except program.TensorBoardServerException:
+            continue
+    raise OSError(f"no free port from {port} to {port + _PORTS_TRIED - 1}")
+
+
+def _main() -> None:
+    logdir, port, host = sys.argv[1:]
+    os.nice(10)  # the run comes first on a machine with few cores
+    try:
+        line = serve(logdir, int(port), host)
+    except (OSError, ImportError) as error:
+        line = str(error)
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    os._exit(0)  # TensorBoard's threads do not end by themselves
+
+
+if __name__ == "__main__":
+    _main()
