@@ -1,0 +1,127 @@
+"""Ground truth of a batch, prepared on the host so that the loss never waits for the device.
+
+Which anchor points lie inside a box depends on the box alone. On each level of the pyramid they
+form a rectangle of cells, so a box is (image, level) rectangles, here called segments, whose sizes
+are known before anything reaches the device. They are laid out by falling size: the assigner cuts
+them into dense blocks with little padding and static shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrloop.ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+
+STRIDES = (8, 16, 32)
+"""Levels of every YOLOv8 detector, px."""
+
+_INSIDE_PX = 1e-9  # a centre must be further inside than this; ultralytics@8.4.190
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedTargets:
+    """Boxes of B images, each padded to M, and the cells inside them; N boxes in all, L levels."""
+
+    boxes_xyxy_px: Tensor  # (B, M, 4) float32 px of the network input, zeros where padded; M may be 0
+    labels: Tensor  # (B, M) int64, 0 where padded
+    valid: Tensor  # (B, M) bool
+    rows: Tensor  # (N,) int64: image * M + place of each box
+    segments: Tensor  # (5, G) int64: row * L + level, first cell, width, columns skipped, cells
+    cells: tuple[int, ...]  # (G,) falling: the last row of `segments`, kept on the host
+    shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PaddedTargets:
+        """Return a copy whose tensors are on the device."""
+        names = ("boxes_xyxy_px", "labels", "valid", "rows", "segments")
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        return replace(self, **moved)
+
+
+def pad_targets(
+    boxes_cxcywh: Tensor,
+    labels: Tensor,
+    image_index: Tensor,
+    *,
+    images: int,
+    imgsz: int,
+    strides: Sequence[int] = STRIDES,
+) -> PaddedTargets:
+    """Arrange the boxes of a batch for the loss; for tensors on the host.
+
+    Args:
+        boxes_cxcywh: (N, 4) float, fractions of imgsz; N may be 0. A box may have no area.
+        labels: (N,) class numbers.
+        image_index: (N,) in [0, images), in rising order.
+        images: B, images in the batch.
+        imgsz: side of the square network input, px; a multiple of the largest stride.
+        strides: px, one a level, as the head's.
+
+    Returns:
+        Targets on the host, boxes in the order given; `.to(device)` moves them.
+    """
+    image = image_index.long()
+    count = torch.bincount(image, minlength=images)
+    width = int(count.max()) if len(image) else 0
+    place = torch.arange(len(image)) - (count.cumsum(0) - count)[image]
+    rows = image * width + place
+    flat = cxcywh_to_xyxy(boxes_cxcywh.float() * imgsz)
+    boxes = torch.zeros(images * width, 4).index_copy_(0, rows, flat)
+    classes = torch.zeros(images * width, dtype=torch.int64).index_copy_(0, rows, labels.long())
+    valid = torch.zeros(images * width, dtype=torch.bool)
+    valid[rows] = True
+    shapes = tuple((imgsz // stride, imgsz // stride) for stride in strides)
+    segments = _segments(_enlarged(flat, strides).numpy(), shapes, strides)
+    return PaddedTargets(
+        boxes_xyxy_px=boxes.view(images, width, 4),
+        labels=classes.view(images, width),
+        valid=valid.view(images, width),
+        rows=rows,
+        segments=torch.from_numpy(segments),
+        cells=tuple(segments[4].tolist()),
+        shapes=shapes,
+    )
+
+
+def _enlarged(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """Widen sides below the second stride to it, so that small boxes hold anchor points too.
+
+    Source: ultralytics@8.4.190, TaskAlignedAssigner.select_candidates_in_gts.
+    """
+    smallest = strides[1] if len(strides) > 1 else strides[0]
+    boxes = xyxy_to_cxcywh(boxes)
+    boxes[:, 2:].clamp_(min=smallest)
+    return cxcywh_to_xyxy(boxes)
+
+
+def _segments(
+    boxes: np.ndarray, shapes: Sequence[tuple[int, int]], strides: Sequence[int]
+) -> np.ndarray:
+    """Return the (5, G) rectangles of cells whose centres lie in (N, 4) boxes, largest first."""
+    tables, before = [], 0
+    for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+        x0, columns = _span(boxes[:, 0], boxes[:, 2], width, stride)
+        y0, lines = _span(boxes[:, 1], boxes[:, 3], height, stride)
+        table = np.empty((5, len(boxes)), dtype=np.int64)
+        table[0] = np.arange(len(boxes)) * len(shapes) + level
+        table[1] = before + y0 * width + x0
+        table[2] = columns
+        table[3] = width - columns
+        table[4] = columns * lines
+        tables.append(table)
+        before += height * width
+    merged = np.concatenate(tables, 1)
+    merged = merged[:, np.argsort(-merged[4], kind="stable")]
+    return np.ascontiguousarray(merged[:, merged[4] > 0])
+
+
+def _span(low: np.ndarray, high: np.ndarray, cells: int, stride: int) -> tuple[np.ndarray, ...]:
+    """Return the first cell whose centre is inside (low, high), and how many are; (N,) each."""
+    centre = (np.arange(cells, dtype=np.float32) + np.float32(0.5)) * np.float32(stride)
+    inside = centre - low[:, None] > _INSIDE_PX  # (N, cells)
+    inside &= high[:, None] - centre > _INSIDE_PX
+    return inside.argmax(1), inside.sum(1)
