@@ -1,4 +1,4 @@
-"""The process of a TensorBoard server: `python -m hsrloop.report.tensorboard_server LOGDIR PORT HOST`.
+"""The process of a TensorBoard server; its arguments are LOGDIR PORT HOST.
 
 It writes one line to stdout, its address once it listens or why it cannot, and ends when its stdin
 closes. Thus it never outlives the run that started it, even one that was killed.
@@ -13,7 +13,7 @@ _PORTS_TRIED = 100
 
 
 def serve(logdir: str, port: int, host: str) -> str:
-    """Start serving in a thread of this process, on the first free port from `port`; return the URL.
+    """Start serving in a thread, on the first free port from `port`; return the URL.
 
     Raises:
         OSError: none of the ports tried is free.

@@ -1,0 +1,154 @@
+"""From options to a resolved config: defaults < tier < preset < YAML < command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsrloop.cli.options import flag
+from hsrloop.config import (
+    FAST_CONFIG,
+    Resolved,
+    TrainConfig,
+    check_key,
+    parse_assignment,
+    parse_scalar,
+    resolve,
+)
+from hsrloop.errors import ConfigError
+from hsrloop.report.settings import NOT_YET
+
+_LOG = logging.getLogger(__name__)
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for, before the machine is looked at."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)  # settings given as own options
+    assignments: Sequence[str] = ()  # --set key=value
+    file: Path | None = None  # --config
+    fast: bool = False
+
+    def explicit(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the layers that the user wrote: the file, then the command line.
+
+        Raises:
+            ConfigError: an unknown key, a setting given twice, a file that is no mapping.
+        """
+        layers: list[tuple[str, dict[str, Any]]] = []
+        if self.file is not None:
+            layers.append((str(self.file), read_file(self.file)))
+        layers.append((COMMAND_LINE, _merge(self.options, self.assignments)))
+        return layers
+
+
+def resolve_run(request: Request) -> Resolved:
+    """Return the config of a new run; looks at the machine when a tier is needed.
+
+    Raises:
+        ConfigError: as `Request.explicit`, no dataset, or a value out of its range.
+        DeviceError: the device asked for is absent or unusable.
+    """
+    explicit = request.explicit()
+    asked = resolve(explicit)  # also: a wrong value ends here, before torch is loaded
+    _check(asked)
+    if asked.config.dataset is None:
+        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
+    return resolve([*_machine_layers(request, asked), *explicit])
+
+
+def resolve_explicit(request: Request) -> Resolved:
+    """Return only what the user wrote over the defaults: for resuming and for validation."""
+    resolved = resolve(request.explicit())
+    _check(resolved)
+    if request.fast:
+        _LOG.warning("--fast is ignored here; it is for a new run.")
+    return resolved
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the settings of a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping, or an unknown key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"--config {path} is not valid YAML{line}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold 'key: value' lines, one for each setting.")
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        try:
+            check_key(name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        # YAML 1.1 reads 1e-3 as text.
+        settings[name] = parse_scalar(name, value) if isinstance(value, str) else value
+    return settings
+
+
+def _merge(options: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    merged = dict(options)
+    for text in assignments:
+        key, value = parse_assignment(text)
+        if key in merged:
+            raise ConfigError(f"{key} is given twice. Drop --set {text} or the other one.")
+        merged[key] = value
+    return merged
+
+
+def _check(asked: Resolved) -> None:
+    """Refuse or warn about settings that would have no effect."""
+    config, sources = asked.config, asked.sources
+
+    def meant(name: str) -> bool:
+        # A run's own config.yaml names every setting; only its changes are meant.
+        default = TrainConfig.__dataclass_fields__[name].default
+        return sources[name] == COMMAND_LINE or (
+            sources[name] != "default" and getattr(config, name) != default
+        )
+
+    if meant("llrd_decay_rate") and not config.llrd:
+        raise ConfigError(
+            f"llrd_decay_rate is {config.llrd_decay_rate:g}, but layer-wise decay is off. "
+            "Add --llrd, or drop --llrd-decay-rate."
+        )
+    if meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
+        _LOG.warning("--gpu-tier is ignored: auto-scaling is off.")
+    early = [flag(name) for name in NOT_YET if meant(name)]
+    if early:
+        _LOG.warning("Not yet there, without effect: %s.", ", ".join(early))
+
+
+def _machine_layers(request: Request, asked: Resolved) -> list[tuple[str, Mapping[str, Any]]]:
+    config = asked.config
+    if not config.auto_scale:
+        return [("preset fast", FAST_CONFIG)] if request.fast else []
+    from hsrloop.hardware.tiers import fast_settings, settings_of, tier_for, tier_named
+
+    if config.gpu_tier is not None:
+        tier = tier_named(config.gpu_tier)
+    else:
+        from hsrloop.hardware.probe import probe
+
+        tier = tier_for(probe(config.device))
+    layers: list[tuple[str, Mapping[str, Any]]] = [(f"tier {tier.name}", settings_of(tier))]
+    if request.fast:
+        layers.append(("preset fast", fast_settings(tier)))
+    return layers

@@ -1,0 +1,235 @@
+"""The command `hsrloop`: the only place where an error becomes one line and exit code 2.
+
+Importing this module loads neither torch nor numpy, so that --help answers at once; each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hsrloop import __version__
+from hsrloop.cli.options import SectionedCommand, given_settings, setting_options
+from hsrloop.errors import HsrloopError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_NEWEST = "newest"
+_VALIDATION_SETTINGS = (
+    "dataset",
+    "model",
+    "output",
+    "device",
+    "batch",
+    "imgsz",
+    "workers",
+    "seed",
+    "trust_checkpoint",
+)
+
+
+class _OneLine(click.ClickException):
+    """An error that the user can mend: its message on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class _Doors(click.Group):
+    """The group of commands; turns every HsrloopError into `_OneLine`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except HsrloopError as error:
+            raise _OneLine(str(error)) from error
+
+
+class _StderrHandler(logging.Handler):
+    """Shows warnings; looks stderr up each time, so that a live bar is not torn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)
+
+
+@click.group(cls=_Doors, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="hsrloop")
+def main() -> None:
+    """Fine-tune YOLOv8 on a robot team's objects, before the match starts."""
+    log = logging.getLogger("hsrloop")
+    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
+        log.addHandler(_StderrHandler(logging.INFO))
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+@main.command(cls=SectionedCommand)
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Fast settings: yolov8s (yolov8n at 320 on the CPU), "
+    "imgsz 480, 30 epochs, patience 5; never more than the tier's.",
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=_NEWEST,
+    metavar="[CHECKPOINT]",
+    help="Go on, exactly, in the same run folder: from this weights/last.pt, or the newest "
+    "unfinished run.",
+)
+@click.option("--validate-only", is_flag=True, help="Only validate, as `hsrloop validate` does.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file of settings.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting by its name; may be repeated.",
+)
+@setting_options()
+def train(
+    fast: bool,
+    resume: str | None,
+    validate_only: bool,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Fine-tune a model on a data set.
+
+    Settings come from, each over the one before: defaults, the machine's tier, --fast, --config,
+    this command line.
+    """
+    from hsrloop.cli.layers import Request
+    from hsrloop.cli.run import start, start_validation
+
+    request = Request(
+        options=given_settings(options), assignments=assignments, file=file, fast=fast
+    )
+    if validate_only:
+        if resume is not None:
+            raise click.UsageError("--validate-only and --resume exclude each other.")
+        code = start_validation(request, json_file=None)
+    else:
+        code = start(request, resume=resume, newest=resume == _NEWEST)
+    click.get_current_context().exit(code)
+
+
+@main.command(cls=SectionedCommand)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the scores as JSON.",
+)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file of settings.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting by its name; may be repeated.",
+)
+@setting_options(*_VALIDATION_SETTINGS)
+def validate(
+    json_file: Path | None, file: Path | None, assignments: tuple[str, ...], **options: Any
+) -> None:
+    """Validate weights: AP by class, worst first, and the confidence of best F1.
+
+    Without --model, the best weights of the newest run; without --imgsz, the size they were
+    trained at.
+    """
+    from hsrloop.cli.layers import Request
+    from hsrloop.cli.run import start_validation
+
+    request = Request(options=given_settings(options), assignments=assignments, file=file)
+    click.get_current_context().exit(start_validation(request, json_file=json_file))
+
+
+@main.group()
+def weights() -> None:
+    """Pretrained weights."""
+
+
+@weights.command()
+@click.argument("names", nargs=-1)
+@click.option(
+    "--dest",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/pretrained"),
+    show_default=True,
+    help="Folder to fill.",
+)
+def fetch(names: tuple[str, ...], dest: Path) -> None:
+    """Download the five YOLOv8 models, or those named, while there is a network."""
+    from hsrloop.cli.run import fetch_weights
+
+    click.get_current_context().exit(fetch_weights(names, dest=dest))
+
+
+@main.command()
+@click.option(
+    "--logdir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/finetuned"),
+    show_default=True,
+    help="Folder of the runs.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=6006,
+    show_default=True,
+    help="The next free one if taken.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+def tensorboard(logdir: Path, port: int, host: str) -> None:
+    """Show all runs in TensorBoard, until Ctrl-C."""
+    from hsrloop.cli.run import serve_tensorboard
+
+    click.get_current_context().exit(serve_tensorboard(logdir, port, host=host))
+
+
+@main.command()
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("models/demo"),
+    show_default=True,
+    help="Folder for the data set, the run and the picture.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the scenes and of the run.",
+)
+def demo(output: Path, device: str, seed: int) -> None:
+    """Paint a small tabletop data set, fine-tune on it, show what the model sees."""
+    from hsrloop.cli.demo import run_demo
+
+    click.get_current_context().exit(run_demo(output, device=device, seed=seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What the commands do once their options are read; loads torch only after a request is sound."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from hsrloop.cli.layers import Request, resolve_explicit, resolve_run
+from hsrloop.cli.stop import Stop
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.errors import CheckpointError, ConfigError, DependencyError, OutputError
+from hsrloop.report.console import ConsoleSink, make_console
+from hsrloop.report.scores import scores_json, scores_table
+
+_LOG = logging.getLogger(__name__)
+_EXPORT_LIBRARIES = {"onnx": ("onnx", "onnxslim", "onnxruntime")}
+
+
+def start(request: Request, *, resume: str | None, newest: bool) -> int:
+    """Train, or go on with a run; return the exit code.
+
+    Args:
+        request: the settings asked for.
+        resume: a checkpoint or a run folder; None for a new run.
+        newest: go on with the newest unfinished run instead.
+    """
+    stop = Stop()
+    stop.listen()
+    if resume is None:
+        _prepare(_asked_device(request))
+        resolved = resolve_run(request)
+    else:
+        resolved = resolve_explicit(request)
+        _prepare(resolved.config.device)
+    check_export(resolved.config.export)
+
+    from hsrloop.train.folder import newest_unfinished
+    from hsrloop.train.run import train
+
+    checkpoint: Path | None = None
+    if resume is not None:
+        output = Path(resolved.config.output)
+        checkpoint = newest_unfinished(output) if newest else _checkpoint(Path(resume))
+    console = make_console()
+    outcome = train(resolved, resume=checkpoint, sinks=[ConsoleSink(console)], stop=stop)
+    if outcome.reason == "interrupted":
+        return stop.exit_code
+    if outcome.result is not None:
+        config = outcome.result["config"]
+        if config["export"] is not None:
+            best = outcome.run_dir / str(outcome.result["best_model_path"])
+            exported = _export(best, config["export"], imgsz=int(config["imgsz"]))
+            console.print(f"Exported: {exported}", soft_wrap=True)
+    return 0
+
+
+def start_validation(request: Request, *, json_file: Path | None) -> int:
+    """Validate, print the scores by class, write them as JSON if asked; return the exit code."""
+    stop = Stop()
+    stop.listen()
+    resolved = resolve_explicit(request)
+    if resolved.config.dataset is None:
+        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
+    _prepare(resolved.config.device)
+
+    from hsrloop.train.folder import newest_best
+    from hsrloop.train.run import validate
+
+    if resolved.sources["model"] == "default":
+        best = newest_best(Path(resolved.config.output))
+        sources = {**resolved.sources, "model": "newest run"}
+        resolved = Resolved(resolved.config.replace(model=str(best)), sources)
+    console = make_console()
+    metrics = validate(resolved, sinks=[ConsoleSink(console)], stop=stop)
+    if metrics is None:
+        return stop.exit_code
+    console.print(scores_table(metrics))
+    if json_file is not None:
+        text = json.dumps({"model": resolved.config.model, **scores_json(metrics)}, indent=2)
+        json_file.write_text(text + "\n", encoding="utf-8")
+        console.print(f"Written: {json_file}", soft_wrap=True)
+    return 0
+
+
+def check_export(form: str | None) -> None:
+    """Check that what an export needs is installed, before anyone waits for a training.
+
+    Raises:
+        DependencyError: a library is missing.
+    """
+    missing = [
+        name for name in _EXPORT_LIBRARIES.get(form or "", ()) if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise DependencyError(
+            f"--export {form} needs {', '.join(missing)}. "
+            "Run scripts/install, or: pip install 'hsrloop[export]'."
+        )
+
+
+def fetch_weights(names: Sequence[str], *, dest: Path) -> int:
+    """Download weights and say for each what came of it; return 1 when one is missing."""
+    from hsrloop.model.weights import OFFICIAL, fetch
+
+    fetched = fetch(tuple(names) or OFFICIAL, dest=dest)
+    for item in fetched:
+        click.echo(f"{item.name}: {item.message}")
+    return 0 if all(item.path is not None for item in fetched) else 1
+
+
+def serve_tensorboard(logdir: Path, port: int, *, host: str) -> int:
+    """Serve the event files of all runs below `logdir` until a signal comes."""
+    from hsrloop.report.tensorboard import start_server
+
+    server = start_server(logdir, port, host=host)
+    try:
+        if server.url is None:
+            return 1
+        click.echo(f"TensorBoard: {server.url} (Ctrl-C ends it)")
+        server.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.close()
+    return 0
+
+
+def _prepare(device: str) -> None:
+    """Set what must be set before torch is loaded."""
+    from hsrloop.hardware.threads import keep_freed_memory, prepare_environment
+
+    prepare_environment(device=device)
+    keep_freed_memory()
+
+
+def _asked_device(request: Request) -> str:
+    layers = request.explicit()
+    asked = [changes["device"] for _, changes in layers if "device" in changes]
+    return str(asked[-1]) if asked else str(TrainConfig.__dataclass_fields__["device"].default)
+
+
+def _checkpoint(given: Path) -> Path:
+    path = given / "weights" / "last.pt" if given.is_dir() else given
+    if not path.is_file():
+        raise CheckpointError(
+            f"--resume {given}: no checkpoint there. Give RUN/weights/last.pt, or --resume alone "
+            "for the newest unfinished run."
+        )
+    return path
+
+
+def _export(best: Path, form: str, *, imgsz: int) -> Path:
+    from hsrloop.model.export import export
+
+    return export(best, form, imgsz=imgsz)

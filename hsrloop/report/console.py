@@ -1,0 +1,232 @@
+"""What a person sees while a run goes: tables, a live bar on a terminal, a line per epoch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from hsrloop.events import (
+    EpochDone,
+    Event,
+    Note,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    StepDone,
+)
+from hsrloop.events import Progress as TaskProgress
+from hsrloop.report.scores import class_scores, worst_first
+from hsrloop.report.settings import groups_table, settings_table
+
+_HEADER = "  epoch     box    cls    dfl   mAP50 mAP50-95    P     R    img/s  train    val"
+_HEADER_EVERY = 20
+_SHOWN_WORST = 5
+
+
+def make_console() -> Console:
+    """Return a console on stdout; lines are not folded when it is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+class ConsoleSink:
+    """Tells a run's events to a person.
+
+    On a terminal a bar at the bottom shows the step's losses, images/s and the time left of the
+    epoch and of the run; elsewhere there is one line an epoch.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or make_console()
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._rows = 0
+        self._told: set[str] = set()
+        self._stepped = False
+
+    def handle(self, event: Event) -> None:
+        """Show one event; those without anything to show are skipped."""
+        match event:
+            case RunStarted():
+                self._start(event)
+            case TaskProgress():
+                self._task(event)
+            case StepDone():
+                self._step(event)
+            case EpochDone():
+                self._epoch(event)
+            case Note():
+                self._note(event)
+            case RunStopped():
+                self._hide_bar()
+                self._console.print(f"Stopped ({event.reason}). {event.text}", soft_wrap=True)
+            case RunFinished():
+                self._hide_bar()
+                self._finish(event)
+
+    def close(self) -> None:
+        """Take the bar down and give the terminal back."""
+        self._hide_bar()
+
+    def _start(self, event: RunStarted) -> None:
+        self._hide_bar()
+        self._print(settings_table(event.config, event.sources))
+        self._print()
+        self._print(groups_table(event.groups, lr0=float(event.config["lr0"])))
+        self._print()
+        verb = "Going on" if event.resumed else "Starting"
+        self._print(
+            f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training and "
+            f"{event.val_images} validation images, {len(event.names)} classes, "
+            f"{event.parameters / 1e6:.1f} M parameters."
+        )
+        self._console.print(f"Run folder: {event.run_dir}", soft_wrap=True)
+        self._print()
+
+    def _task(self, event: TaskProgress) -> None:
+        if not self._console.is_terminal:
+            if event.task not in self._told and not self._stepped:
+                self._print(f"{event.task}: {event.total}")
+                self._told.add(event.task)
+            return
+        bar = self._show_bar()
+        if event.done >= event.total:
+            self._drop(event.task)
+            return
+        text = f"{event.done}/{event.total}"
+        self._update(bar, event.task, done=event.done, total=event.total, text=text)
+
+    def _step(self, event: StepDone) -> None:
+        self._stepped = True
+        if not self._console.is_terminal:
+            return
+        memory = f"  GPU {event.memory_bytes / 2**30:.1f} GiB" if event.memory_bytes else ""
+        text = (
+            f"box {event.box_loss:.3f} cls {event.cls_loss:.3f} dfl {event.dfl_loss:.3f}  "
+            f"{event.images_per_s:.0f} img/s  {duration(event.epoch_left_s)} of "
+            f"{duration(event.run_left_s)} left{memory}"
+        )
+        self._update(
+            self._show_bar(),
+            "epoch",
+            done=event.samples,
+            total=event.epoch_samples,
+            text=text,
+            label=f"{event.epoch}/{event.epochs}",
+        )
+
+    def _epoch(self, event: EpochDone) -> None:
+        self._drop("epoch")
+        place = f"{event.epoch}/{event.epochs}"
+        mark = "  best" if event.best else ""
+        skipped = f"  {event.skipped_steps} skipped" if event.skipped_steps else ""
+        if self._console.is_terminal:
+            if self._rows % _HEADER_EVERY == 0:
+                self._print(Text(_HEADER, style="bold"))
+            self._rows += 1
+            line = (
+                f"{place:>7}  {event.box_loss:6.3f} {event.cls_loss:6.3f} {event.dfl_loss:6.3f}  "
+                f"{event.ap50:6.3f} {event.ap50_95:8.3f} "
+                f"{event.precision:5.2f} {event.recall:5.2f} "
+                f"{event.images_per_s:7.0f} {duration(event.train_s):>6} {duration(event.val_s):>6}"
+            )
+        else:
+            line = (
+                f"epoch {place}: box {event.box_loss:.3f} cls {event.cls_loss:.3f} "
+                f"dfl {event.dfl_loss:.3f} mAP50 {event.ap50:.3f} mAP50-95 {event.ap50_95:.3f} "
+                f"precision {event.precision:.3f} recall {event.recall:.3f} "
+                f"{event.images_per_s:.1f} images/s "
+                f"train {duration(event.train_s)} val {duration(event.val_s)}"
+            )
+        self._console.print(
+            Text(line + mark + skipped, style="green" if event.best else ""), soft_wrap=True
+        )
+
+    def _note(self, event: Note) -> None:
+        if event.level == "warning":
+            line = Text.assemble(("Warning: ", "bold yellow"), event.text)
+            self._console.print(line, soft_wrap=True)
+        else:
+            self._console.print(Text(event.text), soft_wrap=True)
+
+    def _finish(self, event: RunFinished) -> None:
+        result = event.result
+        best = Path(event.run_dir) / str(result["best_model_path"])
+        why = ", no better result since" if event.reason == "patience" else ""
+        self._print()
+        self._print(
+            f"Done: {result['epochs_completed']} epochs in "
+            f"{duration(60 * float(result['training_time_minutes']))}{why}."
+        )
+        metrics: dict[str, Any] = result["metrics"]
+        self._print(
+            Text(
+                f"mAP50 {metrics['mAP50']:.3f}   mAP50-95 {metrics['mAP50-95']:.3f}   "
+                f"precision {metrics['precision']:.3f}   recall {metrics['recall']:.3f}",
+                style="bold",
+            )
+        )
+        self._worst(event)
+        self._line(Text.assemble("Best weights: ", (str(best), "bold")))
+        self._print("On the robot:")
+        self._line(Text("    from ultralytics import YOLO", style="cyan"))
+        self._line(Text(f'    YOLO("{best}").predict("image.jpg")', style="cyan"))
+        self._line(Text(f"By class, with thresholds: hsrloop validate -d DATA.yaml -m {best}"))
+
+    def _worst(self, event: RunFinished) -> None:
+        scores = worst_first(class_scores(event.classes))[:_SHOWN_WORST]
+        if scores:
+            shown = ", ".join(f"{score.name} {score.ap50_95:.2f}" for score in scores)
+            self._line(Text(f"Worst classes by mAP50-95 (photograph these again): {shown}"))
+
+    def _print(self, *renderables: Any) -> None:
+        self._console.print(*renderables)
+
+    def _line(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)  # so that paths and code can be copied
+
+    def _show_bar(self) -> Progress:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._bar.start()
+        return self._bar
+
+    def _update(
+        self, bar: Progress, name: str, *, done: int, total: int, text: str, label: str = ""
+    ) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = bar.add_task(label or name, total=total, text=text)
+        bar.update(
+            self._tasks[name], description=label or name, completed=done, total=total, text=text
+        )
+
+    def _drop(self, name: str) -> None:
+        if self._bar is not None and name in self._tasks:
+            self._bar.remove_task(self._tasks.pop(name))
+
+    def _hide_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._tasks.clear()
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `m:ss` or `h:mm:ss`; `?` for what is not known yet."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
