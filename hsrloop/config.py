@@ -101,6 +101,7 @@ class TrainConfig:
     llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
     freeze: int = _setting(0, "number of leading modules that are not trained", low=0)
     ema_decay: float = _setting(0.9999, "highest decay of the averaged weights", low=0, high=0.999999)
+    ema_tau: float = _setting(2000.0, "optimizer steps over which that decay is reached", low=0, above=True)
     # Augmentation
     hsv_h: float = _setting(0.015, "hue gain, fraction", low=0, high=0.5)
     hsv_s: float = _setting(0.7, "saturation gain, fraction", low=0, high=1)

@@ -1,0 +1,166 @@
+"""Build what a run stands on: data, network, optimizer, state, loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.data.dataset import DatasetSpec, ImageRef
+from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.data.store import ImageStore
+from hsrloop.errors import WeightsError
+from hsrloop.events import Event, Note, Progress
+from hsrloop.hardware.memory import cache_budget, host_memory
+from hsrloop.model.base import BaseModel, load_base
+from hsrloop.model.ema import Ema
+from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
+from hsrloop.model.weights import find_weights, largest_smaller
+from hsrloop.records import DeviceInfo
+from hsrloop.train.state import TrainState, initial_grad_scale
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaders:
+    """The two streams of a run and the images behind them."""
+
+    train: TrainLoader
+    val: ValLoader
+    stores: tuple[ImageStore, ...]
+
+    def __enter__(self) -> Loaders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop workers, release the cache."""
+        self.train.close()
+        self.val.close()
+        for store in self.stores:
+            store.close()
+
+
+def load_model(resolved: Resolved, names: tuple[str, ...], emit: Emit) -> BaseModel:
+    """Return the base network for `names`; a tier's model falls back to a smaller one at hand.
+
+    Raises:
+        WeightsError: not found, or not usable.
+    """
+    config = resolved.config
+    if config.model.endswith((".yaml", ".yml")):
+        return load_base(config.model, names=names, seed=config.seed)
+    path = locate(resolved, emit)
+    return load_base(path, names=names, seed=config.seed, trust=config.trust_checkpoint)
+
+
+def locate(resolved: Resolved, emit: Emit) -> Path:
+    """Find the base weights; what the user did not name may be replaced by a smaller model."""
+
+    def say(text: str) -> None:
+        emit(Note(text=text))
+
+    try:
+        return find_weights(resolved.config.model, notify=say)
+    except WeightsError:
+        chosen_here = resolved.sources["model"] in ("default", "preset fast")
+        if not (chosen_here or resolved.sources["model"].startswith("tier")):
+            raise
+        smaller = largest_smaller(resolved.config.model)
+        if smaller is None:
+            raise
+        path, text = smaller
+        emit(Note(text=text, level="warning"))
+        return path
+
+
+def build_state(
+    config: TrainConfig, base: BaseModel, device: torch.device, *, amp: bool
+) -> TrainState:
+    """Return the state of a run that has not begun; optimizer state exists already."""
+    module = base.module.to(device, memory_format=torch.channels_last)
+    groups = parameter_groups(
+        module,
+        lr0=config.lr0,
+        weight_decay=config.weight_decay,
+        llrd_rate=config.llrd_decay_rate if config.llrd else None,
+        freeze=config.freeze,
+    )
+    optimizer = build_optimizer(config.optimizer, groups, momentum=config.momentum)
+    materialise_state(optimizer)
+    micro_batch = config.micro_batch or config.batch
+    return TrainState(
+        model=module,
+        ema=Ema(module),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp),
+        grad_scale=initial_grad_scale(config.batch) if amp else 1.0,
+        micro_batch=micro_batch,
+        loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
+    )
+
+
+def build_loaders(
+    resolved: Resolved, spec: DatasetSpec, info: DeviceInfo, *, micro_batch: int, emit: Emit
+) -> Loaders:
+    """Decode what fits into the cache and return both loaders."""
+    config = resolved.config
+    budget = cache_budget(host_memory().free_bytes)
+    train_store = _store(config, spec.train, budget, "caching training images", emit)
+    val_store = val_image_store(
+        config, spec.val, budget_bytes=max(0, budget - train_store.cached_bytes), emit=emit
+    )
+    train = TrainLoader(
+        spec.train,
+        train_store,
+        config,
+        micro_batch=micro_batch,
+        workers=worker_count(resolved, info),
+        pin_memory=info.kind == "cuda",
+    )
+    val = ValLoader(spec.val, val_store, batch=micro_batch, pin_memory=info.kind == "cuda")
+    return Loaders(train, val, (train_store, val_store))
+
+
+def val_image_store(
+    config: TrainConfig, refs: tuple[ImageRef, ...], *, budget_bytes: int, emit: Emit
+) -> ImageStore:
+    """Return validation images resized as Ultralytics does, so that metrics agree with its own."""
+    return _store(config, refs, budget_bytes, "caching validation images", emit, "linear")
+
+
+def worker_count(resolved: Resolved, info: DeviceInfo) -> int:
+    """Return the loader processes: none on the CPU unless asked for, else at most cores - 1."""
+    config = resolved.config
+    if info.kind == "cpu" and resolved.sources["workers"] == "default":
+        return 0  # measured: on two cores a worker takes time from the network
+    return max(0, min(config.workers, info.cores - 1))
+
+
+def cache_folder() -> Path:
+    """Return the folder for decoded images: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsrloop"
+
+
+def _store(
+    config: TrainConfig,
+    refs: tuple[ImageRef, ...],
+    budget_bytes: int,
+    task: str,
+    emit: Emit,
+    interpolation: str = "area",
+) -> ImageStore:
+    return ImageStore(
+        refs,
+        imgsz=config.imgsz,
+        cache=config.cache,
+        budget_bytes=budget_bytes,
+        interpolation=interpolation,
+        cache_dir=cache_folder(),
+        threads=os.cpu_count() or 1,
+        progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
+    )

@@ -1,0 +1,158 @@
+"""Checkpoint files: written whole or not at all, loadable by Ultralytics, enough to go on exactly.
+
+`last.pt` is an Ultralytics checkpoint (the averaged weights under "model") with one more key,
+"hsrloop": the whole `TrainState` and what else a resumed run needs. `best.pt` and `epochN.pt`
+carry names, config and metrics there, without the state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.errors import CheckpointError, ConfigError, OutputError
+from hsrloop.model.published import to_ultralytics_checkpoint
+from hsrloop.model.weights import read_checkpoint
+from hsrloop.train.state import TrainState
+
+FORMAT = 1
+KEY = "hsrloop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunIdentity:
+    """What must stay the same for a run to go on exactly; kept in every checkpoint."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+    names: tuple[str, ...]
+    fingerprint: str  # of the data set
+    versions: Mapping[str, str]
+    threads: int
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Write a file so that `path` is at every instant the old content or the new, whole.
+
+    Args:
+        path: the final name.
+        write: called with an open binary file in the same folder.
+
+    Raises:
+        OutputError: the disk is full or not writable; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OutputError(f"cannot write {path}: {reason}. Free space or choose --output.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; errors as `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save(
+    path: Path,
+    state: TrainState,
+    identity: RunIdentity,
+    *,
+    metrics: Mapping[str, float],
+    resumable: bool,
+) -> None:
+    """Write a checkpoint; with `resumable` it holds the whole state.
+
+    Args:
+        metrics: ap50, ap50_95, precision, recall of the averaged weights, as far as known.
+    """
+    extra: dict[str, Any] = {
+        "format": FORMAT,
+        "config": identity.config.to_json(),
+        "sources": dict(identity.sources),
+        "names": list(identity.names),
+        "fingerprint": identity.fingerprint,
+        "versions": dict(identity.versions),
+        "threads": identity.threads,
+        "epochs_completed": len(state.history),
+        "metrics": dict(metrics),
+    }
+    if resumable:
+        extra["state"] = state.to_payload()
+    payload = to_ultralytics_checkpoint(
+        state.ema.module,
+        names=identity.names,
+        config=identity.config.to_json(),
+        metrics=metrics,
+        epoch=len(state.history) - 1,
+        extra={KEY: extra},
+    )
+    write_atomically(path, lambda file: torch.save(payload, file))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint read back for resuming."""
+
+    path: Path
+    identity: RunIdentity
+    state: Mapping[str, Any]
+    module: torch.nn.Module  # of the averaged weights: gives the shapes
+
+
+def read(path: Path, *, trust: bool = False) -> Saved:
+    """Read a resumable checkpoint.
+
+    Raises:
+        CheckpointError: not there, not one of ours, or without the state of a run.
+        WeightsError: damaged, or holding what is not safe to open.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file; --resume takes weights/last.pt of a run.")
+    content = read_checkpoint(path, trust=trust)
+    extra = content.get(KEY)
+    if not isinstance(extra, dict) or "state" not in extra:
+        raise CheckpointError(
+            f"{path} holds weights but no run to go on with; --resume takes weights/last.pt "
+            f"of a run. To start from these weights use --model {path}."
+        )
+    try:
+        config = TrainConfig.from_json(extra["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} was written by another version of hsrloop: {error}") from error
+    identity = RunIdentity(
+        config=config,
+        sources=extra["sources"],
+        names=tuple(extra["names"]),
+        fingerprint=extra["fingerprint"],
+        versions=extra["versions"],
+        threads=extra["threads"],
+    )
+    return Saved(path=path, identity=identity, state=extra["state"], module=content["model"])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that exactness depends on."""
+    return {"torch": torch.__version__, "numpy": np.__version__}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""The run folder: its name, what is checked before it is made, what is found in it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hsrloop.errors import CheckpointError, OutputError
+from hsrloop.records import Position
+from hsrloop.report import csv, telemetry
+from hsrloop.train.checkpoint import write_text
+
+PREFIX = "competition_"
+RESULT = "training_result.json"
+
+
+def check_writable(output: Path, needed_bytes: int = 0) -> None:
+    """Check that a run folder can be made below `output`, and that its disk has room.
+
+    Raises:
+        OutputError: not a folder, not writable, or less than `needed_bytes` free.
+    """
+    existing = output.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"{existing} is a file; --output needs a folder.")
+    probe = existing / f".hsrloop-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{existing} cannot be written ({error.strerror}). Choose another --output."
+        ) from None
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{existing} has {free / 2**20:.0f} MiB free; the run needs about "
+            f"{needed_bytes / 2**20:.0f} MiB. Free space or choose another --output."
+        )
+
+
+def make_run_folder(output: Path) -> Path:
+    """Create `<output>/competition_YYYYMMDD_HHMMSS/weights` and return the run folder.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    name = PREFIX + time.strftime("%Y%m%d_%H%M%S")
+    for attempt in range(1, 1000):
+        folder = output / (name if attempt == 1 else f"{name}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "weights").mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"cannot make {folder} ({error.strerror}). Choose another --output."
+            ) from None
+        return folder
+    raise OutputError(f"{output} already holds a thousand runs of this second; choose another.")
+
+
+def newest_unfinished(output: Path) -> Path:
+    """Return weights/last.pt of the newest run below `output` that has no result yet.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = [
+        folder / "weights" / "last.pt"
+        for folder in sorted(output.glob(PREFIX + "*"))
+        if (folder / "weights" / "last.pt").is_file() and not (folder / RESULT).exists()
+    ]
+    if not found:
+        raise CheckpointError(
+            f"no unfinished run below {output}. Give the checkpoint: --resume RUN/weights/last.pt, "
+            "or the folder of the runs: --output."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def newest_best(output: Path) -> Path:
+    """Return weights/best.pt of the newest run below `output`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = [p for p in output.glob(f"{PREFIX}*/weights/best.pt") if p.is_file()]
+    if not found:
+        raise CheckpointError(f"no run with weights/best.pt below {output}. Give --model.")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def cut_back(run_dir: Path, *, epochs: int, position: Position) -> None:
+    """Drop what the reports say beyond a checkpoint, so that a resumed run writes it once."""
+    csv.cut_back(run_dir / "results.csv", epochs)
+    telemetry.cut_back(run_dir / "events.jsonl", epochs, position.sample)
+
+
+def write_config(run_dir: Path, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Write config.yaml: every setting as resolved, with where it came from as a comment."""
+    lines = []
+    for key, value in config.items():
+        text = yaml.safe_dump({key: value}, default_flow_style=False, allow_unicode=True).strip()
+        lines.append(f"{text}  # {sources[key]}")
+    write_text(run_dir / "config.yaml", "\n".join(lines) + "\n")
+
+
+def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
+    """Write training_result.json."""
+    write_text(run_dir / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,265 @@
+"""The loop over epochs: train, validate, keep the best, stop early, leave a usable file behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, StepDone
+from hsrloop.model.yolo import set_train_mode
+from hsrloop.ops.schedule import lr_factor
+from hsrloop.records import Batch, Metrics
+from hsrloop.train import checkpoint
+from hsrloop.train.checkpoint import RunIdentity
+from hsrloop.train.evaluate import evaluate
+from hsrloop.train.state import LOSS_NAMES, TrainState
+from hsrloop.train.step import StepSettings, Transaction, train_step
+
+REPORT_EVERY_S = 0.5  # a step report reads the device; more often would stall a fast GPU
+METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What a run stands on at a position; rebuilt, never changed."""
+
+    config: TrainConfig
+    identity: RunIdentity
+    run_dir: Path
+    train_loader: TrainLoader
+    val_loader: ValLoader
+    settings: StepSettings
+    emit: Callable[[Event], None]
+    stop: Callable[[], bool]
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where checkpoints go."""
+        return self.run_dir / "weights"
+
+
+def tail_epochs(config: TrainConfig) -> int:
+    """Return how many last epochs run without mosaic and mixup."""
+    return min(config.close_mosaic, config.epochs // 3)
+
+
+def warmup_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of warm-up: `warmup_epochs`, at most a tenth of the run."""
+    asked = config.warmup_epochs * steps_per_epoch
+    return math.ceil(min(asked, 0.1 * config.epochs * steps_per_epoch))
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of 0-based `step` of the planned run, before groups' lr_scale."""
+    return config.lr0 * lr_factor(
+        step,
+        steps=config.epochs * steps_per_epoch,
+        warmup_steps=warmup_steps(config, steps_per_epoch),
+        lrf=config.lrf,
+        cosine=config.cos_lr,
+    )
+
+
+def run_to_end(state: TrainState, runtime: Runtime) -> str:
+    """Train until the run is complete.
+
+    Returns:
+        "completed", "patience" (early stopping ended it) or "interrupted" (`runtime.stop`; the
+        state is saved and can go on exactly).
+    """
+    config = runtime.config
+    while True:
+        validated = len(state.history)
+        if validated < state.position.epoch:
+            if not validate_epoch(state, runtime):
+                return _interrupt(state, runtime)
+        elif state.position.epoch + state.epochs_skipped >= config.epochs:
+            return "patience" if state.epochs_skipped else "completed"
+        elif not train_epoch(state, runtime):
+            return _interrupt(state, runtime)
+
+
+def train_epoch(state: TrainState, runtime: Runtime) -> bool:
+    """Train from the state's position to the end of its epoch; False when asked to stop."""
+    config, loader = runtime.config, runtime.train_loader
+    epoch = state.position.epoch
+    planned = epoch + state.epochs_skipped
+    if state.position.sample == 0:
+        state.loss_sums.zero_()
+    set_train_mode(state.model, freeze=config.freeze)
+    transaction = Transaction(state)
+    meter = _Meter(state, runtime)
+    batches = loader.batches(state.position, mosaic=planned < config.epochs - tail_epochs(config))
+    for micro_batches in by_step(batches):
+        step = planned * len(loader) + state.position.sample // config.batch
+        lr = learning_rate(config, step, len(loader))
+        transaction.begin()
+        try:
+            samples = train_step(state, micro_batches, settings=runtime.settings, lr=lr)
+        except BaseException:
+            transaction.roll_back()
+            raise
+        meter.count(samples)
+        if runtime.stop():
+            meter.finish()
+            return False
+    meter.finish()
+    return True
+
+
+def by_step(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Group micro-batches into optimizer steps."""
+    step: list[Batch] = []
+    for batch in batches:
+        step.append(batch)
+        if batch.ends_step:
+            yield step
+            step = []
+
+
+def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
+    """Validate the averaged weights, keep the best, save; False when asked to stop meanwhile."""
+    started = time.monotonic()
+    metrics = evaluate(
+        state.ema.module,
+        runtime.val_loader,
+        names=runtime.identity.names,
+        device=state.device,
+        half=runtime.settings.amp,
+        on_progress=lambda done, total: runtime.emit(
+            Progress(task="validating", done=done, total=total)
+        ),
+        stop=runtime.stop,
+    )
+    if metrics is None:
+        return False
+    val_s = time.monotonic() - started
+    state.elapsed_s += val_s
+    state.val_s_per_epoch = val_s
+    best = metrics.ap50_95 > state.best_ap50_95
+    _append_history(state, metrics)
+    if best:
+        state.best_ap50_95, state.best_epoch = metrics.ap50_95, len(state.history)
+        _save(state, runtime, "best.pt")
+    if runtime.config.save_period and len(state.history) % runtime.config.save_period == 0:
+        _save(state, runtime, f"epoch{len(state.history)}.pt")
+    _apply_patience(state, runtime)
+    runtime.emit(_epoch_event(state, runtime, val_s, best))
+    _save(state, runtime, "last.pt")
+    return True
+
+
+def _append_history(state: TrainState, metrics: Metrics) -> None:
+    losses = state.mean_losses()
+    row = {name: losses[name] for name in (*LOSS_NAMES, "skipped_steps")}
+    row.update({name: getattr(metrics, name) for name in METRIC_NAMES})
+    row["best_conf"] = metrics.best_conf
+    row["classes"] = [dataclasses.asdict(c) for c in metrics.classes]
+    state.history.append(row)
+
+
+def _apply_patience(state: TrainState, runtime: Runtime) -> None:
+    """When nothing got better for long enough, jump to the planned run's tail."""
+    config = runtime.config
+    done, tail = len(state.history), tail_epochs(config)
+    waited = done - state.best_epoch
+    in_tail = done + state.epochs_skipped >= config.epochs - tail
+    if not config.patience or waited < config.patience or in_tail:
+        return
+    state.epochs_skipped = config.epochs - tail - done
+    what = f"the last {tail} epochs run without mosaic, then it stops" if tail else "stopping"
+    runtime.emit(Note(text=f"no better mAP50-95 for {waited} epochs: {what}"))
+
+
+def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) -> EpochDone:
+    row = state.history[-1]
+    train_s = state.epoch_s
+    return EpochDone(
+        epoch=len(state.history),
+        epochs=runtime.config.epochs - state.epochs_skipped,
+        **{name: row[name] for name in (*LOSS_NAMES, *METRIC_NAMES)},
+        skipped_steps=int(row["skipped_steps"]),
+        lr={g["name"]: g["lr"] for g in state.optimizer.param_groups},
+        images_per_s=runtime.train_loader.n_samples / train_s if train_s else 0.0,
+        train_s=train_s,
+        val_s=val_s,
+        best=best,
+    )
+
+
+def _interrupt(state: TrainState, runtime: Runtime) -> str:
+    _save(state, runtime, "last.pt")
+    return "interrupted"
+
+
+def _save(state: TrainState, runtime: Runtime, name: str) -> None:
+    row = state.history[-1] if state.history else {}
+    metrics = {key: row[key] for key in METRIC_NAMES if key in row}
+    path = runtime.weights_dir / name
+    checkpoint.save(path, state, runtime.identity, metrics=metrics, resumable=name == "last.pt")
+    runtime.emit(
+        CheckpointSaved(
+            path=f"weights/{name}", epoch=len(state.history), sample=state.position.sample
+        )
+    )
+
+
+class _Meter:
+    """Measures an epoch and reports its steps, at most every REPORT_EVERY_S seconds."""
+
+    def __init__(self, state: TrainState, runtime: Runtime) -> None:
+        self._state, self._runtime = state, runtime
+        self._started = self._reported = self._accounted = time.monotonic()
+        self._samples = 0
+        self._first = state.position.sample
+        if self._first == 0:
+            state.epoch_s = 0.0
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY_S:
+            self._reported = now
+            self._runtime.emit(self._event(now))
+
+    def finish(self) -> None:
+        """Add the time spent to the run's and the epoch's; CUDA is waited for."""
+        if self._state.device.type == "cuda":
+            torch.cuda.synchronize(self._state.device)
+        now = time.monotonic()
+        spent, self._accounted = now - self._accounted, now
+        self._state.epoch_s += spent
+        self._state.elapsed_s += spent
+
+    def _event(self, now: float) -> StepDone:
+        state, runtime = self._state, self._runtime
+        total = runtime.train_loader.n_samples
+        rate = self._samples / max(now - self._started, 1e-9)
+        position = state.position
+        epoch_done = position.sample == 0
+        done = total if epoch_done else position.sample
+        epoch = position.epoch - 1 if epoch_done else position.epoch
+        epochs_left = runtime.config.epochs - state.epochs_skipped - epoch - 1
+        losses = state.mean_losses()
+        val_s = state.val_s_per_epoch * (epochs_left + 1)
+        cuda = state.device.type == "cuda"
+        return StepDone(
+            epoch=epoch + 1,
+            epochs=runtime.config.epochs - state.epochs_skipped,
+            step=state.steps,
+            samples=done,
+            epoch_samples=total,
+            **{name: losses[name] for name in LOSS_NAMES},
+            images_per_s=rate,
+            epoch_left_s=(total - done) / rate,
+            run_left_s=(total - done + epochs_left * total) / rate + val_s,
+            memory_bytes=torch.cuda.max_memory_allocated(state.device) if cuda else 0,
+        )

@@ -1,0 +1,67 @@
+"""Numeric settings of the device: which kernels, and whether fp16 can be trusted on this card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hsrloop.events import Event, Note
+from hsrloop.model.yolo import forward_train
+from hsrloop.train.step import to_input
+
+PROBE_PX = 128  # side of the probe image: large enough for every layer, small enough to be free
+TOLERANCE = 0.1  # relative; fp16 agrees to about 1e-3, broken cards give NaN (a guess)
+
+
+def set_kernels(device: torch.device, *, deterministic: bool) -> None:
+    """Choose cuDNN autotuning (shapes are static) or deterministic kernels; TF32 for float32."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def fp16_is_sound(
+    module: nn.Module, device: torch.device, emit: Callable[[Event], None]
+) -> bool:
+    """Compare one fp16 forward and backward with float32; say so when fp16 cannot be used.
+
+    GTX 16xx cards compute NaN in fp16 convolutions. The module comes back as it was: same weights
+    and buffers, no gradients, on the CPU or wherever it stood.
+    """
+    probe = to_copy(module, device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, PROBE_PX, PROBE_PX), generator=generator)
+    images = to_input(noise.to(torch.uint8), device)
+    results = []
+    for half in (False, True):
+        probe.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            raw = forward_train(probe, images)
+        (raw.class_logits.float().mean() + raw.box_logits.float().mean()).backward()
+        gradient = next(p.grad for p in probe.parameters() if p.grad is not None)
+        results.append((raw.class_logits.detach().float(), gradient.float()))
+    sound = all(_close(a, b) for a, b in zip(*results, strict=True))
+    if not sound:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        text = f"{name} computes wrong values in fp16: mixed precision is off, float32 is used"
+        emit(Note(text=text, level="warning"))
+    return sound
+
+
+def to_copy(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a copy of `module` in train mode on `device`."""
+    import copy
+
+    return copy.deepcopy(module).to(device, memory_format=torch.channels_last).train()
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if not bool(torch.isfinite(b).all()):
+        return False
+    return bool((a - b).norm() <= TOLERANCE * a.norm() + 1e-6)

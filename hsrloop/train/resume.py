@@ -1,0 +1,94 @@
+"""What changes and what must not when a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hsrloop.config import Resolved
+from hsrloop.errors import CheckpointError
+from hsrloop.events import Event, Note
+from hsrloop.train.checkpoint import RunIdentity, Saved, versions
+
+# What may change when a run goes on; everything else was decided when it started.
+CHANGEABLE = frozenset(
+    {"epochs", "patience", "workers", "cache", "device", "output", "dataset", "save_period"}
+    | {"tensorboard", "tensorboard_port", "export", "trust_checkpoint", "oom_recovery"}
+)
+
+
+def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None]) -> Resolved:
+    """Return the saved run's settings with what the user may change, changed.
+
+    Args:
+        given: what the user gave now, over the defaults.
+        saved: the checkpoint.
+        emit: hears about what was given but cannot be changed.
+
+    Raises:
+        CheckpointError: fewer epochs asked for than are done, or another model.
+    """
+    config, sources = saved.identity.config, dict(saved.identity.sources)
+    explicit = {k: v for k, v in given.sources.items() if v != "default"}
+    changes: dict[str, Any] = {}
+    for key, source in explicit.items():
+        value = getattr(given.config, key)
+        if value == getattr(config, key):
+            continue
+        if key == "model":
+            raise CheckpointError(
+                f"{saved.path} is a run of {config.model}, not of {value}. "
+                "Drop --model to go on with it, or drop --resume to start anew."
+            )
+        if key in CHANGEABLE:
+            changes[key] = value
+            sources[key] = source
+        else:
+            emit(
+                Note(
+                    text=f"{key} stays {getattr(config, key)}: it was decided when the run started",
+                    level="warning",
+                )
+            )
+    done = len(saved.state["history"])
+    if changes.get("epochs", config.epochs) < done:
+        raise CheckpointError(
+            f"--epochs {changes['epochs']} is less than the {done} epochs this run has done."
+        )
+    return Resolved(config.replace(**changes), sources)
+
+
+def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) -> None:
+    """Compare what exactness depends on.
+
+    Raises:
+        CheckpointError: other classes or other data.
+    """
+    before = saved.identity
+    if before.names != now.names:
+        raise CheckpointError(
+            f"{saved.path} was trained on the classes {', '.join(before.names)}; the data set has "
+            f"{', '.join(now.names)}. Drop --resume and use --model to carry the weights over."
+        )
+    if before.fingerprint != now.fingerprint:
+        raise CheckpointError(
+            f"the images or labels of {now.config.dataset} changed since {saved.path} was written. "
+            "Restore them, or start a new run with --model on the new set."
+        )
+    differences = [
+        f"{name} {value} then, {now.versions.get(name)} now"
+        for name, value in before.versions.items()
+        if now.versions.get(name) != value
+    ]
+    if before.threads != now.threads:
+        differences.append(f"{before.threads} threads then, {now.threads} now")
+    if differences:
+        text = "not bit-identical to a run that was never stopped: " + "; ".join(differences)
+        emit(Note(text=text, level="warning"))
+
+
+def current_versions() -> tuple[dict[str, str], int]:
+    """Return the versions and the thread count that exactness depends on."""
+    return versions(), torch.get_num_threads()

@@ -1,0 +1,141 @@
+"""The only mutable object of a run, and all that a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsrloop.errors import CheckpointError
+from hsrloop.model.ema import Ema
+from hsrloop.ops.loss import GAINS, LossSums
+from hsrloop.records import Position
+
+LOSS_NAMES = ("box_loss", "cls_loss", "dfl_loss")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Weights, their average, the optimizer, and where the run stands.
+
+    `loss_sums` is (5,) float64 on the device: box, cls and dfl loss (normalised, gain-weighted)
+    added up over the epoch's steps, the number of steps, and how many of them overflowed fp16.
+    """
+
+    model: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    grad_scale: float  # k: keeps un-normalised sums inside fp16's range
+    micro_batch: int
+    loss_sums: Tensor
+    position: Position = Position(0, 0)
+    steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per validated epoch
+    best_ap50_95: float = -1.0
+    best_epoch: int = 0  # from 1; 0: none yet
+    epochs_skipped: int = 0  # by early stopping: the schedule jumps over them to its tail
+    elapsed_s: float = 0.0
+    epoch_s: float = 0.0  # training time of the current epoch
+    val_s_per_epoch: float = 0.0  # of the last validation: for the time left
+
+    @property
+    def amp(self) -> bool:
+        """Whether gradients are scaled (fp16 on CUDA)."""
+        return self.scaler.is_enabled()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.loss_sums.device
+
+    def renew_scaler(self, saved: Mapping[str, Any]) -> None:
+        """Replace the scaler by a fresh one in the saved state: unscaled marks do not survive."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
+        if saved:
+            self.scaler.load_state_dict(dict(saved))
+
+    def record_losses(self, totals: LossSums, normaliser: Tensor, skipped: Tensor | None) -> None:
+        """Add one step's losses to the epoch's; nothing is read back from the device."""
+        terms = torch.stack(
+            (GAINS.box * totals.box, GAINS.cls * totals.cls, GAINS.dfl * totals.dfl)
+        )
+        self.loss_sums[:3] += terms / normaliser
+        self.loss_sums[3] += 1
+        if skipped is not None:
+            self.loss_sums[4] += skipped
+
+    def mean_losses(self) -> dict[str, float]:
+        """Return the epoch's mean losses so far and its `skipped_steps`; reads the device once."""
+        box, cls, dfl, steps, skipped = self.loss_sums.tolist()
+        count = max(steps, 1.0)
+        means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
+        return {**means, "skipped_steps": skipped}
+
+    def to_payload(self) -> dict[str, Any]:
+        """Return everything as tensors and plain containers; tensors are not copied."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "grad_scale": self.grad_scale,
+            "micro_batch": self.micro_batch,
+            "loss_sums": self.loss_sums,
+            "position": [self.position.epoch, self.position.sample],
+            "steps": self.steps,
+            "history": self.history,
+            "best_ap50_95": self.best_ap50_95,
+            "best_epoch": self.best_epoch,
+            "epochs_skipped": self.epochs_skipped,
+            "elapsed_s": self.elapsed_s,
+            "epoch_s": self.epoch_s,
+            "val_s_per_epoch": self.val_s_per_epoch,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def load_payload(self, payload: Mapping[str, Any]) -> None:
+        """Take over what `to_payload` wrote.
+
+        Raises:
+            CheckpointError: the payload is of another model or optimizer.
+        """
+        try:
+            self.model.load_state_dict(payload["model"])
+            self.ema.load_state_dict(payload["ema"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            if payload["scaler"]:
+                self.renew_scaler(payload["scaler"])
+            self.loss_sums.copy_(payload["loss_sums"])
+            self.position = Position(*payload["position"])
+            torch.set_rng_state(payload["torch_rng"].cpu())
+            if payload["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(payload["cuda_rng"].cpu())
+            for name in (
+                "grad_scale",
+                "micro_batch",
+                "steps",
+                "history",
+                "best_ap50_95",
+                "best_epoch",
+                "epochs_skipped",
+                "elapsed_s",
+                "epoch_s",
+                "val_s_per_epoch",
+            ):
+                setattr(self, name, payload[name])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"the checkpoint does not fit this model and optimizer ({reason}). "
+                "Resume with the settings the run was started with."
+            ) from error
+
+
+def initial_grad_scale(batch: int) -> float:
+    """Return k for a run: S is about 100 per mosaic image, so sums stay near 1 (a guess)."""
+    return 1.0 / (128 * batch)

@@ -1,0 +1,142 @@
+"""One optimizer step: micro-batches in, a committed change of the weights out, or no change at all.
+
+The gradient of a step is a sum over its samples, normalised once: un-normalised loss sums are
+accumulated over micro-batches, and before clipping the gradient is multiplied by
+n / (k * max(S, 1)), where n counts the samples, S is the sum of target scores over all of them and
+k the constant that keeps fp16 gradients in range. How a batch is split changes nothing but
+BatchNorm's statistics and rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hsrloop.model.yolo import forward_train
+from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
+from hsrloop.ops.schedule import ema_decay
+from hsrloop.records import Batch
+from hsrloop.train.state import TrainState
+
+MAX_GRADIENT_NORM = 10.0  # Source: ultralytics@8.4.190, trainer's optimizer_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """What a step needs to know that does not change while the runtime stands."""
+
+    device: torch.device
+    strides: tuple[int, ...]
+    reg_max: int
+    amp: bool
+    ema_decay: float
+    ema_tau: float
+    dtype: torch.dtype = torch.float32  # of inputs and weights; float64 in tests of exactness
+
+
+class Transaction:
+    """What undoes an uncommitted step: a shadow copy of BatchNorm's buffers and the scaler's state.
+
+    Buffers are copied into memory allocated once. `begin` before a step, `roll_back` after a
+    failure; weights, optimizer and EMA need no copy, since they change only once a step commits.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._buffers = list(state.model.buffers())
+        self._shadow = [b.clone() for b in self._buffers]
+        self._scaler = state.scaler.state_dict()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember where the next step starts from."""
+        torch._foreach_copy_(self._shadow, self._buffers)
+        self._scaler = dict(self._state.scaler.state_dict()) if self._state.amp else {}
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Return to where `begin` was called; gradients are dropped."""
+        torch._foreach_copy_(self._buffers, self._shadow)
+        self._state.optimizer.zero_grad(set_to_none=True)
+        self._state.renew_scaler(self._scaler)
+
+
+def train_step(
+    state: TrainState,
+    micro_batches: Iterable[Batch],
+    *,
+    settings: StepSettings,
+    lr: float,
+) -> int:
+    """Run one optimizer step and commit it.
+
+    Args:
+        state: changed in place, from the commit on.
+        micro_batches: the samples of this step, the last one with `ends_step`.
+        settings: constants of the runtime.
+        lr: learning rate of this step, warm-up included; each group multiplies it by its lr_scale.
+
+    Returns:
+        The number of samples trained.
+    """
+    parameters = [p for g in state.optimizer.param_groups for p in g["params"]]
+    totals: LossSums | None = None
+    samples = 0
+    for batch in micro_batches:
+        images = to_input(batch.images, settings.device, settings.dtype)
+        targets = pad_targets(
+            batch.boxes_cxcywh,
+            batch.labels,
+            batch.image_index,
+            images=len(images),
+            imgsz=images.shape[-1],
+        ).to(settings.device, non_blocking=True)
+        with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
+            raw = forward_train(state.model, images)
+        sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
+        state.scaler.scale(GAINS.weigh(sums) * state.grad_scale).backward()
+        totals = add_detached(totals, sums)
+        samples += len(images)
+        after = batch.after
+    if totals is None:
+        raise ValueError("a step needs at least one micro-batch")
+
+    state.scaler.unscale_(state.optimizer)
+    normaliser = totals.target_scores.clamp(min=1.0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, samples / state.grad_scale / normaliser)
+    norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    state.scaler.step(state.optimizer)  # the commit point
+    skipped = ~torch.isfinite(norm) if settings.amp else None
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.steps += 1
+    decay = ema_decay(state.steps, decay=settings.ema_decay, tau=settings.ema_tau)
+    state.ema.update(state.model, decay, skipped=skipped)
+    state.record_losses(totals, normaliser, skipped)
+    state.position = after
+    return samples
+
+
+def to_input(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return uint8 (B, 3, S, S) images in [0, 1] as `dtype` on `device`, channels_last."""
+    moved = images.to(device, non_blocking=True)
+    return moved.to(dtype, memory_format=torch.channels_last).div_(255.0)
+
+
+def add_detached(total: LossSums | None, sums: LossSums) -> LossSums:
+    """Add loss sums without their graphs."""
+    parts = (sums.box.detach(), sums.cls.detach(), sums.dfl.detach(), sums.target_scores.detach())
+    if total is None:
+        return LossSums(*parts)
+    return LossSums(
+        total.box + parts[0],
+        total.cls + parts[1],
+        total.dfl + parts[2],
+        total.target_scores + parts[3],
+    )

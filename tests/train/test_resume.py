@@ -1,0 +1,192 @@
+"""A run that was stopped anywhere and goes on ends bit-identical to one that never stopped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsrloop.config import Resolved, resolve
+from hsrloop.errors import CheckpointError
+from hsrloop.events import Note
+from hsrloop.train import checkpoint
+from hsrloop.train.folder import newest_unfinished
+from hsrloop.train.run import train
+from tests.conftest import write_tiny_dataset
+from tests.train.conftest import run_settings
+
+Settings = Callable[..., Resolved]
+CLOCK = {"elapsed_s", "epoch_s", "val_s_per_epoch"}
+
+
+class StopAfter:
+    """Says stop at the n-th question; the loop asks after each step and each validation batch."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def state_of(run_dir: Path) -> dict[str, Any]:
+    saved = checkpoint.read(run_dir / "weights" / "last.pt")
+    return {k: v for k, v in saved.state.items() if k not in CLOCK}
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [path]
+        return [d for key in a for d in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [path]
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def rows(run_dir: Path) -> list[list[str]]:
+    """results.csv without the columns of wall time."""
+    lines = [line.split(",") for line in (run_dir / "results.csv").read_text().splitlines()]
+    kept = [i for i, name in enumerate(lines[0]) if not name.endswith("_s")]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def kinds(run_dir: Path) -> list[tuple[str, Any]]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return [(e["event"], e.get("epoch")) for e in events if e["event"] == "EpochDone"]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    dataset = write_tiny_dataset(folder / "tiny")
+    return train(run_settings(dataset, folder / "runs")).run_dir
+
+
+# Questions: one after each step, one after each validation batch. The stops below fall in the
+# first step, mid-epoch, on an epoch's last step, in a validation, and in the last epoch.
+@pytest.mark.parametrize("questions", [0, 1, 2, 3, 4, 6, 8])
+def test_stopped_anywhere_it_ends_the_same(
+    questions: int, settings: Settings, never_stopped: Path
+) -> None:
+    stopped = train(settings(), stop=StopAfter(questions))
+    assert stopped.reason == "interrupted"
+    last = stopped.run_dir / "weights" / "last.pt"
+    outcome = train(resolve([]), resume=last)
+    assert outcome.reason == "completed" and outcome.run_dir == stopped.run_dir
+    assert differences(state_of(never_stopped), state_of(outcome.run_dir)) == []
+    assert rows(outcome.run_dir) == rows(never_stopped)
+    assert kinds(outcome.run_dir) == kinds(never_stopped)
+
+
+def test_stopped_twice_it_ends_the_same(settings: Settings, never_stopped: Path) -> None:
+    first = train(settings(), stop=StopAfter(1))
+    last = first.run_dir / "weights" / "last.pt"
+    second = train(resolve([]), resume=last, stop=StopAfter(3))
+    assert second.reason == "interrupted"
+    train(resolve([]), resume=last)
+    assert differences(state_of(never_stopped), state_of(first.run_dir)) == []
+
+
+FORGETTABLE = ("model", "ema", "optimizer", "loss_sums", "position", "steps", "history")
+
+
+@pytest.mark.parametrize("forgotten", FORGETTABLE)
+def test_forgetting_any_part_of_the_state_shows(
+    forgotten: str, settings: Settings, never_stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = train(settings(), stop=StopAfter(6))
+    fresh = train(settings(), stop=StopAfter(0))
+    other = checkpoint.read(fresh.run_dir / "weights" / "last.pt").state
+    real = checkpoint.read
+
+    def forgetful(path: Path, *, trust: bool = False) -> checkpoint.Saved:
+        saved = real(path, trust=trust)
+        content = copy.copy(dict(saved.state))
+        content[forgotten] = other[forgotten]
+        return dataclasses.replace(saved, state=content)
+
+    monkeypatch.setattr(checkpoint, "read", forgetful)
+    train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+    monkeypatch.setattr(checkpoint, "read", real)
+    assert differences(state_of(never_stopped), state_of(stopped.run_dir)) != []
+
+
+def test_killed_between_two_steps_it_goes_on_from_the_last_epoch(
+    settings: Settings, never_stopped: Path
+) -> None:
+    """SIGKILL leaves last.pt of the newest finished epoch; what was reported beyond is cut back."""
+    script = (
+        "import os, signal, sys, json\n"
+        "from hsrloop.config import resolve\n"
+        "from hsrloop.train.run import train\n"
+        "left = 9\n"
+        "def stop():\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left < 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return False\n"
+        "train(resolve([('test', json.loads(sys.argv[1]))]), stop=stop)\n"
+    )
+    values = settings().config.to_json()
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(values)], env=env, check=False)
+    assert done.returncode == -9
+    last = newest_unfinished(Path(values["output"]))
+    train(resolve([]), resume=last)
+    run_dir = last.parent.parent
+    assert differences(state_of(never_stopped), state_of(run_dir)) == []
+    assert rows(run_dir) == rows(never_stopped)
+
+
+def test_another_data_set_is_refused(settings: Settings, tiny_dataset: Path) -> None:
+    stopped = train(settings(), stop=StopAfter(1))
+    label = next(tiny_dataset.parent.rglob("labels/train/*.txt"))
+    before = label.read_text()
+    try:
+        label.write_text(before + "0 0.5 0.5 0.2 0.2\n")
+        with pytest.raises(CheckpointError, match="changed since"):
+            train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+    finally:
+        label.write_text(before)
+
+
+def test_another_model_is_refused(settings: Settings) -> None:
+    stopped = train(settings(), stop=StopAfter(1))
+    given = resolve([("command line", {"model": "yolov8s.pt"})])
+    with pytest.raises(CheckpointError, match=r"is a run of yolov8n.yaml, not of yolov8s.pt"):
+        train(given, resume=stopped.run_dir / "weights" / "last.pt")
+
+
+def test_what_cannot_change_is_said(settings: Settings, recorder: Any) -> None:
+    stopped = train(settings(epochs=1), stop=StopAfter(1))
+    given = resolve([("command line", {"lr0": 0.5})])
+    train(given, resume=stopped.run_dir / "weights" / "last.pt", sinks=[recorder])
+    assert any("lr0 stays 0.001" in note.text for note in recorder.of(Note))
+
+
+def test_best_pt_cannot_be_resumed(settings: Settings) -> None:
+    outcome = train(settings(epochs=1))
+    with pytest.raises(CheckpointError, match="holds weights but no run"):
+        train(resolve([]), resume=outcome.run_dir / "weights" / "best.pt")
+
+
+def test_nothing_unfinished_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no unfinished run below"):
+        newest_unfinished(tmp_path)

@@ -1,0 +1,198 @@
+"""A whole run: what it writes, when it stops, and that it learns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.errors import ConfigError, OutputError
+from hsrloop.events import EpochDone, Note, RunFinished, RunStarted
+from hsrloop.records import Metrics
+from hsrloop.train import checkpoint, folder, loop
+from hsrloop.train.run import train, validate
+
+Settings = Callable[..., Resolved]
+FIRST_COLUMNS = ["epoch", "box_loss", "cls_loss", "dfl_loss", "mAP50", "mAP50-95", "precision"]
+
+
+def test_a_run_writes_what_is_promised(settings: Settings, recorder: Any) -> None:
+    outcome = train(settings(save_period=2), sinks=[recorder])
+    run_dir = outcome.run_dir
+    assert sorted(p.name for p in run_dir.iterdir()) == [
+        "config.yaml",
+        "events.jsonl",
+        "results.csv",
+        "training_result.json",
+        "weights",
+    ]
+    names = sorted(p.name for p in (run_dir / "weights").iterdir())
+    assert names == ["best.pt", "epoch2.pt", "last.pt"]
+    with (run_dir / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0])[:8] == [*FIRST_COLUMNS, "recall"]
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    result = json.loads((run_dir / "training_result.json").read_text())
+    assert result["best_model_path"] == "weights/best.pt"
+    assert result["last_model_path"] == "weights/last.pt"
+    assert set(result["metrics"]) == {"mAP50", "mAP50-95", "precision", "recall"}
+    assert result["epochs_completed"] == 3 and result["tensorboard_url"] is None
+    assert result["training_time_minutes"] > 0
+    assert TrainConfig.from_json(result["config"]) == TrainConfig.from_json(
+        yaml.safe_load((run_dir / "config.yaml").read_text())
+    )
+    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert events[0] in ("RunStarted", "Note") and events[-1] == "RunFinished"
+    assert len(recorder.of(EpochDone)) == 3 and len(recorder.of(RunStarted)) == 1
+    assert recorder.of(RunFinished)[0].result == result
+    assert recorder.closed == 1
+
+
+def test_metrics_of_the_result_are_those_of_best_pt(settings: Settings) -> None:
+    outcome = train(settings(epochs=4, lr0=0.01))
+    best = outcome.run_dir / "weights" / "best.pt"
+    metrics = validate(settings(model=str(best)))
+    assert metrics is not None and outcome.result is not None
+    assert metrics.ap50_95 == pytest.approx(outcome.result["metrics"]["mAP50-95"], abs=1e-6)
+
+
+def test_two_runs_are_bit_equal_and_another_seed_differs(settings: Settings) -> None:
+    def weights(seed: int, **changes: Any) -> torch.Tensor:
+        run = train(settings(epochs=1, seed=seed, **changes))
+        saved = checkpoint.read(run.run_dir / "weights" / "last.pt")
+        return torch.cat([v.flatten().float() for v in saved.state["model"].values()])
+
+    first = weights(0)
+    assert torch.equal(first, weights(0))
+    assert torch.equal(first, weights(0, cache=False))
+    assert torch.equal(first, weights(0, workers=1))
+    assert not torch.equal(first, weights(1))
+
+
+def test_it_learns_eight_images_by_heart(tiny_dataset: Path, settings: Settings) -> None:
+    calm = {"mosaic": 0.0, "mixup": 0.0, "degrees": 0.0, "scale": 0.0, "translate": 0.0}
+    outcome = train(
+        settings(epochs=30, lr0=0.005, imgsz=96, close_mosaic=0, ema_tau=20.0, **calm)
+    )
+    history = checkpoint.read(outcome.run_dir / "weights" / "last.pt").state["history"]
+    total = [row["box_loss"] + row["cls_loss"] + row["dfl_loss"] for row in history]
+    assert total[-1] < 0.6 * total[0]
+
+
+def test_llrd_changes_the_rates_and_nothing_else(settings: Settings, recorder: Any) -> None:
+    train(settings(epochs=1, llrd=True), sinks=[recorder])
+    scales = [group["lr_scale"] for group in recorder.of(RunStarted)[0].groups]
+    assert min(scales) == pytest.approx(0.9**22, rel=1e-6)
+    assert len(recorder.of(EpochDone)) == 1 and len(recorder.of(RunFinished)) == 1
+
+
+def flat(value: float) -> Metrics:
+    return Metrics(ap50=value, ap50_95=value, precision=value, recall=value, best_conf=0.5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "close_mosaic", "epochs_run", "reason"),
+    [
+        ([0.1 + 0.01 * i for i in range(9)], 10, 9, "completed"),
+        ([0.5] * 9, 10, 6, "patience"),  # 3 epochs, then a tail of 3
+        ([0.5] * 9, 0, 3, "patience"),  # no tail
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5], 10, 9, "completed"),  # already in the tail
+    ],
+)
+def test_early_stopping_runs_the_tail(
+    scores: list[float],
+    close_mosaic: int,
+    epochs_run: int,
+    reason: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = iter(scores)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: flat(next(left)))
+    outcome = train(
+        settings(epochs=9, patience=2, close_mosaic=close_mosaic, imgsz=32, mosaic=1.0)
+    )
+    assert outcome.reason == reason and outcome.result is not None
+    assert outcome.result["epochs_completed"] == epochs_run
+
+
+def test_the_learning_rate_jumps_to_the_tail(
+    settings: Settings, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: flat(0.5))
+    train(settings(epochs=9, patience=2, imgsz=32), sinks=[recorder])
+    rates = [next(iter(e.lr.values())) for e in recorder.of(EpochDone)]
+    config = settings(epochs=9).config
+    assert len(rates) == 6
+    assert rates[-1] == pytest.approx(config.lr0 * config.lrf, rel=1e-6)
+    assert all(a > b for a, b in zip(rates[1:], rates[2:], strict=False))
+
+
+def test_two_runs_in_one_second_get_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder.time, "strftime", lambda _: "20260101_120000")
+    first, second = folder.make_run_folder(tmp_path), folder.make_run_folder(tmp_path)
+    assert [first.name, second.name] == [
+        "competition_20260101_120000",
+        "competition_20260101_120000_2",
+    ]
+
+
+def test_an_output_that_is_a_file_is_refused(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; --output needs a folder"):
+        train(settings(output=str(tmp_path / "file")))
+
+
+def test_a_full_disk_is_refused_before_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="free; the run needs about"):
+        train(settings())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_data_set_is_said(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="no data set given"):
+        train(settings(dataset=None))
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def fail(file: Any) -> None:
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_tier_model_that_is_not_at_hand_is_replaced_loudly(
+    settings: Settings, recorder: Any, real_data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    pretrained = tmp_path / "weights"
+    pretrained.mkdir()
+    source = real_data / "weights" / "yolov8n_coco_rebuilt.pt"
+    (pretrained / "yolov8n.pt").write_bytes(source.read_bytes())
+    monkeypatch.setenv("HSRLOOP_WEIGHTS_DIR", str(pretrained))
+    monkeypatch.chdir(tmp_path)
+    from hsrloop.config import resolve
+
+    values = {k: v for k, v in settings(epochs=1).config.to_json().items() if k != "model"}
+    resolved = resolve([("tier medium", {"model": "yolov8m.pt"}), ("command line", values)])
+    train(resolved, sinks=[recorder])
+    assert any("yolov8n" in n.text and n.level == "warning" for n in recorder.of(Note))
