@@ -47,28 +47,28 @@ class Request:
         return layers
 
 
-def resolve_run(request: Request) -> Resolved:
-    """Return the config of a new run; looks at the machine when a tier is needed.
+def resolve_explicit(request: Request) -> Resolved:
+    """Return what the user wrote over the defaults; all that resuming and validation need.
 
     Raises:
-        ConfigError: as `Request.explicit`, no dataset, or a value out of its range.
-        DeviceError: the device asked for is absent or unusable.
+        ConfigError: as `Request.explicit`, a value out of its range, or a setting that
+            contradicts another.
     """
-    explicit = request.explicit()
-    asked = resolve(explicit)  # also: a wrong value ends here, before torch is loaded
-    _check(asked)
-    if asked.config.dataset is None:
-        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
-    return resolve([*_machine_layers(request, asked), *explicit])
-
-
-def resolve_explicit(request: Request) -> Resolved:
-    """Return only what the user wrote over the defaults: for resuming and for validation."""
     resolved = resolve(request.explicit())
     _check(resolved)
-    if request.fast:
-        _LOG.warning("--fast is ignored here; it is for a new run.")
     return resolved
+
+
+def add_machine(request: Request, asked: Resolved) -> Resolved:
+    """Return the config of a new run: `asked` over the preset over the machine's tier.
+
+    Loads torch when the tier must be detected.
+
+    Raises:
+        ConfigError: an unknown tier.
+        DeviceError: the device asked for is absent or unusable.
+    """
+    return resolve([*_machine_layers(request, asked), *request.explicit()])
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from hsrloop.cli.layers import Request, resolve_explicit, resolve_run
+from hsrloop.cli.layers import Request, add_machine, resolve_explicit
 from hsrloop.cli.stop import Stop
-from hsrloop.config import Resolved, TrainConfig
+from hsrloop.config import Resolved
 from hsrloop.errors import CheckpointError, ConfigError, DependencyError, OutputError
 from hsrloop.report.console import ConsoleSink, make_console
 from hsrloop.report.scores import scores_json, scores_table
@@ -31,13 +31,15 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
     """
     stop = Stop()
     stop.listen()
-    if resume is None:
-        _prepare(_asked_device(request))
-        resolved = resolve_run(request)
-    else:
-        resolved = resolve_explicit(request)
-        _prepare(resolved.config.device)
+    resolved = resolve_explicit(request)
     check_export(resolved.config.export)
+    if resume is None:
+        _need_dataset(resolved)
+    elif request.fast:
+        _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
+    _prepare(resolved.config.device)
+    if resume is None:
+        resolved = add_machine(request, resolved)
 
     from hsrloop.train.folder import newest_unfinished
     from hsrloop.train.run import train
@@ -64,8 +66,9 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
     stop = Stop()
     stop.listen()
     resolved = resolve_explicit(request)
-    if resolved.config.dataset is None:
-        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
+    _need_dataset(resolved)
+    if request.fast:
+        _LOG.warning("--fast is ignored: nothing is trained.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
     _prepare(resolved.config.device)
@@ -140,10 +143,9 @@ def _prepare(device: str) -> None:
     keep_freed_memory()
 
 
-def _asked_device(request: Request) -> str:
-    layers = request.explicit()
-    asked = [changes["device"] for _, changes in layers if "device" in changes]
-    return str(asked[-1]) if asked else str(TrainConfig.__dataclass_fields__["device"].default)
+def _need_dataset(resolved: Resolved) -> None:
+    if resolved.config.dataset is None:
+        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
 
 
 def _checkpoint(given: Path) -> Path:
