@@ -189,8 +189,8 @@ class ImageStore:
     def _refuse_inside_data(self, cache_dir: Path) -> None:
         inside = cache_dir.resolve()
         for folder in {ref.path.parent.resolve() for ref in self._refs}:
-            parts = folder.parts
-            top = Path(*parts[: parts.index("images")]) if "images" in parts else folder
+            head, images, _ = f"{folder}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
+            top = Path(head) if images else folder
             if inside == top or top in inside.parents:
                 raise OutputError(f"cache folder {cache_dir} lies inside the data set {top}; choose another.")
 

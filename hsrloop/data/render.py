@@ -1,0 +1,195 @@
+"""Turn a plan into pixels with OpenCV: one interpolation per visible source, straight into the output.
+
+Sources are widened to four channels on the way: OpenCV warps those two to three times faster than
+three (measured 1.2 against 3.1 ms at 640 on an EPYC core), and the fourth says where the source is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from hsrloop.data.dataset import ImageRef
+from hsrloop.data.plan import AugmentPlan, Layer, plan_labels
+from hsrloop.data.store import GREY, ImageStore
+from hsrloop.records import Sample
+
+_ALPHA = 3
+_COVERED = 126  # alpha from which a pixel belongs to the source: just under half, so seams leave no gap
+
+
+def render(
+    plan: AugmentPlan, store: ImageStore, refs: Sequence[ImageRef], *, imgsz: int | None = None
+) -> Sample:
+    """Render one plan as (S, S, 3) uint8 RGB with its labels; S is the store's imgsz by default."""
+    return Renderer(imgsz or store.imgsz).sample(plan, store, refs)
+
+
+class Renderer:
+    """Scratch memory for rendering at one size; one per thread or process."""
+
+    def __init__(self, imgsz: int) -> None:
+        self.imgsz = imgsz
+        self._canvas = np.empty((imgsz, imgsz, 4), np.uint8)
+        self._partner = np.empty((0, 0, 4), np.uint8)  # made at the first mixup
+        self._warped = np.empty((imgsz, imgsz, 4), np.uint8)
+        self._mask = np.empty((imgsz, imgsz), np.uint8)
+        self._padded = np.empty((imgsz + 2, imgsz + 2, 4), np.uint8)
+        self._planes = [np.empty((imgsz, imgsz), np.uint8) for _ in range(3)]
+
+    def sample(
+        self,
+        plan: AugmentPlan,
+        store: ImageStore,
+        refs: Sequence[ImageRef],
+        out: np.ndarray | None = None,
+    ) -> Sample:
+        """Render into `out` (S, S, 3) uint8, or into a new array; labels of broken images are dropped."""
+        image = np.empty((self.imgsz, self.imgsz, 3), np.uint8) if out is None else out
+        self._compose(self._canvas, plan, store, refs)
+        if plan.mix is not None:
+            if not self._partner.size:
+                self._partner = np.empty_like(self._canvas)
+            self._compose(self._partner, plan.mix, store, refs)
+            weight = plan.mix_weight
+            cv2.addWeighted(self._canvas, weight, self._partner, 1 - weight, 0, dst=self._canvas)
+        if plan.hsv_gains is None:
+            cv2.cvtColor(self._canvas, cv2.COLOR_RGBA2RGB, dst=image)
+        else:
+            self._recolour(image, plan.hsv_gains)
+        boxes, labels, sources = plan_labels(plan, refs, self.imgsz)
+        if store.broken:
+            whole = ~np.isin(sources, list(store.broken))
+            boxes, labels = boxes[whole], labels[whole]
+        return Sample(image, boxes, labels)
+
+    def _compose(
+        self, canvas: np.ndarray, plan: AugmentPlan, store: ImageStore, refs: Sequence[ImageRef]
+    ) -> None:
+        canvas.fill(GREY)
+        for layer in plan.layers:
+            self._paste(canvas, layer, store, refs[layer.source])
+
+    def _paste(self, canvas: np.ndarray, layer: Layer, store: ImageStore, ref: ImageRef) -> None:
+        """Warp the part of one source that shows into its place on the canvas."""
+        longest = max(ref.height, ref.width)
+        pixels = store[layer.source]
+        height, width = pixels.shape[:2]
+        per_x, per_y = ref.width / longest / width, ref.height / longest / height  # units per source px
+        visible = _rounded(layer.visible, per_x, per_y, width, height)
+        a, b, c, d, e, f = (value * self.imgsz for value in layer.affine)
+        matrix = (a * per_x, b * per_y, c, d * per_x, e * per_y, f)  # source px to output px
+        place = _bounds(matrix, visible, (0, 0, self.imgsz, self.imgsz), margin=0)
+        if place is None:
+            return
+        part = _bounds(_inverse(matrix), place, visible, margin=2)
+        if part is None:
+            return
+        padded = self._pad(pixels[part[1] : part[3], part[0] : part[2]])
+        x, y, w, h = place[0], place[1], place[2] - place[0], place[3] - place[1]
+        warped, mask = self._warped[:h, :w], self._mask[:h, :w]
+        cv2.warpAffine(
+            padded,
+            _between_pixels(matrix, (part[0] - 1, part[1] - 1), (x, y)),
+            (w, h),
+            dst=warped,
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(GREY, GREY, GREY, 0),
+        )
+        cv2.extractChannel(warped, _ALPHA, dst=mask)
+        cv2.threshold(mask, _COVERED, 255, cv2.THRESH_BINARY, dst=mask)
+        cv2.copyTo(warped, mask, canvas[y : y + h, x : x + w])
+
+    def _pad(self, part: np.ndarray) -> np.ndarray:
+        """Return the part in four channels, opaque, in a frame of its own edge that is transparent.
+
+        Where alpha crosses one half is the part's true edge, and colours there are not mixed with grey.
+        """
+        height, width = part.shape[:2]
+        padded = self._padded[: height + 2, : width + 2]
+        cv2.cvtColor(part, cv2.COLOR_RGB2RGBA, dst=padded[1:-1, 1:-1])
+        padded[0], padded[-1] = padded[1], padded[-2]
+        padded[:, 0], padded[:, -1] = padded[:, 1], padded[:, -2]
+        padded[0, :, _ALPHA] = padded[-1, :, _ALPHA] = 0
+        padded[:, 0, _ALPHA] = padded[:, -1, _ALPHA] = 0
+        return padded
+
+    def _recolour(self, out: np.ndarray, gains: tuple[float, float, float]) -> None:
+        """Shift hue and scale saturation and value of the canvas, into `out`.
+
+        Source: ultralytics@8.4.190, data/augment.py RandomHSV.
+        """
+        hue, saturation, value = gains
+        levels = np.arange(256, dtype=np.float64)
+        tables = (
+            (levels + hue * 180) % 180,
+            np.clip(levels * (1 + saturation), 0, 255),
+            np.clip(levels * (1 + value), 0, 255),
+        )
+        cv2.cvtColor(self._canvas, cv2.COLOR_RGB2HSV, dst=out)
+        cv2.split(out, self._planes)
+        for plane, table in zip(self._planes, tables, strict=True):
+            cv2.LUT(plane, table.astype(np.uint8), dst=plane)
+        cv2.merge(self._planes, dst=out)
+        cv2.cvtColor(out, cv2.COLOR_HSV2RGB, dst=out)
+
+
+Matrix = tuple[float, float, float, float, float, float]
+Box = tuple[int, int, int, int]
+
+
+def _rounded(
+    visible: tuple[float, float, float, float], per_x: float, per_y: float, width: int, height: int
+) -> Box:
+    """Return a rectangle in units as whole source pixels."""
+    x0, y0, x1, y1 = visible
+    return (
+        max(0, round(x0 / per_x)),
+        max(0, round(y0 / per_y)),
+        min(width, round(x1 / per_x)),
+        min(height, round(y1 / per_y)),
+    )
+
+
+def _bounds(matrix: Matrix, box: Box, limit: Box, *, margin: int) -> Box | None:
+    """Return the whole pixels that a mapped box can touch, within `limit`; None when there are none."""
+    a, b, c, d, e, f = matrix
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        return None
+    cx, cy, hw, hh = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
+    x, y = a * cx + b * cy + c, d * cx + e * cy + f
+    rx, ry = abs(a) * hw + abs(b) * hh + margin, abs(d) * hw + abs(e) * hh + margin
+    found = (
+        max(limit[0], math.floor(x - rx)),
+        max(limit[1], math.floor(y - ry)),
+        min(limit[2], math.ceil(x + rx)),
+        min(limit[3], math.ceil(y + ry)),
+    )
+    return found if found[0] < found[2] and found[1] < found[3] else None
+
+
+def _inverse(matrix: Matrix) -> Matrix:
+    a, b, c, d, e, f = matrix
+    determinant = a * e - b * d
+    a, b, d, e = e / determinant, -b / determinant, -d / determinant, a / determinant
+    return a, b, -(a * c + b * f), d, e, -(d * c + e * f)
+
+
+def _between_pixels(matrix: Matrix, source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+    """Return the (2, 3) map between pixel indices of two windows, whose corners are given.
+
+    OpenCV puts pixel i at i, geometry at i + 0.5.
+    """
+    a, b, c, d, e, f = matrix
+    x, y = source[0] + 0.5, source[1] + 0.5
+    return np.array(
+        [
+            [a, b, a * x + b * y + c - target[0] - 0.5],
+            [d, e, d * x + e * y + f - target[1] - 0.5],
+        ]
+    )
