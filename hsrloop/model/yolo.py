@@ -1,0 +1,249 @@
+"""The network, and the only file that imports Ultralytics.
+
+Ultralytics supplies the `nn.Module`; what runs it is here, written against the four attributes that
+its detection models have had in every release: `model` (the layers), a layer's `f` (where its input
+comes from) and `i` (its number), and `save` (which outputs are needed later).
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import importlib
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsrloop.errors import WeightsError
+from hsrloop.records import RawPredictions
+
+SCALES = ("n", "s", "m", "l", "x")
+SIZES = {(16, 2): "n", (32, 2): "s", (48, 4): "m", (64, 6): "l", (80, 6): "x"}  # width, depth
+LAYERS = (
+    *("Conv", "Conv", "C2f", "Conv", "C2f", "Conv", "C2f", "Conv", "C2f", "SPPF"),
+    *("Upsample", "Concat", "C2f", "Upsample", "Concat", "C2f"),
+    *("Conv", "Concat", "C2f", "Conv", "Concat", "C2f", "Detect"),
+)
+
+
+def import_ultralytics() -> ModuleType:
+    """Import Ultralytics with its side effects off, and return the package.
+
+    No network, no automatic installs, no settings file in the user's home, no analytics, no banner;
+    what it changes in the process (thread counts, environment, `torch.save`, NumPy's print options)
+    is put back. Calling it again costs nothing.
+    """
+    package = sys.modules.get("ultralytics.nn.tasks")
+    if package is None:
+        with _side_effects_undone():
+            importlib.import_module("ultralytics.nn.tasks")
+    return importlib.import_module("ultralytics")
+
+
+@contextmanager
+def _side_effects_undone() -> Iterator[None]:
+    """Keep an import of Ultralytics from changing this process or the user's home."""
+    import cv2
+    import numpy as np
+    import torchvision  # noqa: F401  (its operators must be registered before Ultralytics looks)
+
+    if not os.environ.get("YOLO_CONFIG_DIR"):
+        folder = tempfile.mkdtemp(prefix="hsrloop-ultralytics-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["YOLO_CONFIG_DIR"] = folder
+    for key, value in {"OFFLINE": "true", "AUTOINSTALL": "false", "VERBOSE": "false"}.items():
+        os.environ[f"YOLO_{key}"] = value
+    environment = dict(os.environ)
+    torch_threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
+    print_options, save = np.get_printoptions(), torch.save
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(torch_threads)
+        cv2.setNumThreads(cv2_threads)
+        np.set_printoptions(**print_options)
+        torch.set_printoptions(profile="default")  # type: ignore[no-untyped-call]
+        torch.save = save
+        logging.getLogger("ultralytics").setLevel(logging.ERROR)
+
+
+def build(yaml_name: str, *, names: Sequence[str], seed: int) -> nn.Module:
+    """Build an untrained YOLOv8 detector on the CPU, float32, in train mode.
+
+    Args:
+        yaml_name: "yolov8n.yaml", or another of the scales n, s, m, l, x.
+        names: class names, in data.yaml's order; at least one.
+        seed: the initial weights are a function of it alone; the global generator is untouched.
+
+    Raises:
+        WeightsError: a name that is none of the five.
+    """
+    known = [f"yolov8{scale}.yaml" for scale in SCALES]
+    if yaml_name not in known:
+        raise WeightsError(f"{yaml_name} is no model; for scratch use one of {', '.join(known)}.")
+    import_ultralytics()
+    tasks = importlib.import_module("ultralytics.nn.tasks")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module: nn.Module = tasks.DetectionModel(yaml_name, ch=3, nc=len(names), verbose=False)
+    # 8.4 releases differ in whether this one convolution, which YOLOv8 activates, is activated.
+    spp: Any = layers(module)[9]
+    spp.cv1.act = nn.SiLU()
+    return prepare(module, names)
+
+
+def prepare(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Set what a module to be trained carries: names, task, trainable parameters; return it."""
+    detector: Any = module
+    detector.names = dict(enumerate(names))
+    detector.yaml["nc"] = len(names)
+    detector.nc = len(names)
+    detector.task = "detect"
+    detector.args = {}
+    detector.criterion = None
+    module.float().train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    for parameter in head(module).dfl.parameters():
+        parameter.requires_grad_(False)  # fixed weights 0, 1, ... reg_max - 1
+    return module
+
+
+def layers(module: nn.Module) -> nn.Sequential:
+    """Return the numbered layers of a detection model, the head last."""
+    sequence = module.model
+    assert isinstance(sequence, nn.Sequential)
+    return sequence
+
+
+def head(module: nn.Module) -> Any:
+    """Return the detection head; its branches are `cv2` (boxes) and `cv3` (classes)."""
+    return layers(module)[-1]
+
+
+def class_outputs(module: nn.Module) -> tuple[nn.Conv2d, ...]:
+    """Return the last convolutions of the class branches, one a level; their rows are classes."""
+    return tuple(branch[-1] for branch in head(module).cv3)
+
+
+def strides(module: nn.Module) -> tuple[int, ...]:
+    """Return the pixels of a cell of each level, (8, 16, 32) for YOLOv8."""
+    return tuple(int(s) for s in head(module).stride)
+
+
+def reg_max(module: nn.Module) -> int:
+    """Return the number of bins of the distribution over each box side."""
+    return int(head(module).reg_max)
+
+
+def prior_bias(stride: int, nc: int) -> float:
+    """Return the logit a new class starts from: about 5 objects in a 640 px image.
+
+    Source: ultralytics@8.4.190 Detect.bias_init.
+    """
+    return math.log(5 / nc / (640 / stride) ** 2)
+
+
+def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
+    """Run the network.
+
+    Args:
+        module: from `build` or `load_base`.
+        images: (B, 3, S, S) float in [0, 1].
+
+    Returns:
+        The head's logits, before decoding; A = sum of h * w over the levels.
+    """
+    levels = _features(module, images)
+    detect = head(module)
+    count = images.shape[0]
+    boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
+    classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
+    return RawPredictions(
+        box_logits=torch.cat([x.reshape(count, x.shape[1], -1) for x in boxes], dim=2),
+        class_logits=torch.cat([x.reshape(count, x.shape[1], -1) for x in classes], dim=2),
+        shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
+    )
+
+
+def forward_eval(module: nn.Module, images: Tensor) -> RawPredictions:
+    """Run the network in eval mode: the same logits, no decoding, no gradient.
+
+    The caller decides on eval mode (`module.eval()` or `fuse_for_inference`).
+    """
+    with torch.no_grad():
+        return forward_train(module, images)
+
+
+def _features(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Run all layers but the head; return what the head takes, finest level first."""
+    detector: Any = module
+    outputs: list[Tensor | None] = []
+    body: list[Any] = list(layers(module))[:-1]
+    for layer in body:
+        x = layer(_inputs(layer.f, x, outputs))
+        outputs.append(x if layer.i in detector.save else None)
+    levels = _inputs(head(module).f, x, outputs)
+    assert isinstance(levels, list)
+    return levels
+
+
+def _inputs(
+    origin: int | list[int], x: Tensor, outputs: list[Tensor | None]
+) -> Tensor | list[Tensor]:
+    """Return the output of the layer before (-1) or of numbered earlier layers."""
+    if isinstance(origin, int):
+        return x if origin == -1 else _kept(outputs[origin])
+    return [x if j == -1 else _kept(outputs[j]) for j in origin]
+
+
+def _kept(x: Tensor | None) -> Tensor:
+    assert x is not None, "a layer's output that is needed later was not saved"
+    return x
+
+
+def set_train_mode(module: nn.Module, *, freeze: int = 0, norms_eval: bool = False) -> None:
+    """Put the module in train mode; BatchNorm of the first `freeze` layers (or all) in eval."""
+    module.train()
+    frozen = [module] if norms_eval else list(layers(module)[:freeze])
+    for part in frozen:
+        for layer in part.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
+
+
+def fuse_for_inference(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode with every BatchNorm folded into its convolution."""
+    fused = copy.deepcopy(module).eval().requires_grad_(False)
+    block = type(layers(module)[0])
+    layer: Any
+    for layer in fused.modules():
+        if isinstance(layer, block) and isinstance(layer.bn, nn.BatchNorm2d):
+            conv: nn.Conv2d = layer.conv
+            layer.conv = torch.nn.utils.fuse_conv_bn_eval(conv, layer.bn)
+            layer.bn = nn.Identity()
+    return fused
+
+
+def scale_of(module: nn.Module) -> str:
+    """Return the scale letter, "n" to "x", from the width and depth of the module."""
+    stem: Any = layers(module)[0]
+    blocks: Any = layers(module)[4]
+    return SIZES[(stem.conv.out_channels, len(blocks.m))]
+
+
+def describe(module: nn.Module) -> str:
+    """Return the model's name, such as "yolov8n"."""
+    return f"yolov8{scale_of(module)}"
