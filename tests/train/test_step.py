@@ -54,6 +54,7 @@ def make_state(
     state = build_state(config, base, CPU, amp=False)
     state.model.to(dtype)
     state.ema.module.to(dtype)
+    state.optimizer.load_state_dict(state.optimizer.state_dict())  # casts its tensors likewise
     if frozen_norms:
         for module in state.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
