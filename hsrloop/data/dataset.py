@@ -121,14 +121,20 @@ def _scan(manifest: Manifest, split: str) -> _Scan:
             if problem:
                 scan.dropped.append(f"{path}: {problem}")
                 continue
-            scan.refs.append(ImageRef(path, *size, labels.boxes_cxcywh, labels.labels, labels.polygons))
+            scan.refs.append(
+                ImageRef(path, *size, labels.boxes_cxcywh, labels.labels, labels.polygons)
+            )
             relative = Path(os.path.relpath(path, manifest.root)).as_posix()
             parts = (relative.encode(), text or b"", str(path.stat().st_size).encode())
             scan.digests.append(hashlib.sha256(b"\0".join(parts)).digest())
     if scan.dropped:
-        logger.warning("%s", summary(f"{split}: {len(scan.dropped)} unreadable images left out", scan.dropped))
+        logger.warning(
+            "%s", summary(f"{split}: {len(scan.dropped)} unreadable images left out", scan.dropped)
+        )
     if scan.problems:
-        logger.warning("%s", summary(f"{split}: {len(scan.problems)} bad label rows left out", scan.problems))
+        logger.warning(
+            "%s", summary(f"{split}: {len(scan.problems)} bad label rows left out", scan.problems)
+        )
     if scan.duplicates:
         logger.warning("%s: %d duplicate label rows left out.", split, scan.duplicates)
     return scan
@@ -143,7 +149,12 @@ def _read(manifest: Manifest, path: Path) -> tuple[tuple[int, int], bytes | None
     except FileNotFoundError:
         text = None
     except OSError as error:
-        return (0, 0), None, parse_labels("", source, 1), f"its labels {source} cannot be read: {error.strerror}"
+        return (
+            (0, 0),
+            None,
+            parse_labels("", source, 1),
+            f"its labels {source} cannot be read: {error.strerror}",
+        )
     decoded = (text or b"").decode("utf-8-sig", errors="replace")
     labels = parse_labels(decoded, source, len(manifest.names), manifest.keypoint_columns)
     try:
@@ -177,13 +188,18 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -
         shared = _real(train) & _real(val)
         if not shared or shared != _real(val):
             if shared:
-                logger.warning("%d images are in both train and val: validation will look too good.", len(shared))
+                logger.warning(
+                    "%d images are in both train and val: validation will look too good.",
+                    len(shared),
+                )
             return False
     why = "no val in data.yaml" if val is None else "val holds training images only"
     useful = [len(ref.labels) > 0 for ref in train.refs]
     picked = set(hold_out([ref.path for ref in train.refs], seed=seed, useful=useful))
     if not picked:
-        logger.warning("%s: %s and only %d image: it is used for both.", manifest.yaml, why, len(train.refs))
+        logger.warning(
+            "%s: %s and only %d image: it is used for both.", manifest.yaml, why, len(train.refs)
+        )
         scans["val"] = train
         return True
     kept, held = _Scan(), _Scan()
@@ -192,7 +208,11 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -
         side.refs.append(ref)
         side.digests.append(digest)
     for side in (kept, held):
-        side.label_files, side.problems, side.dropped = train.label_files, train.problems, train.dropped
+        side.label_files, side.problems, side.dropped = (
+            train.label_files,
+            train.problems,
+            train.dropped,
+        )
     scans["train"], scans["val"] = kept, held
     logger.warning(
         "%s: %s, so %d of %d images are held out for validation (seed %d) and not trained on. "

@@ -19,7 +19,9 @@ from hsrloop.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = frozenset({".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
+)
 SPLITS = ("train", "val", "test")
 
 
@@ -49,7 +51,9 @@ def read_manifest(path: str | Path) -> Manifest:
     names = _names(file, data)
     splits = {split: _entries(file, split, data.get(split)) for split in SPLITS}
     if not splits["train"]:
-        raise DatasetError(f"{file} has no 'train'; add the folder of training images, e.g. train: images/train")
+        raise DatasetError(
+            f"{file} has no 'train'; add the folder of training images, e.g. train: images/train"
+        )
     root = _root(file, data.get("path"))
     return Manifest(file, root, names, splits, _keypoint_columns(data.get("kpt_shape")))
 
@@ -58,22 +62,30 @@ def _parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise DatasetError(f"{file} does not exist. Give the path of a data.yaml with --dataset.") from None
+        raise DatasetError(
+            f"{file} does not exist. Give the path of a data.yaml with --dataset."
+        ) from None
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+        raise DatasetError(
+            f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8."
+        ) from None
     except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error.strerror}.") from None
     try:
         data = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = " Write Windows paths with forward slashes." if "escape" in str(error.problem) else ""
+        hint = (
+            " Write Windows paths with forward slashes." if "escape" in str(error.problem) else ""
+        )
         hint = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else hint
         raise DatasetError(f"{file}:{line}: not valid YAML: {error.problem}.{hint}") from None
     except yaml.YAMLError as error:
         raise DatasetError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
-        raise DatasetError(f"{file} holds {_kind(data)}; it must map train, val and names to values.")
+        raise DatasetError(
+            f"{file} holds {_kind(data)}; it must map train, val and names to values."
+        )
     return data
 
 
@@ -85,22 +97,36 @@ def _names(file: Path, data: dict[str, Any]) -> tuple[str, ...]:
     names, nc = data.get("names"), _nc(file, data.get("nc"))
     if names is None:
         if nc is None:
-            raise DatasetError(f"{file} has neither 'names' nor 'nc'; add names: [first, second, ...].")
+            raise DatasetError(
+                f"{file} has neither 'names' nor 'nc'; add names: [first, second, ...]."
+            )
         logger.warning("%s has no 'names'; classes are called class_0 to class_%d.", file, nc - 1)
         return tuple(f"class_{i}" for i in range(nc))
     if isinstance(names, dict):
         names = _ordered(file, names)
     if not isinstance(names, list) or not names:
-        raise DatasetError(f"{file}: names is {names!r}; it must be a list or a map of class names.")
+        raise DatasetError(
+            f"{file}: names is {names!r}; it must be a list or a map of class names."
+        )
     for i, name in enumerate(names):
-        if isinstance(name, bool) or not isinstance(name, str | int | float) or not str(name).strip():
-            raise DatasetError(f"{file}: names[{i}] is {name!r}; it must be text. Put it in quotes.")
+        if (
+            isinstance(name, bool)
+            or not isinstance(name, str | int | float)
+            or not str(name).strip()
+        ):
+            raise DatasetError(
+                f"{file}: names[{i}] is {name!r}; it must be text. Put it in quotes."
+            )
     if nc is not None and nc != len(names):
-        raise DatasetError(f"{file}: nc is {nc}, but names has {len(names)} entries; they must agree. Drop nc.")
+        raise DatasetError(
+            f"{file}: nc is {nc}, but names has {len(names)} entries; they must agree. Drop nc."
+        )
     result = tuple(str(name) for name in names)
     twice = sorted({name for name in result if result.count(name) > 1})
     if twice:
-        logger.warning("%s names %s more than once; they are separate classes.", file, ", ".join(twice))
+        logger.warning(
+            "%s names %s more than once; they are separate classes.", file, ", ".join(twice)
+        )
     return result
 
 
@@ -110,7 +136,9 @@ def _ordered(file: Path, names: dict[Any, Any]) -> list[Any]:
         numbers = {int(key): value for key, value in names.items()}
     except (TypeError, ValueError):
         wrong = next(key for key in names if not str(key).lstrip("-").isdigit())
-        raise DatasetError(f"{file}: names has the key {wrong!r}; keys must be class numbers 0, 1, 2, ...") from None
+        raise DatasetError(
+            f"{file}: names has the key {wrong!r}; keys must be class numbers 0, 1, 2, ..."
+        ) from None
     if sorted(numbers) != list(range(len(names))):
         raise DatasetError(
             f"{file}: names has the keys {sorted(numbers)}; they must be 0 to {len(names) - 1} without gaps."
@@ -126,7 +154,9 @@ def _nc(file: Path, value: Any) -> int | None:
     except (TypeError, ValueError):
         nc = 0.5
     if isinstance(value, bool) or nc != int(nc) or nc < 1:
-        raise DatasetError(f"{file}: nc is {value!r}; it must be a whole number of classes, at least 1.")
+        raise DatasetError(
+            f"{file}: nc is {value!r}; it must be a whole number of classes, at least 1."
+        )
     return int(nc)
 
 
@@ -143,7 +173,9 @@ def _entries(file: Path, split: str, value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     for entry in values:
         if not isinstance(entry, str):
-            raise DatasetError(f"{file}: {split} is {entry!r}; it must be a path or a list of paths.")
+            raise DatasetError(
+                f"{file}: {split} is {entry!r}; it must be a path or a list of paths."
+            )
     return tuple(values)
 
 
@@ -199,11 +231,15 @@ def images_of(manifest: Manifest, split: str) -> list[Path]:
         elif place.suffix.lower() in SUFFIXES:
             files[place] = None
         else:
-            raise DatasetError(f"{manifest.yaml}: {split}: {place} is neither a folder, a .txt list nor an image.")
+            raise DatasetError(
+                f"{manifest.yaml}: {split}: {place} is neither a folder, a .txt list nor an image."
+            )
     if not files:
         where = ", ".join(manifest.splits[split])
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise DatasetError(f"{manifest.yaml}: no images in {split} ({where}). Known kinds: {kinds}.")
+        raise DatasetError(
+            f"{manifest.yaml}: no images in {split} ({where}). Known kinds: {kinds}."
+        )
     return sorted(files)
 
 
@@ -214,12 +250,18 @@ def _locate(manifest: Manifest, split: str, entry: str) -> Path:
     found = _moved(entry, [manifest.root, manifest.yaml.parent])
     if found is None:
         remedy = "" if split == "train" else f" Without a '{split}' line, "
-        remedy += {"train": "", "val": "a tenth of train is held out.", "test": "there is no test set."}[split]
+        remedy += {
+            "train": "",
+            "val": "a tenth of train is held out.",
+            "test": "there is no test set.",
+        }[split]
         raise DatasetError(
             f"{manifest.yaml}: {split}: {direct} does not exist. Paths are relative to 'path', "
             f"which is relative to the folder of data.yaml.{remedy}"
         )
-    logger.warning("%s: %s: %s does not exist here; using %s instead.", manifest.yaml, split, entry, found)
+    logger.warning(
+        "%s: %s: %s does not exist here; using %s instead.", manifest.yaml, split, entry, found
+    )
     return found
 
 
@@ -246,7 +288,9 @@ def _listed(manifest: Manifest, file: Path) -> Iterator[Path]:
         entry = line.strip()
         if not entry or Path(entry).suffix.lower() not in SUFFIXES:
             continue
-        bases = [file.parent, manifest.root] if entry.startswith("./") else [manifest.root, file.parent]
+        bases = (
+            [file.parent, manifest.root] if entry.startswith("./") else [manifest.root, file.parent]
+        )
         direct = next((base / entry for base in bases if (base / entry).exists()), None)
         found = direct or _moved(entry, bases)
         if found is None:

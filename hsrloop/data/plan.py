@@ -120,7 +120,9 @@ def _draw_layers(
             extents = [_extent(refs[source]) for source in sources]
             offsets = [
                 (cx - w if column == 0 else cx, cy - h if row == 0 else cy)
-                for (w, h), (row, column) in zip(extents, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True)
+                for (w, h), (row, column) in zip(
+                    extents, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True
+                )
             ]
             canvas = limit = (2.0, 2.0)
     matrix, zoom = _draw_affine(sample_rng(seed, epoch, index, prefix + "affine"), settings, canvas)
@@ -212,7 +214,9 @@ def _plan_labels(
     return (after[keep] * imgsz).astype(np.float32), labels[keep], sources[keep]
 
 
-def _boxes_within(low: np.ndarray, high: np.ndarray, floor: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
+def _boxes_within(
+    low: np.ndarray, high: np.ndarray, floor: np.ndarray, ceiling: np.ndarray
+) -> np.ndarray:
     """Return (n, 4) boxes from their corners (n, 2), clipped to a rectangle each."""
     return np.concatenate((np.clip(low, floor, ceiling), np.clip(high, floor, ceiling)), axis=1)
 

@@ -18,7 +18,9 @@ from hsrloop.data.store import GREY, ImageStore
 from hsrloop.records import Sample
 
 _ALPHA = 3
-_COVERED = 126  # alpha from which a pixel belongs to the source: just under half, so seams leave no gap
+_COVERED = (
+    126  # alpha from which a pixel belongs to the source: just under half, so seams leave no gap
+)
 
 
 def render(
@@ -78,7 +80,10 @@ class Renderer:
         longest = max(ref.height, ref.width)
         pixels = store[layer.source]
         height, width = pixels.shape[:2]
-        per_x, per_y = ref.width / longest / width, ref.height / longest / height  # units per source px
+        per_x, per_y = (
+            ref.width / longest / width,
+            ref.height / longest / height,
+        )  # units per source px
         visible = _rounded(layer.visible, per_x, per_y, width, height)
         a, b, c, d, e, f = (value * self.imgsz for value in layer.affine)
         matrix = (a * per_x, b * per_y, c, d * per_x, e * per_y, f)  # source px to output px

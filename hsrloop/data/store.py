@@ -134,7 +134,11 @@ class ImageStore:
         except Unreadable as error:
             if index not in self.broken:
                 self.broken.add(index)
-                logger.warning("%s became unreadable: %s. It is grey from now on, without labels.", ref.path, error)
+                logger.warning(
+                    "%s became unreadable: %s. It is grey from now on, without labels.",
+                    ref.path,
+                    error,
+                )
             return np.full((height, width, 3), GREY, np.uint8)
         if pixels.shape[:2] == (height, width):
             return pixels
@@ -180,7 +184,9 @@ class ImageStore:
                 notes.write_text(json.dumps({"broken": sorted(self.broken)}))
                 os.replace(temporary, file)
             except OSError as error:
-                raise OutputError(f"The image cache in {cache_dir} cannot be written: {error.strerror}.") from None
+                raise OutputError(
+                    f"The image cache in {cache_dir} cannot be written: {error.strerror}."
+                ) from None
             finally:
                 temporary.unlink(missing_ok=True)
         self.broken = set(json.loads(notes.read_text())["broken"])
@@ -192,7 +198,9 @@ class ImageStore:
             head, images, _ = f"{folder}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
             top = Path(head) if images else folder
             if inside == top or top in inside.parents:
-                raise OutputError(f"cache folder {cache_dir} lies inside the data set {top}; choose another.")
+                raise OutputError(
+                    f"cache folder {cache_dir} lies inside the data set {top}; choose another."
+                )
 
     def _key(self) -> str:
         """Return a name for the cache file that changes with the images and how they are stored."""

@@ -1,0 +1,298 @@
+"""Batches of the training stream from any position, and letterboxed batches to validate on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.dataset import ImageRef
+from hsrloop.data.plan import AugmentSettings, draw_plan
+from hsrloop.data.render import Renderer
+from hsrloop.data.sampler import epoch_order
+from hsrloop.data.store import GREY, ImageStore, stored_size
+from hsrloop.data.workers import WorkerDied, WorkerPool
+from hsrloop.records import Batch, Position
+
+__all__ = ["TrainLoader", "ValBatch", "ValLoader", "WorkerDied"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One micro-batch: which images of which epoch."""
+
+    epoch: int
+    indices: tuple[int, ...]
+    mosaic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """Labels of one micro-batch."""
+
+    boxes_cxcywh: np.ndarray  # (N, 4) float32 in [0, 1]
+    labels: np.ndarray  # (N,) int64
+    image_index: np.ndarray  # (N,) int64, sorted
+
+
+class TrainLoader:
+    """The training stream in micro-batches; holds no state of it.
+
+    An optimizer step is `config.batch` consecutive samples of the epoch, the last one fewer; it
+    comes in micro-batches of at most `micro_batch`. Any number of workers, any micro-batch and any
+    cache give the same samples in the same order.
+
+    Args:
+        micro_batch: images at a time; by default config.micro_batch, or the whole batch.
+        workers: processes that render; 0 renders in the calling thread.
+        prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[ImageRef],
+        store: ImageStore,
+        config: TrainConfig,
+        *,
+        micro_batch: int | None = None,
+        workers: int = 0,
+        prefetch: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self.n_samples = len(refs)
+        self.batch = config.batch
+        self.micro_batch = min(micro_batch or config.micro_batch or config.batch, config.batch)
+        self._refs = refs
+        self._store = store
+        self._seed = config.seed
+        self._settings = AugmentSettings.from_config(config)
+        self._workers = workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory
+        self._pool: WorkerPool[_Task, _Targets] | None = None
+
+    def __len__(self) -> int:
+        """Return the optimizer steps of an epoch."""
+        return -(-self.n_samples // self.batch)
+
+    def batches(self, position: Position, *, mosaic: bool = True) -> Iterator[Batch]:
+        """Yield micro-batches from a position to the end of its epoch.
+
+        Args:
+            position: at the start of an optimizer step: a multiple of `batch`, within the epoch.
+            mosaic: False closes mosaic and mixup.
+
+        Raises:
+            ValueError: the position is no start of a step.
+            WorkerDied: a worker process is gone.
+        """
+        if position.sample % self.batch or not 0 <= position.sample < self.n_samples:
+            raise ValueError(
+                f"{position} is no start of a step: {self.n_samples} samples, batch {self.batch}"
+            )
+        return self._run(position, mosaic)
+
+    def _run(self, position: Position, mosaic: bool) -> Iterator[Batch]:
+        order = epoch_order(self._seed, position.epoch, self.n_samples)
+        tasks, ends = [], []
+        for start in range(position.sample, self.n_samples, self.batch):
+            stop = min(start + self.batch, self.n_samples)
+            for first in range(start, stop, self.micro_batch):
+                last = min(first + self.micro_batch, stop)
+                tasks.append(_Task(position.epoch, tuple(order[first:last].tolist()), mosaic))
+                ends.append((last, last == stop))
+        for (images, targets), (last, ends_step) in zip(self._rendered(tasks), ends, strict=True):
+            done = last == self.n_samples
+            yield Batch(
+                images=images.permute(0, 3, 1, 2),
+                boxes_cxcywh=torch.from_numpy(targets.boxes_cxcywh),
+                labels=torch.from_numpy(targets.labels),
+                image_index=torch.from_numpy(targets.image_index),
+                after=Position(position.epoch + 1, 0) if done else Position(position.epoch, last),
+                ends_step=ends_step,
+            )
+
+    def _rendered(self, tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, _Targets]]:
+        """Yield (B, S, S, 3) images and targets of each task in order."""
+        if self._workers == 0:
+            renderer = Renderer(self._store.imgsz)
+            rendered = (self._inline(renderer, task) for task in tasks)
+            yield from ahead(rendered) if self._prefetch else rendered
+            return
+        if self._pool is None:
+            size = 3 * self._store.imgsz**2 * self.micro_batch
+            work = functools.partial(self._work, Renderer(self._store.imgsz))
+            self._pool = WorkerPool(work, count=self._workers, slot_bytes=size)
+        for task, (targets, slot) in zip(tasks, self._pool.map(tasks), strict=True):
+            images = self._images(len(task.indices))
+            images.numpy()[:] = slot[: images.numel()].reshape(images.shape)
+            yield images, targets
+
+    def _images(self, count: int) -> Tensor:
+        side = self._store.imgsz
+        return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+
+    def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:
+        images = self._images(len(task.indices))
+        return images, self._work(renderer, task, images.numpy().reshape(-1))
+
+    def _work(self, renderer: Renderer, task: _Task, slot: np.ndarray) -> _Targets:
+        """Render a task's images into `slot`, return their targets."""
+        side = self._store.imgsz
+        count = len(task.indices)
+        images = slot[: 3 * count * side**2].reshape(count, side, side, 3)
+        samples = []
+        for image, index in zip(images, task.indices, strict=True):
+            plan = draw_plan(
+                self._seed, task.epoch, index, self._refs, self._settings, mosaic=task.mosaic
+            )
+            samples.append(renderer.sample(plan, self._store, self._refs, image))
+        boxes = np.concatenate([sample.boxes_xyxy_px for sample in samples]) / np.float32(side)
+        return _Targets(
+            np.concatenate(
+                ((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), axis=1
+            ),
+            np.concatenate([sample.labels for sample in samples]),
+            np.repeat(np.arange(count), [len(sample.labels) for sample in samples]),
+        )
+
+    def close(self) -> None:
+        """End the worker processes; a later `batches` starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ValBatch:
+    """Letterboxed images with their true boxes; N boxes over B images, N may be 0.
+
+    Pixels of the original image are (letterboxed px - pads) / gains.
+    """
+
+    images: Tensor  # (B, 3, S, S) uint8 RGB, channels_last
+    boxes_xyxy_px: Tensor  # (N, 4) float32, px of the letterboxed frame
+    labels: Tensor  # (N,) int64
+    image_index: Tensor  # (N,) int64, sorted, 0..B-1
+    indices: Tensor  # (B,) int64, places in the split
+    gains: Tensor  # (B, 2) float32, x and y
+    pads: Tensor  # (B, 2) float32, left and top
+
+
+class ValLoader:
+    """A split in its own order, letterboxed into squares: centred, grey 114.
+
+    Source: ultralytics@8.4.190 with rect=False: data/base.py load_image, data/augment.py LetterBox;
+    its evaluator matches in the letterboxed frame too.
+
+    Args:
+        store: made with interpolation "linear".
+        prefetch: make one batch ahead in a thread.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[ImageRef],
+        store: ImageStore,
+        *,
+        batch: int,
+        pin_memory: bool = False,
+        prefetch: bool = True,
+    ) -> None:
+        self.n_samples = len(refs)
+        self.batch = batch
+        self._refs = refs
+        self._store = store
+        self._pin_memory = pin_memory
+        self._prefetch = prefetch
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self.n_samples // self.batch)
+
+    def __iter__(self) -> Iterator[ValBatch]:
+        starts = range(0, self.n_samples, self.batch)
+        made = (
+            self._make(range(start, min(start + self.batch, self.n_samples))) for start in starts
+        )
+        return ahead(made) if self._prefetch else made
+
+    def _make(self, indices: range) -> ValBatch:
+        side = self._store.imgsz
+        images = torch.empty(
+            (len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory
+        )
+        frames = np.array([_frame(self._refs[i], side) for i in indices])
+        boxes = []
+        for image, index, (gain_x, gain_y, left, top) in zip(
+            images.numpy(), indices, frames, strict=True
+        ):
+            pixels = self._store[index]
+            height, width = pixels.shape[:2]
+            image.fill(GREY)
+            image[int(top) : int(top) + height, int(left) : int(left) + width] = pixels
+            boxes.append(_letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top)))
+        counts = [len(self._refs[i].labels) for i in indices]
+        return ValBatch(
+            images=images.permute(0, 3, 1, 2),
+            boxes_xyxy_px=torch.from_numpy(np.concatenate(boxes)),
+            labels=torch.from_numpy(np.concatenate([self._refs[i].labels for i in indices])),
+            image_index=torch.from_numpy(np.repeat(np.arange(len(indices)), counts)),
+            indices=torch.tensor(list(indices)),
+            gains=torch.from_numpy(frames[:, :2].astype(np.float32)),
+            pads=torch.from_numpy(frames[:, 2:].astype(np.float32)),
+        )
+
+    def close(self) -> None:
+        """Release nothing: an iterator ends its own thread."""
+
+
+def _frame(ref: ImageRef, side: int) -> tuple[float, float, float, float]:
+    """Return gain x, gain y, left and top of an image as stored, in a square.
+
+    Halves of a pixel go to the right and bottom. Source: ultralytics@8.4.190, LetterBox.get_params.
+    """
+    height, width = stored_size(ref.height, ref.width, side)
+    left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
+    return width / ref.width, height / ref.height, left, top
+
+
+def _letterboxed(
+    boxes_cxcywh: np.ndarray, size: tuple[int, int], pad: tuple[float, float]
+) -> np.ndarray:
+    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) shifted by `pad` (x, y)."""
+    scale, shift = np.array(size, np.float32), np.array(pad, np.float32)
+    centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+    low, high = (centre - half) * scale + shift, (centre + half) * scale + shift
+    return np.concatenate((low, high), axis=1).astype(np.float32)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield what an iterable gives, made one item ahead in a thread."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="hsrloop-loader") as thread:
+        due = thread.submit(next, source, end)
+        while (item := due.result()) is not end:
+            due = thread.submit(next, source, end)
+            yield item  # type: ignore[misc]
