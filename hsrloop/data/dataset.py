@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from hsrloop.data.labels import Labels, label_path, parse_labels
-from hsrloop.data.manifest import Manifest, images_of, read_manifest, summary
+from hsrloop.data.manifest import Manifest, images_of, read_manifest
+from hsrloop.data.places import summary
 from hsrloop.data.scan import Unreadable, image_size
 from hsrloop.data.split import hold_out
 from hsrloop.errors import DatasetError
@@ -76,7 +77,7 @@ def load_dataset(
     """Read data.yaml, its images' headers and its labels.
 
     What cannot be used is left out with a located warning: a row, or an unreadable image. Without a
-    validation split of its own, a tenth of the training images is held out, by groups of look-alikes.
+    validation split of its own, a tenth of the training images is held out, look-alikes together.
 
     Args:
         seed: decides which images are held out.
@@ -108,7 +109,7 @@ def load_dataset(
 
 
 def _scan(manifest: Manifest, split: str) -> _Scan:
-    """Read all images' headers and labels of one split, in threads, and warn of what is left out."""
+    """Read images' headers and labels of one split, and warn of what is left out."""
     paths = images_of(manifest, split)
     scan = _Scan()
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 4)) as pool:
@@ -141,7 +142,7 @@ def _scan(manifest: Manifest, split: str) -> _Scan:
 
 
 def _read(manifest: Manifest, path: Path) -> tuple[tuple[int, int], bytes | None, Labels, str]:
-    """Return one image's size, its label bytes (None: no file), its labels, and why it is unusable."""
+    """Return one image's size, label bytes (None: no file), labels, and why it is unusable."""
     source = label_path(path)
     text: bytes | None = None
     try:
@@ -182,7 +183,7 @@ def _check_usable(manifest: Manifest, split: str, scan: _Scan) -> None:
 
 
 def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -> bool:
-    """Hold out a tenth of train when val is missing or the same images; return whether it was done."""
+    """Hold out a tenth of train when val is missing or the same; return whether it was done."""
     train, val = scans["train"], scans.get("val")
     if val is not None:
         shared = _real(train) & _real(val)

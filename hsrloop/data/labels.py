@@ -98,10 +98,13 @@ def _problem(words: list[str], row: list[float], nc: int) -> str:
     if row[0] != int(row[0]):
         return f"class {words[0]} is not a whole number"
     if not 0 <= row[0] < nc:
-        return f"class {int(row[0])}, but data.yaml names {nc} classes (0-{nc - 1}). Fix the label or add the class."
+        return (
+            f"class {int(row[0])}, but data.yaml names {nc} classes (0-{nc - 1}). "
+            "Fix the label or add the class"
+        )
     wrong = next((v for v in row[1:] if not -TOLERANCE <= v <= 1 + TOLERANCE), None)
     if wrong is not None:
-        return f"coordinate {wrong:g} is outside 0 to 1; coordinates are fractions of the image, not pixels"
+        return f"coordinate {wrong:g} is outside 0 to 1; write fractions of the image, not pixels"
     width, height = _extent(row)
     if width <= 0 or height <= 0:
         return f"a box of size {width:g} x {height:g}; both sides must be above 0"
@@ -118,7 +121,7 @@ def _extent(row: list[float]) -> tuple[float, float]:
 
 
 def _clipped(box: list[float]) -> tuple[float, ...]:
-    """Clip a cxcywh box to the image; one that is inside, give or take rounding, keeps its digits."""
+    """Clip a cxcywh box to the image; one inside, give or take rounding, keeps its digits."""
     cx, cy, w, h = box
     if w <= 0 or h <= 0:
         return cx, cy, min(w, 0.0), min(h, 0.0)

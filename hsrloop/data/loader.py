@@ -245,9 +245,7 @@ class ValLoader:
         )
         frames = np.array([_frame(self._refs[i], side) for i in indices])
         boxes = []
-        for image, index, (gain_x, gain_y, left, top) in zip(
-            images.numpy(), indices, frames, strict=True
-        ):
+        for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
             pixels = self._store[index]
             height, width = pixels.shape[:2]
             image.fill(GREY)
@@ -281,7 +279,7 @@ def _frame(ref: ImageRef, side: int) -> tuple[float, float, float, float]:
 def _letterboxed(
     boxes_cxcywh: np.ndarray, size: tuple[int, int], pad: tuple[float, float]
 ) -> np.ndarray:
-    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) shifted by `pad` (x, y)."""
+    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) put at `pad` (x, y)."""
     scale, shift = np.array(size, np.float32), np.array(pad, np.float32)
     centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
     low, high = (centre - half) * scale + shift, (centre + half) * scale + shift

@@ -7,7 +7,6 @@ Nothing named in the file is ever executed or downloaded.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any
 
 import yaml
 
+from hsrloop.data.places import SUFFIXES, images_below, moved, summary
 from hsrloop.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = frozenset(
-    {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
-)
 SPLITS = ("train", "val", "test")
 
 
@@ -141,7 +138,8 @@ def _ordered(file: Path, names: dict[Any, Any]) -> list[Any]:
         ) from None
     if sorted(numbers) != list(range(len(names))):
         raise DatasetError(
-            f"{file}: names has the keys {sorted(numbers)}; they must be 0 to {len(names) - 1} without gaps."
+            f"{file}: names has the keys {sorted(numbers)}; "
+            f"they must be 0 to {len(names) - 1} without gaps."
         )
     return [numbers[i] for i in range(len(numbers))]
 
@@ -189,30 +187,9 @@ def _root(file: Path, value: Any) -> Path:
     declared = folder / Path(value).expanduser()
     if declared.is_dir():
         return declared
-    found = _moved(value, [folder, folder.parent]) or folder
+    found = moved(value, [folder, folder.parent]) or folder
     logger.warning("%s: path %s does not exist here; using %s instead.", file, value, found)
     return found
-
-
-def _parts(text: str) -> list[str]:
-    """Split a POSIX or Windows path; without the root, the drive and leading dots."""
-    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
-    if parts and parts[0].endswith(":"):
-        parts = parts[1:]
-    while parts and parts[0] == "..":
-        parts = parts[1:]
-    return parts
-
-
-def _moved(text: str, bases: list[Path]) -> Path | None:
-    """Look for the longest tail of a path below each base; None when there is none."""
-    parts = _parts(text)
-    for start in range(len(parts)):
-        for base in bases:
-            candidate = base.joinpath(*parts[start:])
-            if candidate.exists():
-                return candidate
-    return None
 
 
 def images_of(manifest: Manifest, split: str) -> list[Path]:
@@ -225,7 +202,7 @@ def images_of(manifest: Manifest, split: str) -> list[Path]:
     for entry in manifest.splits[split]:
         place = _locate(manifest, split, entry)
         if place.is_dir():
-            files.update(dict.fromkeys(_walk(place)))
+            files.update(dict.fromkeys(images_below(place)))
         elif place.suffix.lower() == ".txt":
             files.update(dict.fromkeys(_listed(manifest, place)))
         elif place.suffix.lower() in SUFFIXES:
@@ -247,7 +224,7 @@ def _locate(manifest: Manifest, split: str, entry: str) -> Path:
     direct = manifest.root / Path(entry).expanduser()
     if direct.exists():
         return direct
-    found = _moved(entry, [manifest.root, manifest.yaml.parent])
+    found = moved(entry, [manifest.root, manifest.yaml.parent])
     if found is None:
         remedy = "" if split == "train" else f" Without a '{split}' line, "
         remedy += {
@@ -265,21 +242,6 @@ def _locate(manifest: Manifest, split: str, entry: str) -> Path:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield images below a folder, through symlinks, each real folder once, hidden ones left out."""
-    seen: set[str] = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(where, name)
-
-
 def _listed(manifest: Manifest, file: Path) -> Iterator[Path]:
     """Yield the images that a .txt file names; missing ones are counted and located."""
     missing: list[str] = []
@@ -292,18 +254,10 @@ def _listed(manifest: Manifest, file: Path) -> Iterator[Path]:
             [file.parent, manifest.root] if entry.startswith("./") else [manifest.root, file.parent]
         )
         direct = next((base / entry for base in bases if (base / entry).exists()), None)
-        found = direct or _moved(entry, bases)
+        found = direct or moved(entry, bases)
         if found is None:
             missing.append(f"{file}:{number}: {entry} does not exist")
         else:
             yield found
     if missing:
         logger.warning("%s", summary(f"{len(missing)} listed images left out", missing))
-
-
-def summary(title: str, problems: list[str], shown: int = 5) -> str:
-    """Return a title, the first few problems, and a count of the rest, a line each."""
-    lines = [f"{title}:", *(f"  {problem}" for problem in problems[:shown])]
-    if len(problems) > shown:
-        lines.append(f"  ... and {len(problems) - shown} more")
-    return "\n".join(lines)

@@ -108,7 +108,7 @@ def _draw_layers(
     flips: np.ndarray,
     mosaic: bool,
 ) -> tuple[tuple[Layer, ...], float]:
-    """Draw a mosaic or a single image under a random affine map; the prefix in `place` tells partners apart."""
+    """Draw a mosaic or a single image under a random map; `place` ends in a prefix of names."""
     seed, epoch, index, prefix = place
     sources, offsets, canvas = [first], [(0.0, 0.0)], _extent(refs[first])
     limit = canvas
@@ -227,4 +227,5 @@ def _candidates(before: np.ndarray, after: np.ndarray, kept_area: np.ndarray) ->
     w2, h2 = after[:, 2] - after[:, 0], after[:, 3] - after[:, 1]
     aspect = np.maximum(w2 / (h2 + 1e-16), h2 / (w2 + 1e-16))
     large = (w2 > SMALLEST_PX) & (h2 > SMALLEST_PX) & (w1 * h1 > 0)
-    return large & (w2 * h2 > kept_area * w1 * h1) & (aspect < LONGEST_ASPECT)
+    kept: np.ndarray = large & (w2 * h2 > kept_area * w1 * h1) & (aspect < LONGEST_ASPECT)
+    return kept

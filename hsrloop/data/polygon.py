@@ -50,4 +50,5 @@ def _half_plane(polygon: np.ndarray, distance: np.ndarray) -> np.ndarray:
     share = distance / np.where(crosses, distance - ahead, 1.0)
     crossing = polygon + share[:, None] * (following - polygon)
     points = np.stack((polygon, crossing), axis=1).reshape(-1, 2)
-    return points[np.stack((keep, crosses), axis=1).ravel()]
+    kept: np.ndarray = points[np.stack((keep, crosses), axis=1).ravel()]
+    return kept

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ORIENTATION = 274  # EXIF tag; 5 to 8 swap width and height
 _TAIL_BYTES = 4096
@@ -33,7 +33,7 @@ def image_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             if not _ends_well(path, kind):
                 image.load()
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise Unreadable("not an image of a known kind") from None
     except Image.DecompressionBombError:
         raise Unreadable("more than 178 million pixels") from None

@@ -116,8 +116,8 @@ class ImageStore:
             return len(self._refs)
         count = int(np.searchsorted(self._starts, budget_bytes, side="right")) - 1
         logger.warning(
-            "The image cache needs %.2f GiB and may use %.2f GiB: %d of %d images are cached, the others "
-            "are decoded each time.",
+            "The image cache needs %.2f GiB and may use %.2f GiB: %d of %d images are cached, "
+            "the others are decoded each time.",
             self._starts[-1] / 2**30, budget_bytes / 2**30, count, len(self._refs),
         )  # fmt: skip
         return count

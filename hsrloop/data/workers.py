@@ -13,7 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerPool(Generic[Task, Result]):
-    """Processes that run `work(task, slot)` in order; forked, so they see the parent's data as it is.
+    """Processes that run `work(task, slot)` in order; forked, they see the parent's data.
 
     Args:
         work: fills `slot`, a (slot_bytes,) uint8 array, and returns a small picklable result.
@@ -62,7 +62,7 @@ class WorkerPool(Generic[Task, Result]):
             self._processes.append(process)
 
     def map(self, tasks: Sequence[Task]) -> Iterator[tuple[Result, np.ndarray]]:
-        """Yield (result, slot) of each task in order; a slot is valid until the next one is asked for.
+        """Yield (result, slot) of each task in order; a slot is valid until the next is asked for.
 
         Raises:
             WorkerDied: a process is gone.
@@ -139,7 +139,7 @@ def _serve(
         except (EOFError, OSError):
             return
         try:
-            answer = (work(task, slots[turn]), "")
+            answer: tuple[Result | None, str] = (work(task, slots[turn]), "")
         except Exception:  # whatever it is, the parent raises it
             answer = (None, traceback.format_exc())
         try:
