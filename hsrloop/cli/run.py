@@ -37,7 +37,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
         _need_dataset(resolved)
     elif request.fast:
         _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
-    _prepare(resolved.config.device)
+    prepare(resolved.config.device)
     if resume is None:
         resolved = add_machine(request, resolved)
 
@@ -71,7 +71,7 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
         _LOG.warning("--fast is ignored: nothing is trained.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
-    _prepare(resolved.config.device)
+    prepare(resolved.config.device)
 
     from hsrloop.train.folder import newest_best
     from hsrloop.train.run import validate
@@ -135,7 +135,7 @@ def serve_tensorboard(logdir: Path, port: int, *, host: str) -> int:
     return 0
 
 
-def _prepare(device: str) -> None:
+def prepare(device: str) -> None:
     """Set what must be set before torch is loaded."""
     from hsrloop.hardware.threads import keep_freed_memory, prepare_environment
 

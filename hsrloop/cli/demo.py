@@ -1,0 +1,150 @@
+"""`hsrloop demo`: the whole way from a data set to a model, in minutes and without photographs."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from hsrloop.cli.run import prepare
+from hsrloop.cli.stop import Stop
+from hsrloop.cli.tabletop import write_data_set
+from hsrloop.config import Resolved, resolve
+from hsrloop.errors import WeightsError
+from hsrloop.report.console import ConsoleSink, duration, make_console
+
+_LOG = logging.getLogger(__name__)
+
+_MODEL = "yolov8n.pt"
+_SCENES = {"train": 240, "val": 60}
+_NETWORK_LIMIT_S = 5.0
+_SHOWN = 12  # validation scenes in the picture
+_SHOWN_CONF = 0.25
+
+# Chosen for two CPU cores and a network that starts from nothing.
+_SETTINGS = {
+    "epochs": 20,
+    "batch": 8,
+    "imgsz": 192,
+    "lr0": 0.002,
+    "patience": 0,
+    "degrees": 0.0,
+    "mixup": 0.0,
+    "workers": 0,
+    "tensorboard": False,
+}
+# Pretrained weights need less of everything.
+_PRETRAINED_SETTINGS = {"epochs": 8}
+
+
+def run_demo(output: Path, *, device: str, seed: int) -> int:
+    """Paint, fine-tune, show; return the exit code."""
+    stop = Stop()
+    stop.listen()
+    begun = time.monotonic()
+    console = make_console()
+    console.print("Painting a tabletop data set: 8 classes, with clutter and occlusion.")
+    dataset = write_data_set(output / "dataset", **_SCENES, seed=seed)
+    prepare(device)
+    weights = _find_pretrained(console)
+    resolved = _settings(dataset, output, weights, device=device, seed=seed)
+
+    from hsrloop.train.run import train
+
+    outcome = train(resolved, sinks=[ConsoleSink(console)], stop=stop)
+    if outcome.result is None:
+        return stop.exit_code
+    best = outcome.run_dir / str(outcome.result["best_model_path"])
+    picture = outcome.run_dir / "predictions.jpg"
+    _draw(dataset, best, picture, imgsz=resolved.config.imgsz)
+    metrics = outcome.result["metrics"]
+    console.print()
+    console.print(f"Demo done in {duration(time.monotonic() - begun)}.")
+    console.print(f"best.pt: {best}", soft_wrap=True)
+    console.print(f"mAP50 {metrics['mAP50']:.3f}, mAP50-95 {metrics['mAP50-95']:.3f}")
+    console.print(f"What it sees: {picture}", soft_wrap=True)
+    return 0
+
+
+def _settings(
+    dataset: Path, output: Path, weights: Path | None, *, device: str, seed: int
+) -> Resolved:
+    settings = {**_SETTINGS, **(_PRETRAINED_SETTINGS if weights else {})}
+    return resolve(
+        [
+            ("demo", settings),
+            (
+                "demo",
+                {
+                    "model": str(weights) if weights else "yolov8n.yaml",
+                    "dataset": str(dataset),
+                    "output": str(output),
+                    "device": device,
+                    "seed": seed,
+                },
+            ),
+        ]
+    )
+
+
+def _find_pretrained(console: Console) -> Path | None:
+    """Return yolov8n.pt from this machine, or from the network if that takes no time."""
+    from hsrloop.model.weights import fetch, find_weights
+
+    try:
+        return find_weights(_MODEL, download=False)
+    except WeightsError:
+        console.print(f"No {_MODEL} on this machine; trying the network for a moment.")
+    folder = Path(tempfile.mkdtemp(prefix="hsrloop-demo-"))
+    fetched = _within(_NETWORK_LIMIT_S, lambda: fetch([_MODEL], dest=folder)[0].path)
+    if fetched is None:
+        console.print(f"{_MODEL} is out of reach: training from scratch.")
+    return fetched
+
+
+def _within(limit_s: float, work: Callable[[], Path | None]) -> Path | None:
+    """Return what `work` returns, or None when it fails or takes longer; it is then left behind."""
+    done: list[Path | None] = []
+
+    def attempt() -> None:
+        try:
+            done.append(work())
+        except (WeightsError, OSError) as error:
+            _LOG.debug("no weights from the network: %s", error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return done[0] if done else None
+
+
+def _draw(dataset: Path, best: Path, picture: Path, *, imgsz: int) -> None:
+    """Write a picture of the first validation scenes with what the model finds in them."""
+    import torch
+
+    from hsrloop.data.dataset import load_dataset
+    from hsrloop.data.loader import ValLoader
+    from hsrloop.data.store import ImageStore
+    from hsrloop.model.base import load_base
+    from hsrloop.report.plots import contact_sheet, draw_predictions, save_picture
+    from hsrloop.train.evaluate import detect, for_inference
+
+    spec = load_dataset(dataset, splits=("val",))
+    refs = spec.val[:_SHOWN]
+    device = torch.device("cpu")
+    module = load_base(best, names=spec.names, seed=0).module
+    network = for_inference(module, device, half=False)
+    store = ImageStore(refs, imgsz=imgsz, interpolation="linear")
+    drawn = []
+    for batch in ValLoader(refs, store, batch=len(refs), prefetch=False):
+        found = detect(network, batch.images, device, conf=_SHOWN_CONF, multi_label=False)
+        for image, detections in zip(batch.images, found, strict=True):
+            pixels = image.permute(1, 2, 0).numpy()
+            drawn.append(draw_predictions(pixels, detections.numpy(), spec.names))
+    store.close()
+    save_picture(picture, contact_sheet(drawn, columns=4))
