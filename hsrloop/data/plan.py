@@ -84,54 +84,59 @@ def draw_plan(
     Args:
         mosaic: False closes mosaic and mixup, as for the last epochs.
     """
-    flips = _draw_flips(sample_rng(seed, epoch, index, "flip"), settings)
-    layers, zoom = _draw_layers((seed, epoch, index, ""), index, refs, settings, flips, mosaic)
+    place = (seed, epoch, index)
+    up, left = sample_rng(*place, "flip").random(2).tolist()
+    flips = (left < settings.fliplr, up < settings.flipud)
+    layers, zoom = _draw_layers(place, "", index, refs, settings, flips, mosaic)
     gains, mix, weight = None, None, 1.0
     if settings.hsv_h or settings.hsv_s or settings.hsv_v:
-        h, s, v = sample_rng(seed, epoch, index, "hsv").uniform(-1, 1, 3).tolist()
-        gains = (h * settings.hsv_h, s * settings.hsv_s, v * settings.hsv_v)
+        h, s, v = sample_rng(*place, "hsv").random(3).tolist()
+        gains = (
+            (2 * h - 1) * settings.hsv_h,
+            (2 * s - 1) * settings.hsv_s,
+            (2 * v - 1) * settings.hsv_v,
+        )
     if mosaic and settings.mixup:
-        rng = sample_rng(seed, epoch, index, "mixup")
+        rng = sample_rng(*place, "mixup")
         if rng.random() < settings.mixup:
             partner = int(rng.integers(len(refs)))
             weight = float(rng.beta(MIXUP_BETA, MIXUP_BETA))
-            place = (seed, epoch, index, "mixup.")
-            mix = AugmentPlan(*_draw_layers(place, partner, refs, settings, flips, mosaic))
+            mix = AugmentPlan(
+                *_draw_layers(place, "mixup.", partner, refs, settings, flips, mosaic)
+            )
     return AugmentPlan(layers, zoom, gains, mix, weight)
 
 
 def _draw_layers(
-    place: tuple[int, int, int, str],
+    place: tuple[int, int, int],
+    prefix: str,
     first: int,
     refs: Sequence[ImageRef],
     settings: AugmentSettings,
-    flips: np.ndarray,
+    flips: tuple[bool, bool],
     mosaic: bool,
 ) -> tuple[tuple[Layer, ...], float]:
-    """Draw a mosaic or a single image under a random map; `place` ends in a prefix of names."""
-    seed, epoch, index, prefix = place
+    """Draw a mosaic or a single image under a random map, and its zoom."""
     sources, offsets, canvas = [first], [(0.0, 0.0)], _extent(refs[first])
     limit = canvas
     if mosaic and settings.mosaic:
-        rng = sample_rng(seed, epoch, index, prefix + "mosaic")
-        if rng.random() < settings.mosaic:
-            cx, cy = rng.uniform(0.5, 1.5, 2).tolist()
-            sources += rng.integers(len(refs), size=3).tolist()
+        chance, x, y, *others = sample_rng(*place, prefix + "mosaic").random(6).tolist()
+        if chance < settings.mosaic:
+            cx, cy = 0.5 + x, 0.5 + y
+            sources += [int(other * len(refs)) for other in others]
             extents = [_extent(refs[source]) for source in sources]
+            corners = ((0, 0), (0, 1), (1, 0), (1, 1))
             offsets = [
-                (cx - w if column == 0 else cx, cy - h if row == 0 else cy)
-                for (w, h), (row, column) in zip(
-                    extents, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True
-                )
+                (cx if right else cx - w, cy if low else cy - h)
+                for (w, h), (low, right) in zip(extents, corners, strict=True)
             ]
             canvas = limit = (2.0, 2.0)
-    matrix, zoom = _draw_affine(sample_rng(seed, epoch, index, prefix + "affine"), settings, canvas)
-    matrix = flips @ matrix
+    draws = sample_rng(*place, prefix + "affine").random(6).tolist()
+    (a, b, c, d, e, f), zoom = _affine(draws, settings, canvas, flips)
     layers = []
     for source, (x, y) in zip(sources, offsets, strict=True):
         w, h = _extent(refs[source])
         visible = (max(0.0, -x), max(0.0, -y), min(w, limit[0] - x), min(h, limit[1] - y))
-        a, b, c, d, e, f = matrix[:2].ravel().tolist()
         layers.append(Layer(source, (a, b, a * x + b * y + c, d, e, d * x + e * y + f), visible))
     return tuple(layers), zoom
 
@@ -142,33 +147,32 @@ def _extent(ref: ImageRef) -> tuple[float, float]:
     return ref.width / longest, ref.height / longest
 
 
-def _draw_affine(
-    rng: np.random.Generator, settings: AugmentSettings, canvas: tuple[float, float]
-) -> tuple[np.ndarray, float]:
-    """Draw a (3, 3) map of the canvas, its centre to about the output's centre, and its zoom."""
-    turn, zoom, shear_x, shear_y, shift_x, shift_y = rng.uniform(-1, 1, 6).tolist()
-    angle = math.radians(turn * settings.degrees)
-    factor = 1 + zoom * settings.scale
+def _affine(
+    draws: Sequence[float],
+    settings: AugmentSettings,
+    canvas: tuple[float, float],
+    flips: tuple[bool, bool],
+) -> tuple[Affine, float]:
+    """Return the map of a canvas whose centre goes to about the output's centre, and its zoom.
+
+    Args:
+        draws: six numbers in [0, 1): turn, zoom, shear x and y, shift x and y.
+        flips: left-right, upside-down; the last thing to be done.
+    """
+    turn, zoom, shear_x, shear_y, shift_x, shift_y = (2 * draw - 1 for draw in draws)
+    angle, factor = math.radians(turn * settings.degrees), 1 + zoom * settings.scale
     cos, sin = factor * math.cos(angle), factor * math.sin(angle)
     kx = math.tan(math.radians(shear_x * settings.shear))
     ky = math.tan(math.radians(shear_y * settings.shear))
-    linear = np.array([[1, kx], [ky, 1]]) @ np.array([[cos, sin], [-sin, cos]])
-    target = np.array([0.5 + shift_x * settings.translate, 0.5 + shift_y * settings.translate])
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = target - linear @ np.array([canvas[0] / 2, canvas[1] / 2])
-    return matrix, factor
-
-
-def _draw_flips(rng: np.random.Generator, settings: AugmentSettings) -> np.ndarray:
-    """Draw a (3, 3) map that mirrors the output."""
-    up, left = rng.random(2).tolist()
-    matrix = np.eye(3)
-    if left < settings.fliplr:
-        matrix[0] = (-1, 0, 1)
-    if up < settings.flipud:
-        matrix[1] = (0, -1, 1)
-    return matrix
+    a, b = cos - kx * sin, sin + kx * cos
+    d, e = ky * cos - sin, ky * sin + cos
+    c = 0.5 + shift_x * settings.translate - (a * canvas[0] + b * canvas[1]) / 2
+    f = 0.5 + shift_y * settings.translate - (d * canvas[0] + e * canvas[1]) / 2
+    if flips[0]:
+        a, b, c = -a, -b, 1 - c
+    if flips[1]:
+        d, e, f = -d, -e, 1 - f
+    return (a, b, c, d, e, f), factor
 
 
 def plan_labels(
@@ -194,15 +198,15 @@ def _plan_labels(
     which = np.repeat(np.arange(len(layers)), counts)  # (n,) layer of each row
     rows = np.concatenate([refs[layer.source].boxes_cxcywh for layer in layers]).astype(np.float64)
     labels = np.concatenate([refs[layer.source].labels for layer in layers])
-    sources = np.array([layer.source for layer in layers])[which]
-    extents = np.array([_extent(refs[layer.source]) for layer in layers])[which]  # (n, 2)
-    visible = np.array([layer.visible for layer in layers])[which]  # (n, 4)
-    maps = np.array([layer.affine for layer in layers])[which].reshape(-1, 2, 3)
+    numbers = [(*_extent(refs[x.source]), *x.visible, *x.affine, x.source) for x in layers]
+    table = np.array(numbers)[which]  # (n, 13)
+    extents, visible, maps = table[:, :2], table[:, 2:6], table[:, 6:12].reshape(-1, 2, 3)
+    sources = table[:, 12].astype(np.int64)
     centre, half = rows[:, :2] * extents, rows[:, 2:] * extents / 2
     before = _boxes_within(centre - half, centre + half, visible[:, :2], visible[:, 2:])
     centre, half = (before[:, :2] + before[:, 2:]) / 2, (before[:, 2:] - before[:, :2]) / 2
-    centre = (maps[:, :, :2] @ centre[..., None])[..., 0] + maps[:, :, 2]
-    reach = (np.abs(maps[:, :, :2]) @ half[..., None])[..., 0]  # of the four corners
+    centre = (maps[:, :, :2] * centre[:, None]).sum(-1) + maps[:, :, 2]
+    reach = (np.abs(maps[:, :, :2]) * half[:, None]).sum(-1)  # of the four corners
     after = _boxes_within(centre - reach, centre + reach, np.zeros(2), np.ones(2))
     kept_area = np.full(len(rows), KEPT_AREA)
     polygons = [polygon for layer in layers for polygon in refs[layer.source].polygons]

@@ -1,0 +1,216 @@
+"""Images/s per core of the training stream, against the data set class of Ultralytics.
+
+Both make the same augmented samples (mosaic 1, degrees 10, mixup 0.1, scale 0.5, translate 0.1,
+HSV, left-right flip) from images decoded into RAM, in one process and one thread, in interleaved
+rounds. Time is CPU time of that thread, so a busy machine disturbs it little. The claim is the
+median over rounds of the paired ratio; beside it the floor, what no loader of this kind can avoid.
+
+    python benchmarks/loader.py --data path/to/data.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402, F401  (before ultralytics)
+import ultralytics  # noqa: E402
+from ultralytics.cfg import get_cfg  # noqa: E402
+from ultralytics.data import build_yolo_dataset  # noqa: E402
+
+from hsrloop.config import TrainConfig  # noqa: E402
+from hsrloop.data.dataset import load_dataset  # noqa: E402
+from hsrloop.data.loader import TrainLoader  # noqa: E402
+from hsrloop.data.store import ImageStore  # noqa: E402
+from hsrloop.records import Position  # noqa: E402
+
+BATCH = 8
+SHARED = {
+    "mosaic": 1.0, "degrees": 10.0, "mixup": 0.1, "scale": 0.5, "translate": 0.1, "shear": 0.0,
+    "fliplr": 0.5, "flipud": 0.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
+}  # fmt: skip
+
+
+def ours(data: Path, imgsz: int) -> Callable[[int, int], None]:
+    """Return a function that makes `count` samples of round `number` with hsrloop."""
+    refs = load_dataset(data).train
+    store = ImageStore(refs, imgsz=imgsz, cache="ram", threads=1)
+    config = TrainConfig(imgsz=imgsz, batch=BATCH, **SHARED)
+    loader = TrainLoader(refs, store, config)
+
+    def make(count: int, number: int) -> None:
+        done = 0
+        while done < count:
+            for batch in loader.batches(Position(number, 0)):
+                done += len(batch.images)
+                if done >= count:
+                    break
+
+    return make
+
+
+def theirs(data: Path, imgsz: int) -> Callable[[int, int], None]:
+    """Return a function that makes `count` samples with Ultralytics' training data set."""
+    settings = {"imgsz": imgsz, "cache": "ram", "task": "detect", "mode": "train", "rect": False}
+    hyp = get_cfg(overrides={**settings, **SHARED})
+    spec = load_dataset(data)
+    info = {"names": dict(enumerate(spec.names)), "nc": spec.nc, "channels": 3}
+    images = [str(ref.path) for ref in spec.train]
+    listing = Path(f"/tmp/hsrloop-bench-{os.getpid()}.txt")
+    listing.write_text("\n".join(images))
+    dataset = build_yolo_dataset(hyp, str(listing), BATCH, info, mode="train", rect=False)
+    listing.unlink()
+
+    def make(count: int, number: int) -> None:
+        order = np.random.default_rng(number).permutation(len(dataset))
+        for start in range(0, count, BATCH):
+            chosen = [order[i % len(order)] for i in range(start, min(start + BATCH, count))]
+            dataset.collate_fn([dataset[int(i)] for i in chosen])
+
+    return make
+
+
+def floor(imgsz: int, repeats: int = 30) -> dict[str, float]:
+    """Return milliseconds of the steps that every such loader needs."""
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 255, (80, 80, 4), dtype=np.uint8), (imgsz, imgsz))
+    three = np.ascontiguousarray(image[..., :3])
+    turned = cv2.getRotationMatrix2D((imgsz / 2, imgsz / 2), 7, 1.0)
+    table = np.arange(256, dtype=np.uint8)
+    hsv = cv2.cvtColor(three, cv2.COLOR_RGB2HSV)
+
+    def hsv_trip() -> None:
+        cv2.cvtColor(cv2.LUT(cv2.cvtColor(three, cv2.COLOR_RGB2HSV), table), cv2.COLOR_HSV2RGB)
+
+    steps: dict[str, Callable[[], Any]] = {
+        "bilinear warp, 3 channels": lambda: cv2.warpAffine(three, turned, (imgsz, imgsz)),
+        "bilinear warp, 4 channels": lambda: cv2.warpAffine(image, turned, (imgsz, imgsz)),
+        "HSV there, table, and back": hsv_trip,
+        "copy": lambda: hsv.copy(),
+    }
+    result = {}
+    for name, step in steps.items():
+        step()
+        times = []
+        for _ in range(repeats):
+            start = time.thread_time()
+            step()
+            times.append(time.thread_time() - start)
+        result[name] = 1e3 * statistics.median(times)
+    return result
+
+
+def measure(makers: dict[str, Callable[[int, int], None]], images: int, rounds: int) -> Any:
+    """Return milliseconds per image of each maker in each round, in alternating order."""
+    for make in makers.values():
+        make(2 * BATCH, 10_000)
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for number in range(rounds):
+        names = list(makers) if number % 2 == 0 else list(makers)[::-1]
+        for name in names:
+            start = time.thread_time()
+            makers[name](images, number)
+            times[name].append(1e3 * (time.thread_time() - start) / images)
+    return times
+
+
+def describe(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return where and with what this was measured."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    model = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "host": f"{model[0] if model else platform.processor()}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
+        "versions": {
+            "python": platform.python_version(), "ultralytics": ultralytics.__version__,
+            "opencv": cv2.__version__, "torch": torch.__version__, "numpy": np.__version__,
+        },
+        "commit": commit or "unknown",
+        "data": data.parent.name, "imgsz": options.imgsz, "images": options.images,
+    }  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the result as a page."""
+    where, rows = result["where"], result["ms_per_image"]
+    lines = [
+        "# Training stream: images/s per core",
+        "",
+        f"{where['host']}, one thread, CPU time; load {where['load']:.1f} during the run; commit "
+        f"{where['commit']}; " + ", ".join(f"{k} {v}" for k, v in where["versions"].items()) + ".",
+        f"{where['data']} at {where['imgsz']}, RAM cache, {result['n']} interleaved rounds of "
+        f"{where['images']} images each.",
+        "",
+        "| | ms an image, median (min to max) | images/s and core |",
+        "|---|---|---|",
+    ]
+    for name, times in rows.items():
+        middle = statistics.median(times)
+        spread = f"{middle:.2f} ({min(times):.2f} to {max(times):.2f})"
+        lines.append(f"| {name} | {spread} | {1e3 / middle:.0f} |")
+    lines += [
+        "",
+        f"Median of paired ratios: **{result['ratio']:.2f}x** "
+        f"({result['ratio_min']:.2f} to {result['ratio_max']:.2f}, n = {result['n']}).",
+        "",
+        "Floor, ms: " + "; ".join(f"{k} {v:.2f}" for k, v in result["floor_ms"].items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    given = os.environ.get("HSRLOOP_TEST_DATA")
+    default = Path(given) / "data/ycb_household/data.yaml" if given else None
+    parser.add_argument("--data", type=Path, default=default, required=default is None)
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--images", type=int, default=64, help="per round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    makers = {
+        "hsrloop": ours(options.data, options.imgsz),
+        "Ultralytics": theirs(options.data, options.imgsz),
+    }
+    times = measure(makers, options.images, options.rounds)
+    ratios = [b / a for a, b in zip(times["hsrloop"], times["Ultralytics"], strict=True)]
+    result = {
+        "where": describe(options.data, options),
+        "n": options.rounds,
+        "ms_per_image": times,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "floor_ms": floor(options.imgsz),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
+    page = markdown(result)
+    (options.out / "loader.md").write_text(page)
+    sys.stdout.write(page)
+
+
+if __name__ == "__main__":
+    main()
