@@ -50,7 +50,7 @@ def run_demo(output: Path, *, device: str, seed: int) -> int:
     console = make_console()
     console.print("Painting a tabletop data set: 8 classes, with clutter and occlusion.")
     dataset = write_data_set(output / "dataset", **_SCENES, seed=seed)
-    prepare(device)
+    prepare()
     weights = _find_pretrained(console)
     resolved = _settings(dataset, output, weights, device=device, seed=seed)
 

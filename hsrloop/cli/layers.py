@@ -10,7 +10,6 @@ from typing import Any
 
 from hsrloop.cli.options import flag
 from hsrloop.config import (
-    FAST_CONFIG,
     Resolved,
     TrainConfig,
     check_key,
@@ -138,10 +137,10 @@ def _check(asked: Resolved) -> None:
 
 def _machine_layers(request: Request, asked: Resolved) -> list[tuple[str, Mapping[str, Any]]]:
     config = asked.config
-    if not config.auto_scale:
-        return [("preset fast", FAST_CONFIG)] if request.fast else []
     from hsrloop.hardware.tiers import fast_settings, settings_of, tier_for, tier_named
 
+    if not config.auto_scale:
+        return [("preset fast", fast_settings(None))] if request.fast else []
     if config.gpu_tier is not None:
         tier = tier_named(config.gpu_tier)
     else:

@@ -37,7 +37,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
         _need_dataset(resolved)
     elif request.fast:
         _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
-    prepare(resolved.config.device)
+    prepare()
     if resume is None:
         resolved = add_machine(request, resolved)
 
@@ -71,7 +71,7 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
         _LOG.warning("--fast is ignored: nothing is trained.")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
-    prepare(resolved.config.device)
+    prepare()
 
     from hsrloop.train.folder import newest_best
     from hsrloop.train.run import validate
@@ -135,11 +135,11 @@ def serve_tensorboard(logdir: Path, port: int, *, host: str) -> int:
     return 0
 
 
-def prepare(device: str) -> None:
+def prepare() -> None:
     """Set what must be set before torch is loaded."""
     from hsrloop.hardware.threads import keep_freed_memory, prepare_environment
 
-    prepare_environment(device=device)
+    prepare_environment()
     keep_freed_memory()
 
 

@@ -175,7 +175,9 @@ class ConsoleSink:
         self._line(Text.assemble("Best weights: ", (str(best), "bold")))
         self._print("On the robot:")
         self._line(Text("    from ultralytics import YOLO", style="cyan"))
-        self._line(Text(f'    YOLO("{best}").predict("image.jpg")', style="cyan"))
+        conf = result.get("best_confidence")
+        threshold = f", conf={conf:.2f}" if conf is not None else ""
+        self._line(Text(f'    YOLO("{best}").predict("image.jpg"{threshold})', style="cyan"))
         self._line(Text(f"By class, with thresholds: hsrloop validate -d DATA.yaml -m {best}"))
 
     def _worst(self, event: RunFinished) -> None:

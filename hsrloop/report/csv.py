@@ -56,14 +56,12 @@ def cut_back(path: Path, epoch: int) -> None:
     """
     if not path.exists():
         return
-    rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-    kept = [
-        row
-        for index, row in enumerate(rows)
-        if index == 0 or (len(row) == len(rows[0]) and int(row[0]) <= epoch)
-    ]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    rows = list(csv.reader(io.StringIO(whole, newline="")))
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(kept)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows(rows[:1])
+    writer.writerows(row for row in rows[1:] if int(row[0]) <= epoch)
     replace_text(path, text.getvalue())
 
 

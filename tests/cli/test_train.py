@@ -1,0 +1,214 @@
+"""`hsrloop train`: layers, warnings, errors, exit codes."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hsrloop.cli import run
+from hsrloop.config import TrainConfig
+from tests.cli.conftest import Calls, Invoke
+
+
+def test_the_tier_lies_over_the_defaults(invoke: Invoke, calls: Calls) -> None:
+    assert invoke("train", "-d", "data.yaml").exit_code == 0
+    config, sources = calls.resolved.config, calls.resolved.sources
+    assert (config.model, config.batch, config.imgsz) == ("yolov8m.pt", 16, 640)
+    assert sources["model"] == "tier medium"
+    assert (sources["dataset"], sources["lr0"]) == ("command line", "default")
+
+
+def test_fast_lies_over_the_tier(invoke: Invoke, calls: Calls) -> None:
+    invoke("train", "-d", "data.yaml", "--fast", "--gpu-tier", "cpu")
+    config = calls.resolved.config
+    assert (config.model, config.imgsz, config.batch) == ("yolov8n.pt", 320, 4)
+    assert (config.epochs, config.patience) == (30, 5)
+    assert calls.resolved.sources["epochs"] == "preset fast"
+
+
+def test_a_file_lies_over_the_preset_and_the_command_line_over_all(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 12\nlr0: 1e-3\npatience: 3\nmodel: yolov8n.pt\n")
+    invoke("train", "-d", "d.yaml", "--fast", "--config", file, "--set", "patience=4")
+    config, sources = calls.resolved.config, calls.resolved.sources
+    assert (config.epochs, config.lr0, config.patience) == (12, 0.001, 4)
+    assert config.model == "yolov8n.pt"
+    assert (sources["epochs"], sources["patience"]) == (str(file), "command line")
+
+
+def test_without_auto_scaling_no_tier_and_no_probe(
+    invoke: Invoke, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hsrloop.hardware import probe
+
+    monkeypatch.setattr(probe, "probe", lambda device: pytest.fail("probed"))
+    assert invoke("train", "-d", "d.yaml", "--no-auto-scale").exit_code == 0
+    assert calls.resolved.config == TrainConfig(dataset="d.yaml", auto_scale=False)
+
+
+def test_an_explicit_value_wins_over_the_tier(invoke: Invoke, calls: Calls) -> None:
+    invoke("train", "-d", "d.yaml", "--batch", "3", "--cache", "false")
+    assert calls.resolved.config.batch == 3
+    assert calls.resolved.config.cache is False
+
+
+def test_a_runs_own_config_file_gives_the_same_run_without_warnings(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    config = TrainConfig(dataset="d.yaml", imgsz=320, cos_lr=True)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_json()))
+    result = invoke("train", "--config", file)
+    assert calls.resolved.config == config
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-oom-recovery"],
+        ["--dynamic-synthetic"],
+        ["--synthetic-ratio", "3"],
+        ["--set", "backgrounds_dir=photos"],
+    ],
+)
+def test_what_is_not_there_yet_warns(invoke: Invoke, calls: Calls, arguments: list[str]) -> None:
+    result = invoke("train", "-d", "d.yaml", *arguments)
+    assert result.exit_code == 0
+    assert result.stderr.count("Warning: Not yet there, without effect: --") == 1
+
+
+def test_a_tier_without_auto_scaling_warns(invoke: Invoke, calls: Calls) -> None:
+    result = invoke("train", "-d", "d.yaml", "--gpu-tier", "low", "--no-auto-scale")
+    assert "--gpu-tier is ignored" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "No data set is given. Use --dataset path/to/data.yaml."),
+        (["-d", "d", "--epochs", "0"], "epochs is 0; it must be at least 1."),
+        (["-d", "d", "--epochs", "ten"], "epochs is 'ten'; it must be of type int."),
+        (["-d", "d", "--imgsz", "650"], "imgsz is 650; it must be a positive multiple of 32."),
+        (["-d", "d", "--gpu-tier", "big"], "gpu_tier is big; it must be one of low, medium,"),
+        (["-d", "d", "--set", "epoch=3"], "epoch is not a setting. Did you mean epochs?"),
+        (["-d", "d", "--set", "epochs"], "--set epochs has no '='; write --set key=value."),
+        (["-d", "d", "--epochs", "3", "--set", "epochs=4"], "epochs is given twice. Drop --set epochs=4"),
+        (["-d", "d", "--llrd-decay-rate", "0.8"], "llrd_decay_rate is 0.8, but layer-wise"),
+        (["-d", "d", "--config", "no.yaml"], "--config no.yaml cannot be read: No such file"),
+        (["--resume", "gone.pt"], "--resume gone.pt: no checkpoint there."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    invoke: Invoke, calls: Calls, arguments: list[str], message: str
+) -> None:
+    result = invoke("train", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert not calls.trained
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epohcs: 3", "epohcs is not a setting. Did you mean epochs?"),
+        ("- 1", "must hold 'key: value' lines"),
+        ("a: [", "is not valid YAML, line 1."),
+        ("!!python/object/apply:os.system [ls]", "is not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_named(
+    invoke: Invoke, calls: Calls, tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    result = invoke("train", "-d", "d.yaml", "--config", file)
+    assert result.exit_code == 2
+    assert str(file) in result.stderr and message in result.stderr
+
+
+def test_an_unknown_option_names_the_nearest(invoke: Invoke) -> None:
+    result = invoke("train", "--epoch", "3")
+    assert result.exit_code == 2
+    assert "--epochs" in result.stderr
+
+
+def test_layer_wise_decay_with_its_rate(invoke: Invoke, calls: Calls) -> None:
+    assert invoke("train", "-d", "d", "--llrd", "--llrd-decay-rate", "0.8").exit_code == 0
+    assert (calls.resolved.config.llrd, calls.resolved.config.llrd_decay_rate) == (True, 0.8)
+
+
+@pytest.mark.parametrize("given", ["weights/last.pt", "."])
+def test_resume_takes_a_checkpoint_or_a_run_folder_and_no_tier(
+    invoke: Invoke, calls: Calls, tmp_path: Path, given: str
+) -> None:
+    checkpoint = tmp_path / "weights" / "last.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert invoke("train", "--resume", tmp_path / given, "--epochs", "9").exit_code == 0
+    ((resolved, resume),) = calls.trained
+    assert resume == checkpoint
+    assert {k for k, v in resolved.sources.items() if v != "default"} == {"epochs"}
+
+
+def test_resume_alone_takes_the_newest_unfinished_run(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    for name, finished in (
+        ("competition_20260101_000000", False),
+        ("competition_20260102_0", True),
+    ):
+        weights = tmp_path / name / "weights"
+        weights.mkdir(parents=True)
+        (weights / "last.pt").touch()
+        if finished:
+            (tmp_path / name / "training_result.json").touch()
+    assert invoke("train", "-o", tmp_path, "--resume").exit_code == 0
+    ((_, resume),) = calls.trained
+    assert resume == tmp_path / "competition_20260101_000000" / "weights" / "last.pt"
+
+
+def test_resume_with_nothing_unfinished_is_an_error(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    result = invoke("train", "--resume", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "no unfinished run" in result.stderr
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_has_its_own_exit_code(
+    invoke: Invoke, calls: Calls, signum: int, code: int
+) -> None:
+    calls.reason, calls.signum = "interrupted", signum
+    assert invoke("train", "-d", "d.yaml").exit_code == code
+
+
+def test_patience_is_success(invoke: Invoke, calls: Calls) -> None:
+    calls.reason = "patience"
+    assert invoke("train", "-d", "d.yaml").exit_code == 0
+
+
+def test_export_follows_the_training(
+    invoke: Invoke, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_EXPORT_LIBRARIES", {"onnx": ("json",)})
+    result = invoke("train", "-d", "d.yaml", "--export", "onnx", "--imgsz", "320")
+    assert calls.exported == [(tmp_path / "weights" / "best.pt", "onnx", 320)]
+    assert "best.onnx" in result.stdout
+
+
+def test_a_missing_export_library_ends_it_before_training(
+    invoke: Invoke, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_EXPORT_LIBRARIES", {"onnx": ("json", "no_such_library")})
+    result = invoke("train", "-d", "d.yaml", "--export", "onnx")
+    assert result.exit_code == 2
+    assert "needs no_such_library" in result.stderr and "hsrloop[export]" in result.stderr
+    assert not calls.trained
