@@ -52,7 +52,7 @@ def mean_distances(box_logits: Tensor, *, reg_max: int) -> Tensor:
     step = 1 if box_logits.device.type == "cpu" else max(images, 1)
     parts = []
     with torch.autocast(box_logits.device.type, enabled=False):
-        for part in box_logits.split(step):
+        for part in torch.split(box_logits, step):
             logits = at_least_float32(part).view(-1, 4, reg_max, points)
             parts.append(torch.matmul(bins.to(logits.dtype), torch.softmax(logits, 2)))
     return torch.cat(parts) if len(parts) != 1 else parts[0]

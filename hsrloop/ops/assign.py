@@ -25,8 +25,12 @@ TOPK = 10
 _EPS = 1e-9
 _PLACE_BITS = 20  # low bits of a ranking key: place of the box in its image, so below 2**20 boxes
 _PLACES = (1 << _PLACE_BITS) - 1
-_BLOCK_CPU = 1 << 16  # pairs in one block: temporaries stay in cache (measured, 2**14 to 2**20)
-_BLOCK_GPU = 1 << 22  # few large kernels, some 0.5 GB of temporaries (a guess)
+
+# (pairs, padding) at which a block ends. On the CPU temporaries then stay in cache, and padding
+# costs no more than the 45 calls of one more block (measured). On a GPU kernels are few and large,
+# with some 0.5 GB of temporaries (a guess).
+_BLOCK_CPU = (1 << 15, 1 << 12)
+_BLOCK_GPU = (1 << 22, 1 << 22)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +112,11 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     best = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=dtype)
     where = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=torch.int64)
     ranking = torch.zeros(scene.images * scene.anchors, device=device, dtype=torch.int64)
-    for block, longest in _blocks(targets.cells, _BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU):
+    for block, longest in _blocks(targets.cells, *_limits(device)):
         segment, first, width, skip, cells = targets.segments[:, block, None].unbind(0)  # (g, 1)
         box = targets.rows[segment // levels]
         image = box // scene.places
-        k = torch.arange(max(longest, TOPK), device=device)  # (K,)
+        k = torch.arange(longest, device=device)  # (K,)
         inside = k < cells  # (g, K)
         k = torch.minimum(k, cells - 1).float()  # padding repeats the last cell
         line = ((k + 0.5) * (1 / width.float())).floor_()  # exact: no rectangle has 2**20 cells
@@ -128,14 +132,25 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     return best, where.gather(1, index), ranking
 
 
-def _blocks(cells: Sequence[int], pairs: int) -> Iterator[tuple[slice, int]]:
-    """Cut segments of falling size into blocks of at most `pairs` padded cells, or one segment."""
-    start = 0
-    while start < len(cells):
-        longest = cells[start]
-        stop = start + max(pairs // max(longest, TOPK), 1)
-        yield slice(start, stop), longest
-        start = stop
+def _limits(device: torch.device) -> tuple[int, int]:
+    return _BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU
+
+
+def _blocks(cells: Sequence[int], pairs: int, padding: int) -> Iterator[tuple[slice, int]]:
+    """Cut segments of falling size into blocks, each padded to its first segment.
+
+    A block holds at most `pairs` padded cells and `padding` cells of padding, but at least one
+    segment.
+    """
+    start, wasted = 0, 0
+    for i, count in enumerate(cells):
+        longest = max(cells[start], TOPK)
+        wasted += longest - count
+        if i > start and ((i - start + 1) * longest > pairs or wasted > padding):
+            yield slice(start, i), longest
+            start, wasted = i, max(count, TOPK) - count
+    if cells:
+        yield slice(start, len(cells)), max(cells[start], TOPK)
 
 
 def _keys(overlap: Tensor, place: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hsrloop.ops.anchors import anchor_points, at_least_float32, mean_distances
 from hsrloop.ops.assign import Assignment, assign
@@ -145,7 +146,7 @@ def sparse_bce_sum(logits: Tensor, index: Tensor, target: Tensor) -> Tensor:
         0-dim. Equals `binary_cross_entropy_with_logits(..., reduction="sum")` against the dense
         targets, without building them; differentiable once.
     """
-    total: Tensor = _SparseBce.apply(logits, index, target)  # type: ignore[no-untyped-call]
+    total: Tensor = _SparseBce.apply(logits, index, target)
     return total
 
 
@@ -153,17 +154,19 @@ class _SparseBce(torch.autograd.Function):
     """softplus(x) summed, less x * t where t is not 0; the gradient is sigmoid(x) - t."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *args: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, *args: Tensor) -> Tensor:
         logits, index, target = args
         ctx.save_for_backward(logits, index, target)
         flat = logits.reshape(-1)
         chunk = _CHUNK_CPU if flat.device.type == "cpu" else max(flat.numel(), 1)
-        parts = [-F.logsigmoid(-at_least_float32(part)).sum() for part in flat.split(chunk)]
+        parts = [-F.logsigmoid(-at_least_float32(part)).sum() for part in torch.split(flat, chunk)]
         return torch.stack(parts).sum() - (flat[index] * target).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         logits, index, target = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = at_least_float32(logits).sigmoid()
         grad.view(-1).index_add_(0, index, -target)

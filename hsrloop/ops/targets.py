@@ -27,7 +27,7 @@ _INSIDE_PX = 1e-9  # a centre must be further inside than this; ultralytics@8.4.
 class PaddedTargets:
     """Boxes of B images, each padded to M, and the cells inside them; N boxes in all, L levels."""
 
-    boxes_xyxy_px: Tensor  # (B, M, 4) float32 px of the network input, zeros where padded; M may be 0
+    boxes_xyxy_px: Tensor  # (B, M, 4) float32 px of the input, 0 where padded; M may be 0
     labels: Tensor  # (B, M) int64, 0 where padded
     valid: Tensor  # (B, M) bool
     rows: Tensor  # (N,) int64: image * M + place of each box

@@ -1,0 +1,181 @@
+"""Average precision, as Ultralytics 8.4.190 defines it.
+
+Source: ultralytics@8.4.190, DetectionValidator.match_predictions and metrics.ap_per_class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hsrloop.ops.boxes import iou_matrix
+from hsrloop.records import ClassScore, Metrics
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+IOUS = torch.linspace(0.5, 0.95, 10).numpy()
+"""Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
+
+_EPS = 1e-16
+_RECALLS = np.linspace(0, 1, 101)  # COCO's points of interpolation
+_CONFS = np.linspace(0, 1, 1000)  # where precision and recall are read over confidence
+_SMOOTHING = 0.1  # width of the box filter over the mean F1, as a fraction of the confidences
+
+
+def match(detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> Bools:
+    """Say which detections of one image are right, at each IoU threshold.
+
+    Each detection in turn takes, among the boxes of its class that none before it took, the one it
+    overlaps most; it is right if the IoU reaches the threshold.
+
+    Args:
+        detections: (n, 6) xyxy, score, class; best first, as `nms` returns them; n may be 0.
+        gt_boxes_xyxy: (m, 4) in the same frame; m may be 0.
+        gt_labels: (m,) class numbers.
+
+    Returns:
+        (n, 10) bool.
+    """
+    right = np.zeros((len(detections), len(IOUS)), dtype=bool)
+    if not len(detections) or not len(gt_boxes_xyxy):
+        return right
+    same_class = gt_labels[:, None] == detections[None, :, 5]  # (m, n)
+    iou = (iou_matrix(gt_boxes_xyxy.float(), detections[:, :4].float()) * same_class).cpu().numpy()
+    taken = np.zeros((len(iou), len(IOUS)), dtype=bool)  # (m, 10)
+    column = np.arange(len(IOUS))
+    for j in np.flatnonzero((iou >= IOUS[0]).any(0)):
+        free = np.where(taken, 0, iou[:, j, None])  # (m, 10)
+        best = free.argmax(0)
+        right[j] = free[best, column] >= IOUS
+        taken[best, column] |= right[j]
+    return right
+
+
+def average_precision(recall: Floats, precision: Floats) -> float:
+    """Area under the precision envelope, read at 101 recalls.
+
+    Args:
+        recall, precision: (n,) over detections by falling confidence; n at least 1.
+
+    Returns:
+        In [0, 1].
+    """
+    recall = np.concatenate(([0.0], recall, [recall[-1], 1.0]))
+    precision = np.concatenate(([1.0], precision, [0.0, 0.0]))
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    read = np.interp(_RECALLS, recall, envelope)
+    return float((read[:-1] + read[1:]).mean() / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Curves:
+    """Average precision of one class, and its curves at IoU 0.5 over `_CONFS`."""
+
+    ap: Floats  # (10,)
+    precision: Floats  # (1000,)
+    recall: Floats
+
+    @property
+    def f1(self) -> Floats:
+        return 2 * self.precision * self.recall / (self.precision + self.recall + _EPS)
+
+
+def _curves(right: Bools, conf: Floats, boxes: int) -> _Curves:
+    """Return the curves of a class with `boxes` > 0, from its (n, 10) detections, best first."""
+    if not len(conf):
+        flat = np.zeros_like(_CONFS)
+        return _Curves(np.zeros(len(IOUS)), flat, flat)
+    hits = right.cumsum(0)  # (n, 10)
+    recall = hits / (boxes + _EPS)
+    precision = hits / np.arange(1, len(conf) + 1)[:, None]
+    ap = [average_precision(recall[:, i], precision[:, i]) for i in range(len(IOUS))]
+    return _Curves(
+        np.array(ap),
+        np.interp(-_CONFS, -conf, precision[:, 0], left=1),
+        np.interp(-_CONFS, -conf, recall[:, 0], left=0),
+    )
+
+
+def _smooth(y: Floats) -> Floats:
+    """Mean of (n,) values over a window, the ends repeated."""
+    width = round(len(y) * _SMOOTHING * 2) // 2 + 1
+    padded = np.pad(y, width // 2, mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+class Evaluator:
+    """Collects detections and ground truth image by image, and scores them together.
+
+    Args:
+        names: class names; class numbers are places in it.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._right: list[Bools] = []
+        self._conf: list[NDArray[np.float32]] = []
+        self._predicted: list[NDArray[np.int64]] = []
+        self._boxes = np.zeros(len(names), dtype=np.int64)
+        self._images = np.zeros(len(names), dtype=np.int64)
+
+    def add(self, detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> None:
+        """Take one image; arguments as `match`."""
+        self._right.append(match(detections, gt_boxes_xyxy, gt_labels))
+        found = detections.detach().cpu().numpy()
+        self._conf.append(found[:, 4])
+        self._predicted.append(found[:, 5].astype(np.int64))
+        counts = np.bincount(gt_labels.cpu().numpy(), minlength=len(self._names))
+        self._boxes += counts
+        self._images += counts > 0
+
+    def compute(self) -> Metrics:
+        """Return the metrics of all images so far.
+
+        Means go over the classes that have ground truth, and only those are listed. Precision and
+        recall are those at the confidence where the smoothed mean F1 is highest. Without any
+        ground truth everything is 0 and no class is listed.
+        """
+        present = np.flatnonzero(self._boxes)
+        if not len(present):
+            return Metrics(ap50=0.0, ap50_95=0.0, precision=0.0, recall=0.0, best_conf=0.0)
+        curves = self._class_curves(present)
+        best = int(_smooth(np.mean([c.f1 for c in curves], 0)).argmax())
+        classes = tuple(
+            ClassScore(
+                name=self._names[label],
+                images=int(self._images[label]),
+                boxes=int(self._boxes[label]),
+                precision=float(c.precision[best]),
+                recall=float(c.recall[best]),
+                ap50=float(c.ap[0]),
+                ap50_95=float(c.ap.mean()),
+                best_conf=float(_CONFS[_smooth(c.f1).argmax()]),
+            )
+            for label, c in zip(present, curves, strict=True)
+        )
+        return Metrics(
+            ap50=float(np.mean([c.ap50 for c in classes])),
+            ap50_95=float(np.mean([c.ap50_95 for c in classes])),
+            precision=float(np.mean([c.precision for c in classes])),
+            recall=float(np.mean([c.recall for c in classes])),
+            best_conf=float(_CONFS[best]),
+            classes=classes,
+        )
+
+    def _class_curves(self, present: NDArray[np.int64]) -> list[_Curves]:
+        """Return the curves of each class in `present`."""
+        right, conf = np.concatenate(self._right), np.concatenate(self._conf)
+        predicted = np.concatenate(self._predicted)
+        order = np.argsort(-conf, kind="stable")
+        right, conf, predicted = right[order], conf[order].astype(np.float64), predicted[order]
+        curves = []
+        for label in present:
+            own = predicted == label
+            curves.append(_curves(right[own], conf[own], int(self._boxes[label])))
+        return curves

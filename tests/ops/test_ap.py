@@ -1,0 +1,125 @@
+"""Average precision against the peer's, and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from ultralytics.engine.validator import BaseValidator
+from ultralytics.utils.metrics import ap_per_class, box_iou, smooth
+
+from hsrloop.ops.ap import IOUS, Evaluator, average_precision, match
+
+
+def images(count: int, nc: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return ground truth with shifted copies as detections, some missing, some invented."""
+    g = torch.Generator().manual_seed(seed)
+    result = []
+    for i in range(count):
+        m = 0 if i % 5 == 0 else int(torch.randint(1, 9, (), generator=g))
+        low = 300 * torch.rand(m, 2, generator=g)
+        truth = torch.cat((low, low + 20 + 80 * torch.rand(m, 2, generator=g)), 1)
+        labels = torch.randint(0, nc, (m,), generator=g)
+        pick = torch.randint(0, m, (3 * m,), generator=g) if m else torch.zeros(0).long()
+        boxes = truth[pick] + 6 * torch.randn(len(pick), 4, generator=g)
+        noise = 300 * torch.rand(4, 2, generator=g)
+        boxes = torch.cat((boxes, torch.cat((noise, noise + 50), 1)))
+        classes = torch.cat((labels[pick], torch.randint(0, nc + 2, (4,), generator=g)))
+        conf = torch.rand(len(boxes), generator=g).sort(descending=True).values
+        result.append((torch.cat((boxes, conf[:, None], classes[:, None]), 1), truth, labels))
+    return result
+
+
+def peer_match(detections: Tensor, truth: Tensor, labels: Tensor) -> np.ndarray:
+    validator = BaseValidator.__new__(BaseValidator)
+    validator.iouv = torch.linspace(0.5, 0.95, 10)
+    if not len(truth) or not len(detections):
+        return np.zeros((len(detections), 10), dtype=bool)
+    iou = box_iou(truth, detections[:, :4])
+    return validator.match_predictions(detections[:, 5], labels, iou).numpy()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_equal_the_peers(seed: int) -> None:
+    nc = 1 + 3 * seed
+    data = images(30, nc, seed)
+    names = [f"c{i}" for i in range(nc + 2)]  # the last two are predicted, never labelled
+    evaluator = Evaluator(names)
+    for image in data:
+        evaluator.add(*image)
+        assert (match(*image) == peer_match(*image)).all()
+    got = evaluator.compute()
+
+    detections = torch.cat([d for d, _, _ in data]).numpy()
+    right = np.concatenate([peer_match(*image) for image in data])
+    labels = torch.cat([c for _, _, c in data]).numpy()
+    result = ap_per_class(right, detections[:, 4], detections[:, 5], labels)
+    p, r, ap, present, f1_curve, x = (result[i] for i in (2, 3, 5, 6, 9, 10))
+    close = {"rel": 1e-6, "abs": 1e-9}
+    assert [c.name for c in got.classes] == [names[i] for i in present]
+    assert [c.ap50 for c in got.classes] == pytest.approx(ap[:, 0].tolist(), **close)
+    assert [c.ap50_95 for c in got.classes] == pytest.approx(ap.mean(1).tolist(), **close)
+    assert [c.precision for c in got.classes] == pytest.approx(p.tolist(), **close)
+    assert [c.recall for c in got.classes] == pytest.approx(r.tolist(), **close)
+    assert got.ap50 == pytest.approx(ap[:, 0].mean(), **close)
+    assert got.ap50_95 == pytest.approx(ap.mean(), **close)
+    assert (got.precision, got.recall) == pytest.approx((p.mean(), r.mean()), **close)
+    assert got.best_conf == x[smooth(f1_curve.mean(0), 0.1).argmax()]
+    assert [c.best_conf for c in got.classes] == [x[smooth(f, 0.1).argmax()] for f in f1_curve]
+    assert [c.boxes for c in got.classes] == [int((labels == i).sum()) for i in present]
+    per_image = [sum(int((c == i).any()) for _, _, c in data) for i in present]
+    assert [c.images for c in got.classes] == per_image
+
+
+BOX = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+
+
+def row(x2: float, conf: float, label: int = 0) -> list[float]:
+    return [0.0, 0.0, x2, 10.0, conf, label]
+
+
+def test_match_by_hand() -> None:
+    # IoU 0.8 comes first and takes the box up to 0.8; the exact one gets it above
+    detections = torch.tensor([row(8.0, 0.9), row(10.0, 0.8), row(10.0, 0.7, 1)])
+    right = match(detections, BOX, torch.tensor([0]))
+    reached = [i for i, t in enumerate(IOUS) if t <= 0.8]
+    assert right[0].nonzero()[0].tolist() in (reached, reached[:-1])  # 0.8 itself is rounding
+    assert (right[1] == ~right[0]).all()
+    assert not right[2].any()
+
+
+def test_ap_by_hand() -> None:
+    # two boxes; hits at ranks 1 and 3: precision 1 to recall 0.5, then 2/3 to recall 1
+    recall, precision = np.array([0.5, 0.5, 1.0]), np.array([1.0, 0.5, 2 / 3])
+    # read at 0, 0.01, ... 1 and joined by lines: 1 up to recall 0.49, 2/3 from 0.5 to 0.99, then 0
+    assert average_precision(recall, precision) == pytest.approx(
+        0.49 + 0.01 * (1 + 2 / 3) / 2 + 0.49 * 2 / 3 + 0.01 * (2 / 3) / 2
+    )
+    assert average_precision(np.array([1.0]), np.array([1.0])) == pytest.approx(0.995)
+    assert average_precision(np.array([0.0]), np.array([0.0])) == pytest.approx(0.0, abs=6e-3)
+
+
+def test_perfect_detections_score_as_high_as_the_definition_allows() -> None:
+    evaluator = Evaluator(["cup", "fork"])
+    evaluator.add(torch.tensor([row(10.0, 0.9)]), BOX, torch.tensor([0]))
+    metrics = evaluator.compute()
+    assert (metrics.ap50, metrics.ap50_95) == pytest.approx((0.995, 0.995))
+    assert (metrics.precision, metrics.recall) == pytest.approx((1.0, 1.0))
+    assert [c.name for c in metrics.classes] == ["cup"]
+
+
+def test_no_ground_truth_is_all_zeros() -> None:
+    evaluator = Evaluator(["cup"])
+    none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    assert evaluator.compute().classes == ()
+    evaluator.add(torch.tensor([row(10.0, 0.9)]), *none)
+    metrics = evaluator.compute()
+    assert (metrics.ap50, metrics.ap50_95, metrics.precision, metrics.recall) == (0, 0, 0, 0)
+
+
+def test_no_detections_is_zero_with_the_class_listed() -> None:
+    evaluator = Evaluator(["cup"])
+    evaluator.add(torch.zeros(0, 6), BOX, torch.tensor([0]))
+    metrics = evaluator.compute()
+    assert metrics.ap50 == 0 and metrics.classes[0].boxes == 1
