@@ -133,24 +133,25 @@ def build_optimizer(
 def materialise_state(optimizer: torch.optim.Optimizer) -> None:
     """Create all optimizer state now, so that no step can stop half-way for want of memory.
 
-    Takes one step with zero gradients and zero rates, then sets the step counts back. Weights do
-    not move, and training goes on exactly as if the state had been made by the first real step.
+    Takes one step with zero gradients, rates and weight decay, then sets the step counts back.
+    Weights do not move, and training goes on as if the first real step had made the state, bit by
+    bit.
     Does nothing when there is state already. Gradients are None afterwards.
     """
     if optimizer.state:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
+    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = group["weight_decay"] = 0.0
     try:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     finally:
         optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, values in zip(optimizer.param_groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = values
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()

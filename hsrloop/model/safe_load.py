@@ -33,6 +33,11 @@ class StandIn:
     def __init__(self, *_: Any) -> None:
         """Take and drop whatever the pickled constructor call held."""
 
+    def __setstate__(self, state: Any) -> None:
+        """Keep pickled attributes; drop a state that is none (arrays, dates)."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
 
 _BLOCKS = ("Conv", "Concat", "C2f", "Bottleneck", "SPPF", "DFL", "Detect")
 _TORCH = (
@@ -85,6 +90,13 @@ _KINDS = (  # a class seen in the file, and what the file therefore is
 )
 
 
+# What unpickling raises for a file that is damaged or made to be.
+_BAD_PICKLE = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(AssertionError, pickle.UnpicklingError),
+)
+
+
 @functools.cache
 def stand_in(origin: str) -> type[StandIn]:
     """Return the stand-in class for a pickled class, such as "torch.nn.modules.conv.Conv2d"."""
@@ -106,7 +118,7 @@ def read_checkpoint(path: Path | str, *, trust: bool = False) -> dict[str, Any]:
     check_file(path)
     try:
         content = _load_trusted(path) if trust else _load_safely(path)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except _BAD_PICKLE as error:
         raise WeightsError(_explain(path, error)) from error
     if not isinstance(content, dict):
         kind = getattr(content, "origin", type(content).__name__)

@@ -168,12 +168,11 @@ def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
     """
     levels = _features(module, images)
     detect = head(module)
-    count = images.shape[0]
     boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
     classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
     return RawPredictions(
-        box_logits=torch.cat([x.reshape(count, x.shape[1], -1) for x in boxes], dim=2),
-        class_logits=torch.cat([x.reshape(count, x.shape[1], -1) for x in classes], dim=2),
+        box_logits=torch.cat([x.flatten(2) for x in boxes], dim=2),
+        class_logits=torch.cat([x.flatten(2) for x in classes], dim=2),
         shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
     )
 
@@ -227,12 +226,11 @@ def set_train_mode(module: nn.Module, *, freeze: int = 0, norms_eval: bool = Fal
 def fuse_for_inference(module: nn.Module) -> nn.Module:
     """Return a copy in eval mode with every BatchNorm folded into its convolution."""
     fused = copy.deepcopy(module).eval().requires_grad_(False)
-    block = type(layers(module)[0])
+    block: Any = type(layers(module)[0])
     layer: Any
     for layer in fused.modules():
         if isinstance(layer, block) and isinstance(layer.bn, nn.BatchNorm2d):
-            conv: nn.Conv2d = layer.conv
-            layer.conv = torch.nn.utils.fuse_conv_bn_eval(conv, layer.bn)
+            layer.conv = _folded(layer.conv, layer.bn)
             layer.bn = nn.Identity()
     return fused
 
@@ -242,6 +240,10 @@ def scale_of(module: nn.Module) -> str:
     stem: Any = layers(module)[0]
     blocks: Any = layers(module)[4]
     return SIZES[(stem.conv.out_channels, len(blocks.m))]
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    return torch.nn.utils.fuse_conv_bn_eval(conv, norm)
 
 
 def describe(module: nn.Module) -> str:

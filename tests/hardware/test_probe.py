@@ -1,0 +1,134 @@
+"""Which device is taken, and what is said when a GPU cannot be used."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hsrloop.errors import ConfigError, DeviceError
+from hsrloop.hardware import probe as p
+from hsrloop.hardware.memory import GIB
+
+CU132 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+def card(name: str, capability: tuple[int, int], gib: float = 8) -> p.Card:
+    return p.Card(name=name, capability=capability, total_bytes=int(gib * GIB), uuid=f"GPU-{name}")
+
+
+def driver(*cards: p.Card, version: str = "595.10", cuda: tuple[int, int] = (13, 2)):
+    return lambda: p.DriverView(cards=cards, driver=version, cuda=cuda)
+
+
+def torch_sees(*cards: p.Card, arch: tuple[str, ...] = CU132, cuda: str = "13.2"):
+    return lambda: p.TorchView(cards=cards, arch_list=arch, cuda=cuda, version="2.15.0")
+
+
+RTX = card("RTX 4070", (8, 9), 12)
+BIG = card("RTX 6000", (8, 9), 48)
+GTX = card("GTX 1080", (6, 1), 8)
+
+
+def never():
+    raise AssertionError("the GPU was looked at")
+
+
+def test_cpu_looks_at_no_gpu() -> None:
+    info = p.probe("cpu", see_driver=never, see_torch=never)
+    assert (
+        info.kind == "cpu" and info.cores >= 1 and info.ram_total_bytes >= info.ram_free_bytes > 0
+    )
+    assert p.torch_device(info) == "cpu"
+
+
+def test_auto_without_gpu_is_the_cpu() -> None:
+    assert p.probe("auto", see_driver=driver(), see_torch=torch_sees()).kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "index"), [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("0", 0), ("1", 1)]
+)
+def test_the_largest_or_the_numbered_gpu(device: str, index: int) -> None:
+    info = p.probe(device, see_driver=driver(RTX, BIG), see_torch=torch_sees(RTX, BIG))
+    assert (info.kind, info.index, info.name) == ("cuda", index, (RTX, BIG)[index].name)
+    assert info.driver == "595.10" and p.torch_device(info) == f"cuda:{index}"
+
+
+def test_auto_passes_over_a_card_without_kernels() -> None:
+    old = card("Titan V", (7, 0), 48)
+    info = p.probe("auto", see_driver=driver(old, RTX), see_torch=torch_sees(old, RTX))
+    assert info.name == "RTX 4070"
+
+
+def failure(device: str = "auto", **seams) -> str:
+    with pytest.raises(DeviceError) as caught:
+        p.probe(device, **seams)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_card_too_old_for_the_build() -> None:
+    text = failure(see_driver=driver(GTX), see_torch=torch_sees(GTX))
+    for words in ("GTX 1080", "6.1", "driver 595.10", "sm_75", "2.15.0", "--device cpu"):
+        assert words in text
+    assert '"torch>=2.11,<2.15"' in text and "download.pytorch.org/whl/cu126" in text
+    assert "no build of torch" in failure(
+        see_driver=driver(card("GTX 780", (3, 5))), see_torch=torch_sees(card("GTX 780", (3, 5)))
+    )
+
+
+def test_driver_too_old_for_the_build() -> None:
+    old = driver(RTX, version="535.54", cuda=(12, 2))
+    text = failure(see_driver=old, see_torch=torch_sees())
+    for words in ("RTX 4070", "535.54", "CUDA up to 12.2", "too old", "13.2", "580", "cu126"):
+        assert words in text
+    blackwell = card("RTX 5090", (12, 0))
+    text = failure(see_driver=driver(blackwell, cuda=(12, 8)), see_torch=torch_sees())
+    assert "cu126" not in text and "after an update to driver 580" in text
+
+
+def test_cpu_build_and_unknown_failure() -> None:
+    assert "is a CPU build" in failure(see_driver=driver(RTX), see_torch=torch_sees(cuda=""))
+    assert "cannot start it" in failure(see_driver=driver(RTX), see_torch=torch_sees())
+
+
+def test_asked_for_and_absent() -> None:
+    text = failure("cuda", see_driver=driver(), see_torch=torch_sees())
+    assert "device is cuda, but no NVIDIA GPU" in text
+    text = failure("cuda:3", see_driver=driver(RTX), see_torch=torch_sees(RTX))
+    assert "there are 1 CUDA devices" in text and "cuda:0" in text
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_gpus(monkeypatch, hidden: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert p.probe("auto", see_driver=driver(RTX), see_torch=torch_sees()).kind == "cpu"
+    assert "CUDA_VISIBLE_DEVICES" in failure("0", see_driver=driver(RTX), see_torch=torch_sees())
+
+
+@pytest.mark.parametrize("word", ["gpu", "cuda:x", "mps", "-1", "0,1"])
+def test_other_words_for_a_device(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is {re.escape(word)}; it must be"):
+        p.probe(word, see_driver=never, see_torch=never)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 0), False), ((7, 5), True), ((8, 0), True), ((8, 9), True), ((9, 0), True)]
+    + [((10, 3), True), ((12, 1), True), ((13, 0), True), ((6, 1), False)],
+)
+def test_which_cards_a_build_runs_on(capability: tuple[int, int], runs: bool) -> None:
+    assert p.runs_on(capability, CU132) is runs
+
+
+def test_exact_and_broken_architectures() -> None:
+    assert p.runs_on((9, 0), ("sm_90a",)) and not p.runs_on((9, 1), ("sm_90a",))
+    assert not p.runs_on((9, 0), ("gfx90a", "")) and not p.runs_on((9, 0), ())
+
+
+def test_this_machine() -> None:
+    """The real views answer without error, whatever the machine has."""
+    assert isinstance(p._see_driver(), p.DriverView)
+    view = p._see_torch()
+    assert view.version and len(view.cards) >= 0

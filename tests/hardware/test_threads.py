@@ -1,0 +1,59 @@
+"""Process settings: set before torch, never over the user's own, without loading it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from hsrloop.hardware import threads
+
+KEYS = (
+    *("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch) -> None:
+    """Start from an environment without these variables, and restore it afterwards."""
+    for key in KEYS:
+        monkeypatch.setenv(key, "x")  # so that monkeypatch restores what the code sets
+        monkeypatch.delenv(key)
+
+
+def test_unset_variables_are_set() -> None:
+    threads.prepare_environment(cores=3)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["GOMP_SPINCOUNT"] == "100000"
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    if sys.platform == "linux":
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_the_users_own_stay(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    threads.prepare_environment(cores=3)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+SCRIPT = """
+import sys
+from hsrloop.hardware import memory, probe, threads, tiers
+threads.prepare_environment()
+print(threads.keep_freed_memory())
+probe.probe("cpu")
+assert "torch" not in sys.modules and "ultralytics" not in sys.modules
+"""
+
+
+def test_hardware_loads_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    assert done.stdout.strip() == str(glibc)
