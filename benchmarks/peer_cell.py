@@ -76,8 +76,14 @@ def main() -> None:
             weights = Path(folder) / "run" / "weights" / "best.pt"
             imgsz = request["train"]["imgsz"]
         judged = YOLO(weights).val(
-            data=request["data"], imgsz=imgsz, batch=8, rect=False, workers=0, device="cpu",
-            name="val", **quiet,
+            data=request["data"],
+            imgsz=imgsz,
+            batch=8,
+            rect=False,
+            workers=0,
+            device="cpu",
+            name="val",
+            **quiet,
         )
         box = judged.box
         row |= {"mAP50-95": float(box.map), "mAP50": float(box.map50)}

@@ -1,4 +1,4 @@
-"""What every benchmark says about itself: the host, the versions, the commit; and where it writes."""
+"""What every benchmark says about itself: host, versions, commit; and where it writes."""
 
 from __future__ import annotations
 

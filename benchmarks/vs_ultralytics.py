@@ -140,7 +140,10 @@ def speed_report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the report: ratios of the peer's time to ours, pair by pair."""
     lines = [describe_host(), ""]
     trainers = sorted({r["trainer"] for r in rows} - {"ours"})
-    lines += ["| set | against | training | validation | whole run | n |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| set | against | training | validation | whole run | n |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in sorted({r["data"] for r in rows}):
         for trainer in trainers:
             pairs = _pairs(rows, name, trainer)
@@ -195,7 +198,10 @@ def accuracy(options: argparse.Namespace, folder: Path) -> None:
 def accuracy_report(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the report: mAP50-95 by set and trainer, ratios to the peer's best."""
     lines = [describe_host(), "", "mAP50-95 of best.pt, mean over seeds (each seed).", ""]
-    lines += ["| set | trainer | epochs | mAP50-95 | to the peer's best | n |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| set | trainer | epochs | mAP50-95 | to the peer's best | n |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in sorted({r["data"] for r in rows}):
         mine = [r for r in rows if r["data"] == name]
         groups: dict[tuple[str, int], list[float]] = {}

@@ -32,7 +32,7 @@ class Rule:
     def describe(self) -> str:
         """Return the allowed values in words."""
         if self.choices:
-            return "one of " + ", ".join(_spell(c) for c in self.choices)
+            return "one of " + ", ".join(_spell(c) for c in self.choices if c is not None)
         if self.multiple_of:
             return f"a positive multiple of {self.multiple_of}"
         if self.low == -math.inf and self.high == math.inf:
@@ -99,6 +99,9 @@ class TrainConfig:
     cos_lr: bool = _setting(False, "cosine instead of linear decay of the learning rate")
     llrd: bool = _setting(False, "layer-wise learning-rate decay")
     llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
+    head_lr_scale: float = _setting(
+        5.0, "factor on the learning rate of the class outputs, when all classes are new", low=1, high=100
+    )
     freeze: int = _setting(0, "number of leading modules that are not trained", low=0)
     ema_decay: float = _setting(0.9999, "highest decay of the averaged weights", low=0, high=0.999999)
     ema_tau: float = _setting(2000.0, "optimizer steps over which that decay is reached", low=0, above=True)

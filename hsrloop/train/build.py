@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.dataset import DatasetSpec, ImageRef
@@ -21,6 +22,7 @@ from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
 from hsrloop.records import DeviceInfo
+from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
 
 Emit = Callable[[Event], None]
@@ -60,12 +62,8 @@ def load_model(resolved: Resolved, names: tuple[str, ...], emit: Emit) -> BaseMo
 
 def locate(resolved: Resolved, emit: Emit) -> Path:
     """Find the base weights; what the user did not name may be replaced by a smaller model."""
-
-    def say(text: str) -> None:
-        emit(Note(text=text))
-
     try:
-        return find_weights(resolved.config.model, notify=say)
+        return find_weights(resolved.config.model)
     except WeightsError:
         chosen_here = resolved.sources["model"] in ("default", "preset fast")
         if not (chosen_here or resolved.sources["model"].startswith("tier")):
@@ -79,16 +77,28 @@ def locate(resolved: Resolved, emit: Emit) -> Path:
 
 
 def build_state(
-    config: TrainConfig, base: BaseModel, device: torch.device, *, amp: bool
+    config: TrainConfig,
+    module: nn.Module,
+    device: torch.device,
+    *,
+    fresh_share: float,
+    amp: bool,
 ) -> TrainState:
-    """Return the state of a run that has not begun; optimizer state exists already."""
-    module = base.module.to(device, memory_format=torch.channels_last)
+    """Return the state of a run that has not begun; optimizer state exists already.
+
+    Args:
+        fresh_share: share of the classes that the network has not learned before, in [0, 1]. The
+            class outputs learn faster by that much of `head_lr_scale`: new rows have far to go,
+            known ones do not.
+    """
+    module = place(module, device)
     groups = parameter_groups(
         module,
         lr0=config.lr0,
         weight_decay=config.weight_decay,
         llrd_rate=config.llrd_decay_rate if config.llrd else None,
         freeze=config.freeze,
+        head_lr_scale=1.0 + (config.head_lr_scale - 1.0) * fresh_share,
     )
     optimizer = build_optimizer(config.optimizer, groups, momentum=config.momentum)
     materialise_state(optimizer)

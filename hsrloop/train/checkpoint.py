@@ -36,6 +36,7 @@ class RunIdentity:
     fingerprint: str  # of the data set
     versions: Mapping[str, str]
     threads: int
+    fresh_share: float  # of the classes, when the run started
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -59,7 +60,9 @@ def write_atomically(path: Path, write: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise OutputError(f"cannot write {path}: {reason}. Free space or choose --output.") from error
+        raise OutputError(
+            f"cannot write {path}: {reason}. Free space or choose --output."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,6 +91,7 @@ def save(
         "fingerprint": identity.fingerprint,
         "versions": dict(identity.versions),
         "threads": identity.threads,
+        "fresh_share": identity.fresh_share,
         "epochs_completed": len(state.history),
         "metrics": dict(metrics),
     }
@@ -133,7 +137,9 @@ def read(path: Path, *, trust: bool = False) -> Saved:
     try:
         config = TrainConfig.from_json(extra["config"])
     except ConfigError as error:
-        raise CheckpointError(f"{path} was written by another version of hsrloop: {error}") from error
+        raise CheckpointError(
+            f"{path} was written by another version of hsrloop: {error}"
+        ) from error
     identity = RunIdentity(
         config=config,
         sources=extra["sources"],
@@ -141,13 +147,14 @@ def read(path: Path, *, trust: bool = False) -> Saved:
         fingerprint=extra["fingerprint"],
         versions=extra["versions"],
         threads=extra["threads"],
+        fresh_share=extra["fresh_share"],
     )
     return Saved(path=path, identity=identity, state=extra["state"], module=content["model"])
 
 
 def versions() -> dict[str, str]:
     """Return the versions that exactness depends on."""
-    return {"torch": torch.__version__, "numpy": np.__version__}
+    return {"torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from hsrloop.ops.anchors import predictions
 from hsrloop.ops.ap import Evaluator
 from hsrloop.ops.nms import nms
 from hsrloop.records import Metrics
+from hsrloop.train.precision import place
 from hsrloop.train.step import to_input
 
 CONF = 0.001  # what counts as a detection at all; Source: ultralytics@8.4.190, val mode
@@ -27,7 +28,7 @@ def for_inference(module: nn.Module, device: torch.device, *, half: bool) -> nn.
     It computes in float32, or in half on a GPU when `half`; metrics are thus those of the file.
     """
     rounded = copy.deepcopy(module).half().float()
-    fused = fuse_for_inference(rounded).to(device, memory_format=torch.channels_last)
+    fused = place(fuse_for_inference(rounded), device)
     return fused.half() if half else fused
 
 
@@ -85,9 +86,7 @@ def detect(
     inputs = to_input(images, device, next(network.parameters()).dtype)
     raw = forward_eval(network, inputs)
     boxes, scores = predictions(raw, strides(network), reg_max=reg_max(network))
-    found = nms(
-        boxes, scores, conf=conf, iou=IOU, max_det=MAX_DETECTIONS, multi_label=multi_label
-    )
+    found = nms(boxes, scores, conf=conf, iou=IOU, max_det=MAX_DETECTIONS, multi_label=multi_label)
     return [detections.cpu() for detections in found]
 
 

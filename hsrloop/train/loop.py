@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -159,7 +160,7 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
 
 def _append_history(state: TrainState, metrics: Metrics) -> None:
     losses = state.mean_losses()
-    row = {name: losses[name] for name in (*LOSS_NAMES, "skipped_steps")}
+    row: dict[str, Any] = {name: losses[name] for name in (*LOSS_NAMES, "skipped_steps")}
     row.update({name: getattr(metrics, name) for name in METRIC_NAMES})
     row["best_conf"] = metrics.best_conf
     row["classes"] = [dataclasses.asdict(c) for c in metrics.classes]

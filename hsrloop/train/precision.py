@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -26,15 +27,13 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def fp16_is_sound(
-    module: nn.Module, device: torch.device, emit: Callable[[Event], None]
-) -> bool:
+def fp16_is_sound(module: nn.Module, device: torch.device, emit: Callable[[Event], None]) -> bool:
     """Compare one fp16 forward and backward with float32; say so when fp16 cannot be used.
 
     GTX 16xx cards compute NaN in fp16 convolutions. The module comes back as it was: same weights
     and buffers, no gradients, on the CPU or wherever it stood.
     """
-    probe = to_copy(module, device)
+    probe = place(copy.deepcopy(module), device).train()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (2, 3, PROBE_PX, PROBE_PX), generator=generator)
     images = to_input(noise.to(torch.uint8), device)
@@ -43,7 +42,7 @@ def fp16_is_sound(
         probe.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.float16, enabled=half):
             raw = forward_train(probe, images)
-        (raw.class_logits.float().mean() + raw.box_logits.float().mean()).backward()
+        torch.autograd.backward(raw.class_logits.float().mean() + raw.box_logits.float().mean())
         gradient = next(p.grad for p in probe.parameters() if p.grad is not None)
         results.append((raw.class_logits.detach().float(), gradient.float()))
     sound = all(_close(a, b) for a, b in zip(*results, strict=True))
@@ -54,11 +53,9 @@ def fp16_is_sound(
     return sound
 
 
-def to_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of `module` in train mode on `device`."""
-    import copy
-
-    return copy.deepcopy(module).to(device, memory_format=torch.channels_last).train()
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move `module` to `device`, its weights in channels_last; return it."""
+    return module.to(device).to(memory_format=torch.channels_last)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

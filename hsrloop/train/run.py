@@ -15,7 +15,7 @@ from hsrloop.data.loader import ValLoader
 from hsrloop.errors import ConfigError
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.probe import probe, torch_device
-from hsrloop.model.base import BaseModel, load_base
+from hsrloop.model.base import load_base
 from hsrloop.model.groups import groups_table
 from hsrloop.model.weights import read_checkpoint
 from hsrloop.model.yolo import reg_max, strides
@@ -75,9 +75,7 @@ def train(
         hub.close()
 
 
-def _train(
-    resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool]
-) -> Outcome:
+def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool]) -> Outcome:
     config = resolved.config
     info = probe(config.device)
     device = torch.device(torch_device(info))
@@ -89,9 +87,10 @@ def _train(
         base = load_model(resolved, spec.names, hub.emit)
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
-    identity = _identity(resolved, spec)
+    fresh = sum(base.fresh_classes) / len(spec.names)
+    identity = _identity(resolved, spec, saved.identity.fresh_share if saved else fresh)
     amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
-    state = build_state(config, base, device, amp=amp)
+    state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
@@ -162,9 +161,7 @@ def _finish(
     return Outcome(run_dir=run_dir, reason=reason, result=result)
 
 
-def _open_reports(
-    hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState
-) -> Server | None:
+def _open_reports(hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState) -> Server | None:
     config = resolved.config
     folder.write_config(run_dir, config.to_json(), resolved.sources)
     hub.add(TelemetrySink(run_dir / "events.jsonl"))
@@ -175,7 +172,7 @@ def _open_reports(
         first = len(state.history) + 1
         hub.add(TensorBoardSink(logs, purge_step=first if first > 1 else None))
         server = start_server(logs, config.tensorboard_port)
-        if server is not None:
+        if server.url is not None:
             hub.emit(Note(text=f"TensorBoard: {server.url}"))
     hub.complete()
     return server
@@ -205,7 +202,7 @@ def _started(
     )
 
 
-def _identity(resolved: Resolved, spec: DatasetSpec) -> RunIdentity:
+def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float) -> RunIdentity:
     found, threads = current_versions()
     return RunIdentity(
         config=resolved.config,
@@ -214,6 +211,7 @@ def _identity(resolved: Resolved, spec: DatasetSpec) -> RunIdentity:
         fingerprint=spec.fingerprint,
         versions=found,
         threads=threads,
+        fresh_share=fresh_share,
     )
 
 

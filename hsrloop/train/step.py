@@ -97,7 +97,7 @@ def train_step(
         with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
             raw = forward_train(state.model, images)
         sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
-        state.scaler.scale(GAINS.weigh(sums) * state.grad_scale).backward()
+        torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
         totals = add_detached(totals, sums)
         samples += len(images)
         after = batch.after

@@ -51,7 +51,7 @@ def test_map_of_the_pretrained_network_on_coco(
     assert ours.ap50 == pytest.approx(float(theirs.box.map50), abs=1e-3)
     assert ours.precision == pytest.approx(float(theirs.box.mp), abs=5e-3)
     assert ours.recall == pytest.approx(float(theirs.box.mr), abs=5e-3)
-    named = {theirs.names[i]: ap for i, ap in zip(theirs.box.ap_class_index, theirs.box.ap)}
+    named = {theirs.names[i]: ap for i, ap in zip(theirs.box.ap_class_index, theirs.box.ap, strict=True)}
     assert {c.name for c in ours.classes} == set(named)
     for score in ours.classes:
         assert score.ap50_95 == pytest.approx(float(named[score.name]), abs=2e-2), score.name
@@ -84,7 +84,7 @@ def test_fine_tuning_real_photographs_learns(real_data: Path, tmp_path: Path) ->
     vals = sorted((source / "images" / "val").iterdir())[::3]
     for name, paths in (("train", images), ("val", vals)):
         (tmp_path / f"{name}.txt").write_text("\n".join(map(str, paths)) + "\n")
-    names = [line for line in (source / "data.yaml").read_text().splitlines()]
+    names = (source / "data.yaml").read_text().splitlines()
     body = [line for line in names if not line.startswith(("train:", "val:", "test:", "path:"))]
     lists = [f"train: {tmp_path}/train.txt", f"val: {tmp_path}/val.txt"]
     data = tmp_path / "data.yaml"

@@ -54,7 +54,11 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return [path]
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{path}[{i}]")
+        ]
     return [] if a == b else [path]
 
 

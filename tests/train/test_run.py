@@ -49,7 +49,9 @@ def test_a_run_writes_what_is_promised(settings: Settings, recorder: Any) -> Non
     assert TrainConfig.from_json(result["config"]) == TrainConfig.from_json(
         yaml.safe_load((run_dir / "config.yaml").read_text())
     )
-    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()
+    ]
     assert events[0] in ("RunStarted", "Note") and events[-1] == "RunFinished"
     assert len(recorder.of(EpochDone)) == 3 and len(recorder.of(RunStarted)) == 1
     assert recorder.of(RunFinished)[0].result == result
@@ -79,9 +81,7 @@ def test_two_runs_are_bit_equal_and_another_seed_differs(settings: Settings) -> 
 
 def test_it_learns_eight_images_by_heart(tiny_dataset: Path, settings: Settings) -> None:
     calm = {"mosaic": 0.0, "mixup": 0.0, "degrees": 0.0, "scale": 0.0, "translate": 0.0}
-    outcome = train(
-        settings(epochs=30, lr0=0.005, imgsz=96, close_mosaic=0, ema_tau=20.0, **calm)
-    )
+    outcome = train(settings(epochs=30, lr0=0.005, imgsz=96, close_mosaic=0, ema_tau=20.0, **calm))
     history = checkpoint.read(outcome.run_dir / "weights" / "last.pt").state["history"]
     total = [row["box_loss"] + row["cls_loss"] + row["dfl_loss"] for row in history]
     assert total[-1] < 0.6 * total[0]
@@ -117,9 +117,7 @@ def test_early_stopping_runs_the_tail(
 ) -> None:
     left = iter(scores)
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: flat(next(left)))
-    outcome = train(
-        settings(epochs=9, patience=2, close_mosaic=close_mosaic, imgsz=32, mosaic=1.0)
-    )
+    outcome = train(settings(epochs=9, patience=2, close_mosaic=close_mosaic, imgsz=32, mosaic=1.0))
     assert outcome.reason == reason and outcome.result is not None
     assert outcome.result["epochs_completed"] == epochs_run
 

@@ -1,4 +1,4 @@
-"""The step's invariants: how a batch is split changes nothing, and a failed step leaves no trace."""
+"""How a batch is split changes nothing, and a failed step leaves no trace."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_state(
 ) -> tuple[TrainState, StepSettings]:
     config = TrainConfig(batch=8, imgsz=64, model="yolov8n.yaml").replace(**changes)
     base = load_base("yolov8n.yaml", names=NAMES, seed=0)
-    state = build_state(config, base, CPU, amp=False)
+    state = build_state(config, base.module, CPU, fresh_share=1.0, amp=False)
     state.model.to(dtype)
     state.ema.module.to(dtype)
     state.optimizer.load_state_dict(state.optimizer.state_dict())  # casts its tensors likewise
@@ -136,9 +136,7 @@ def test_the_gradient_equals_that_of_the_loss_as_the_peer_defines_it() -> None:
     torch.nn.utils.clip_grad_norm_(peer.parameters(), 10.0)
     before = {n: p.detach().clone() for n, p in state.model.named_parameters()}
     train_step(state, [batch], settings=settings, lr=1.0)
-    for (name, ours), theirs in zip(
-        state.model.named_parameters(), peer.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(state.model.named_parameters(), peer.parameters(), strict=True):
         if theirs.grad is None:
             assert torch.equal(before[name], ours)
             continue
