@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from hsrloop.events import Progress as TaskProgress
 from hsrloop.report.scores import class_scores, worst_first
 from hsrloop.report.settings import groups_table, settings_table
 
-_HEADER = "  epoch     box    cls    dfl   mAP50 mAP50-95    P     R    img/s  train    val"
+# 78 columns with the mark of the best epoch, so that an 80-column terminal holds a row.
+_WIDTHS = (7, 6, 6, 6, 6, 8, 5, 5, 5, 6, 5)
+_TITLES = ("epoch", "box", "cls", "dfl", "mAP50", "mAP50-95", "P", "R", "img/s", "train", "val")
 _HEADER_EVERY = 20
 _SHOWN_WORST = 5
 
@@ -122,30 +125,13 @@ class ConsoleSink:
 
     def _epoch(self, event: EpochDone) -> None:
         self._drop("epoch")
-        place = f"{event.epoch}/{event.epochs}"
-        mark = "  best" if event.best else ""
-        skipped = f"  {event.skipped_steps} skipped" if event.skipped_steps else ""
-        if self._console.is_terminal:
-            if self._rows % _HEADER_EVERY == 0:
-                self._print(Text(_HEADER, style="bold"))
-            self._rows += 1
-            line = (
-                f"{place:>7}  {event.box_loss:6.3f} {event.cls_loss:6.3f} {event.dfl_loss:6.3f}  "
-                f"{event.ap50:6.3f} {event.ap50_95:8.3f} "
-                f"{event.precision:5.2f} {event.recall:5.2f} "
-                f"{event.images_per_s:7.0f} {duration(event.train_s):>6} {duration(event.val_s):>6}"
-            )
-        else:
-            line = (
-                f"epoch {place}: box {event.box_loss:.3f} cls {event.cls_loss:.3f} "
-                f"dfl {event.dfl_loss:.3f} mAP50 {event.ap50:.3f} mAP50-95 {event.ap50_95:.3f} "
-                f"precision {event.precision:.3f} recall {event.recall:.3f} "
-                f"{event.images_per_s:.1f} images/s "
-                f"train {duration(event.train_s)} val {duration(event.val_s)}"
-            )
-        self._console.print(
-            Text(line + mark + skipped, style="green" if event.best else ""), soft_wrap=True
-        )
+        if not self._console.is_terminal:
+            self._line(Text(_epoch_sentence(event)))
+            return
+        if self._rows % _HEADER_EVERY == 0:
+            self._print(Text(_row(_TITLES) + "  * best", style="bold"))
+        self._rows += 1
+        self._line(Text(_epoch_row(event), style="green" if event.best else ""))
 
     def _note(self, event: Note) -> None:
         if event.level == "warning":
@@ -223,6 +209,42 @@ class ConsoleSink:
             self._bar.stop()
             self._bar = None
             self._tasks.clear()
+
+
+def _row(cells: Sequence[str]) -> str:
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _epoch_row(event: EpochDone) -> str:
+    cells = (
+        f"{event.epoch}/{event.epochs}",
+        f"{event.box_loss:.3f}",
+        f"{event.cls_loss:.3f}",
+        f"{event.dfl_loss:.3f}",
+        f"{event.ap50:.3f}",
+        f"{event.ap50_95:.3f}",
+        f"{event.precision:.2f}",
+        f"{event.recall:.2f}",
+        f"{event.images_per_s:.0f}",
+        duration(event.train_s),
+        duration(event.val_s),
+    )
+    return _row(cells) + (" *" if event.best else "  ") + _skipped(event)
+
+
+def _epoch_sentence(event: EpochDone) -> str:
+    return (
+        f"epoch {event.epoch}/{event.epochs}: box {event.box_loss:.3f} cls {event.cls_loss:.3f} "
+        f"dfl {event.dfl_loss:.3f} mAP50 {event.ap50:.3f} mAP50-95 {event.ap50_95:.3f} "
+        f"precision {event.precision:.3f} recall {event.recall:.3f} "
+        f"{event.images_per_s:.1f} images/s "
+        f"train {duration(event.train_s)} val {duration(event.val_s)}"
+        f"{'  best' if event.best else ''}{_skipped(event)}"
+    )
+
+
+def _skipped(event: EpochDone) -> str:
+    return f"  {event.skipped_steps} skipped" if event.skipped_steps else ""
 
 
 def duration(seconds: float) -> str:

@@ -132,3 +132,10 @@ def test_closing_twice_and_without_events_is_harmless() -> None:
 )
 def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_an_epochs_row_fits_80_columns(epoch_done: Make) -> None:
+    shown = show(epoch_done(1, best=True), epoch_done(2), terminal=True, width=80)
+    lines = [line for line in shown.splitlines() if line]
+    assert len(lines) == 3
+    assert "mAP50-95" in lines[0] and lines[1].rstrip("\x1b[0m").endswith("*")
