@@ -69,7 +69,8 @@ def _side_effects_undone() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
         os.environ.update(environment)
         torch.set_num_threads(torch_threads)
         cv2.setNumThreads(cv2_threads)
