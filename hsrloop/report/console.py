@@ -24,8 +24,8 @@ from hsrloop.events import Progress as TaskProgress
 from hsrloop.report.scores import class_scores, worst_first
 from hsrloop.report.settings import groups_table, settings_table
 
-# 78 columns with the mark of the best epoch, so that an 80-column terminal holds a row.
-_WIDTHS = (7, 6, 6, 6, 6, 8, 5, 5, 5, 6, 5)
+# With the mark of the best epoch a row has 79 columns, so that it fits a terminal's 80.
+_WIDTHS = (7, 6, 6, 6, 6, 8, 5, 5, 5, 5, 5)
 _TITLES = ("epoch", "box", "cls", "dfl", "mAP50", "mAP50-95", "P", "R", "img/s", "train", "val")
 _HEADER_EVERY = 20
 _SHOWN_WORST = 5
@@ -129,9 +129,11 @@ class ConsoleSink:
             self._line(Text(_epoch_sentence(event)))
             return
         if self._rows % _HEADER_EVERY == 0:
-            self._print(Text(_row(_TITLES) + "  * best", style="bold"))
+            self._print(Text(_row(_TITLES) + " best", style="bold"))
         self._rows += 1
         self._line(Text(_epoch_row(event), style="green" if event.best else ""))
+        if event.skipped_steps:
+            self._line(Text(f"        {_skipped(event)} for overflow in fp16", style="dim"))
 
     def _note(self, event: Note) -> None:
         if event.level == "warning":
@@ -229,7 +231,7 @@ def _epoch_row(event: EpochDone) -> str:
         duration(event.train_s),
         duration(event.val_s),
     )
-    return _row(cells) + (" *" if event.best else "  ") + _skipped(event)
+    return _row(cells) + (" *" if event.best else "")
 
 
 def _epoch_sentence(event: EpochDone) -> str:
@@ -244,7 +246,7 @@ def _epoch_sentence(event: EpochDone) -> str:
 
 
 def _skipped(event: EpochDone) -> str:
-    return f"  {event.skipped_steps} skipped" if event.skipped_steps else ""
+    return f"  {event.skipped_steps} steps skipped" if event.skipped_steps else ""
 
 
 def duration(seconds: float) -> str:
