@@ -187,14 +187,14 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -
     train, val = scans["train"], scans.get("val")
     if val is not None:
         shared = _real(train) & _real(val)
-        if not shared or shared != _real(val):
+        if _real(train) != _real(val):
             if shared:
                 logger.warning(
                     "%d images are in both train and val: validation will look too good.",
                     len(shared),
                 )
             return False
-    why = "no val in data.yaml" if val is None else "val holds training images only"
+    why = "no val in data.yaml" if val is None else "val is the same images as train"
     useful = [len(ref.labels) > 0 for ref in train.refs]
     picked = set(hold_out([ref.path for ref in train.refs], seed=seed, useful=useful))
     if not picked:

@@ -139,8 +139,7 @@ class TrainLoader:
             yield images, targets
 
     def _images(self, count: int) -> Tensor:
-        side = self._store.imgsz
-        return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        return _empty(count, self._store.imgsz, self._pin_memory)
 
     def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:
         images = self._images(len(task.indices))
@@ -240,9 +239,7 @@ class ValLoader:
 
     def _make(self, indices: range) -> ValBatch:
         side = self._store.imgsz
-        images = torch.empty(
-            (len(indices), side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory
-        )
+        images = _empty(len(indices), side, self._pin_memory)
         frames = np.array([_frame(self._refs[i], side) for i in indices])
         boxes = []
         for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
@@ -284,6 +281,13 @@ def _letterboxed(
     centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
     low, high = (centre - half) * scale + shift, (centre + half) * scale + shift
     return np.concatenate((low, high), axis=1).astype(np.float32)
+
+
+def _empty(count: int, side: int, pin_memory: bool) -> Tensor:
+    """Return (count, S, S, 3) uint8; unpinned, from numpy, which asks for huge pages."""
+    if pin_memory:
+        return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty((count, side, side, 3), np.uint8))
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

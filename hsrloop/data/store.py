@@ -166,31 +166,48 @@ class ImageStore:
         self._refuse_inside_data(cache_dir)
         file = cache_dir / f"{self._key()}.images"
         notes = file.with_suffix(".json")
-        if not (file.exists() and notes.exists() and file.stat().st_size == self.cached_bytes):
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                cache_dir.mkdir(parents=True, exist_ok=True)
-                free = shutil.disk_usage(cache_dir).free
-                if free < self.cached_bytes * 1.05:
-                    logger.warning(
-                        "%s has %.2f GiB free and the image cache needs %.2f GiB: no cache.",
-                        cache_dir, free / 2**30, self.cached_bytes / 2**30,
-                    )  # fmt: skip
-                    self.cached_images = 0
-                    return
-                block = np.memmap(temporary, np.uint8, mode="w+", shape=(self.cached_bytes,))
-                self._fill(block, threads, progress)
-                block.flush()
-                notes.write_text(json.dumps({"broken": sorted(self.broken)}))
-                os.replace(temporary, file)
-            except OSError as error:
-                raise OutputError(
-                    f"The image cache in {cache_dir} cannot be written: {error.strerror}."
-                ) from None
-            finally:
-                temporary.unlink(missing_ok=True)
-        self.broken = set(json.loads(notes.read_text())["broken"])
-        self._block = np.memmap(file, np.uint8, mode="r")
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            whole = file.exists() and file.stat().st_size == self.cached_bytes
+            if not (whole and notes.exists()):
+                self._write_cache(file, notes, threads, progress)
+        except OSError as error:
+            raise OutputError(
+                f"The image cache in {cache_dir} cannot be written: {error.strerror}."
+            ) from None
+        if self.cached_images:
+            self.broken = set(json.loads(notes.read_text())["broken"])
+            self._block = np.memmap(file, np.uint8, mode="r")
+
+    def _write_cache(
+        self,
+        file: Path,
+        notes: Path,
+        threads: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Write the cache file under its final name once it is whole; without room, cache nothing."""
+        free = shutil.disk_usage(file.parent).free
+        if free < self.cached_bytes * 1.05:
+            logger.warning(
+                "%s has %.2f GiB free and the image cache needs %.2f GiB: no cache.",
+                file.parent, free / 2**30, self.cached_bytes / 2**30,
+            )  # fmt: skip
+            self.cached_images = 0
+            return
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            block = np.memmap(temporary, np.uint8, mode="w+", shape=(self.cached_bytes,))
+            with temporary.open(
+                "r+b"
+            ) as reserved:  # a disk that fills up raises here, not in a store
+                os.posix_fallocate(reserved.fileno(), 0, self.cached_bytes)
+            self._fill(block, threads, progress)
+            block.flush()
+            notes.write_text(json.dumps({"broken": sorted(self.broken)}))
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _refuse_inside_data(self, cache_dir: Path) -> None:
         inside = cache_dir.resolve()

@@ -1,0 +1,269 @@
+"""One stream for any number of workers, any batch and any cache; validation as the peer does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.dataset import DatasetSpec, load_dataset
+from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
+from hsrloop.data.store import ImageStore, stored_size
+from hsrloop.errors import OutputError
+from hsrloop.records import Batch, Position
+
+SIDE = 96
+
+
+@pytest.fixture
+def spec(tiny_dataset: Path) -> DatasetSpec:
+    return load_dataset(tiny_dataset)
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig.from_json({"imgsz": SIDE, "batch": 3, "mixup": 0.5, "shear": 3.0, **changes})
+
+
+def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
+    """Return images, boxes, labels, and the place of each box in the stream."""
+    first, places = 0, []
+    for batch in batches:
+        places.append(batch.image_index + first)
+        first += len(batch.images)
+    images = torch.cat([batch.images for batch in batches])
+    boxes = torch.cat([batch.boxes_cxcywh for batch in batches])
+    return images, boxes, torch.cat([b.labels for b in batches]), torch.cat(places)
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    for x, y in zip(joined(a), joined(b), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("cache", [False, "ram", "disk"])
+@pytest.mark.parametrize("budget", [None, 0, 60_000])
+def test_cached_partly_cached_and_uncached_images_are_the_same_bytes(
+    spec: DatasetSpec, tmp_path: Path, cache: bool | str, budget: int | None
+) -> None:
+    plain = ImageStore(spec.train, imgsz=SIDE)
+    seen: list[tuple[int, int]] = []
+    store = ImageStore(
+        spec.train, imgsz=SIDE, cache=cache, budget_bytes=budget, cache_dir=tmp_path / "cache",
+        threads=2, progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    expected = {None: 8, 0: 0, 60_000: 2}[budget] if cache else 0
+    assert store.cached_images == expected and len(store) == 8
+    assert seen == [(i + 1, expected) for i in range(expected)]
+    assert store.cached_bytes <= (budget if budget is not None else 10**9)
+    for i in range(8):
+        np.testing.assert_array_equal(store[i], plain[i])
+        assert max(store[i].shape) == SIDE and not store[i].flags.writeable
+    store.close()
+    np.testing.assert_array_equal(store[0], plain[0])
+
+
+def test_the_disk_cache_is_found_again_and_follows_the_images(
+    spec: DatasetSpec, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+    for expected in (8, 8, 16):
+        if expected == 16:
+            image = cv2.imread(str(spec.train[2].path))
+            cv2.imwrite(str(spec.train[2].path), 255 - image)
+        store = ImageStore(
+            spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "c",
+            progress=lambda done, total: calls.append(done),
+        )  # fmt: skip
+        assert len(calls) == expected
+        np.testing.assert_array_equal(store[2], ImageStore(spec.train, imgsz=SIDE)[2])
+
+
+def test_a_disk_cache_inside_the_data_set_is_refused(spec: DatasetSpec, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="lies inside the data set"):
+        ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=spec.root / "cache")
+    with pytest.raises(OutputError, match="there is no folder for it"):
+        ImageStore(spec.train, imgsz=SIDE, cache="disk")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("cache", [False, "ram"])
+def test_an_image_that_breaks_later_is_grey_and_said_once(
+    spec: DatasetSpec, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec.train[1].path.write_bytes(b"gone")
+    store = ImageStore(spec.train, imgsz=SIDE, cache=cache)
+    assert (store[1] == 114).all() and (store[1] == 114).all()
+    assert store.broken == {1} and caplog.text.count("became unreadable") == 1
+    with TrainLoader(spec.train, store, config(mosaic=0, mixup=0)) as loader:
+        batches = list(loader.batches(Position(0, 0)))
+    assert sum(len(batch.images) for batch in batches) == 8
+
+
+@pytest.mark.parametrize("height", [1, 7, 99, 100, 427, 480])
+@pytest.mark.parametrize("width", [1, 33, 100, 640, 641, 4000])
+def test_stored_sizes_are_the_peers(height: int, width: int) -> None:
+    for imgsz in (320, 640):
+        found = stored_size(height, width, imgsz)
+        assert max(found) == imgsz and min(found) >= 1
+        assert abs(found[0] * width - found[1] * height) <= max(height, width)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_one_stream_for_any_number_of_workers(spec: DatasetSpec, workers: int) -> None:
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    with TrainLoader(spec.train, store, config()) as loader:
+        expected = [list(loader.batches(Position(epoch, 0))) for epoch in range(2)]
+    with TrainLoader(spec.train, store, config(), workers=workers, prefetch=True) as loader:
+        next(loader.batches(Position(0, 3)))  # left half-way
+        for epoch in range(2):
+            assert_same(list(loader.batches(Position(epoch, 0))), expected[epoch])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 16])
+@pytest.mark.parametrize("cache", [False, "ram"])
+def test_one_stream_for_any_batch_and_cache(spec: DatasetSpec, batch: int, cache: str) -> None:
+    reference = TrainLoader(spec.train, ImageStore(spec.train, imgsz=SIDE), config())
+    store = ImageStore(spec.train, imgsz=SIDE, cache=cache, budget_bytes=100_000)
+    loader = TrainLoader(spec.train, store, config(batch=batch))
+    found = list(loader.batches(Position(4, 0)))
+    assert_same(found, list(reference.batches(Position(4, 0))))
+    assert len(loader) == len(found) == -(-8 // batch)
+
+
+def test_positions_steps_and_micro_batches(spec: DatasetSpec) -> None:
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    loader = TrainLoader(spec.train, store, config(batch=5), micro_batch=2)
+    whole = list(loader.batches(Position(1, 0)))
+    assert [len(b.images) for b in whole] == [2, 2, 1, 2, 1]
+    assert [b.ends_step for b in whole] == [False, False, True, False, True]
+    ends = [Position(1, 2), Position(1, 4), Position(1, 5), Position(1, 7), Position(2, 0)]
+    assert [b.after for b in whole] == ends
+    assert_same(list(loader.batches(Position(1, 5))), whole[3:])
+    for wrong in (Position(1, 2), Position(1, 10), Position(0, -5)):
+        with pytest.raises(ValueError, match="no start of a step"):
+            loader.batches(wrong)
+
+
+def test_batches_are_what_training_expects(spec: DatasetSpec) -> None:
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    for batch in TrainLoader(spec.train, store, config()).batches(Position(0, 0)):
+        assert batch.images.dtype == torch.uint8 and batch.images.shape[1:] == (3, SIDE, SIDE)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.boxes_cxcywh.dtype == torch.float32 and batch.labels.dtype == torch.int64
+        assert batch.image_index.dtype == torch.int64
+        assert torch.equal(batch.image_index, batch.image_index.sort().values)
+        half = batch.boxes_cxcywh[:, 2:] / 2
+        low, high = batch.boxes_cxcywh[:, :2] - half, batch.boxes_cxcywh[:, :2] + half
+        assert (low >= -1e-6).all() and (high <= 1 + 1e-6).all()
+
+
+def test_a_killed_worker_raises_and_the_loader_starts_again(spec: DatasetSpec) -> None:
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    loader = TrainLoader(spec.train, store, config(batch=1), workers=2)
+    expected = list(loader.batches(Position(0, 0)))
+    assert loader._pool is not None
+    os.kill(loader._pool._processes[1].pid or 0, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"ended by itself \(exit code -9\)"):
+        list(loader.batches(Position(0, 0)))
+    loader.close()
+    assert_same(list(loader.batches(Position(0, 0))), expected)
+    loader.close()
+
+
+def test_backgrounds_only_make_empty_targets(spec: DatasetSpec) -> None:
+    empty = [
+        dataclasses.replace(
+            ref, boxes_cxcywh=ref.boxes_cxcywh[:0], labels=ref.labels[:0], polygons=()
+        )
+        for ref in spec.train
+    ]
+    store = ImageStore(empty, imgsz=SIDE)
+    batch = next(TrainLoader(empty, store, config()).batches(Position(0, 0)))
+    assert batch.boxes_cxcywh.shape == (0, 4) and batch.labels.shape == (0,)
+    val = next(iter(ValLoader(empty, store, batch=2)))
+    assert val.boxes_xyxy_px.shape == (0, 4) and val.images.shape[0] == 2
+
+
+def test_validation_frames_map_back_to_the_original(spec: DatasetSpec) -> None:
+    store = ImageStore(spec.val, imgsz=SIDE, interpolation="linear", cache="ram")
+    loader = ValLoader(spec.val, store, batch=3)
+    seen = []
+    for batch in loader:
+        for b, index in enumerate(batch.indices.tolist()):
+            ref = spec.val[index]
+            mine = batch.image_index == b
+            native = (batch.boxes_xyxy_px[mine].view(-1, 2, 2) - batch.pads[b]) / batch.gains[b]
+            cx, cy, w, h = (ref.boxes_cxcywh * np.tile([ref.width, ref.height], 2)).T
+            expected = np.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), 1)
+            np.testing.assert_allclose(native.reshape(-1, 4), expected, atol=0.02)
+            assert batch.labels[mine].tolist() == ref.labels.tolist()
+            seen.append(index)
+    assert seen == list(range(4)) and len(loader) == 2
+
+
+@pytest.mark.parametrize("imgsz", [320, 640])
+def test_validation_batches_equal_the_peers(
+    real_data: Path, imgsz: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pixels equal, boxes to 0.001 px, on photographs of many sizes."""
+    caplog.set_level(logging.ERROR)
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data import build_yolo_dataset
+
+    spec = load_dataset(real_data / "data" / "coco128_val128" / "data.yaml")
+    refs = spec.val[:24]
+    store = ImageStore(refs, imgsz=imgsz, interpolation="linear")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for ref in refs:
+        (tmp_path / "images" / ref.path.name).write_bytes(ref.path.read_bytes())
+        label = Path(str(ref.path).replace("/images/", "/labels/")).with_suffix(".txt")
+        (tmp_path / "labels" / label.name).write_bytes(label.read_bytes())
+    hyp = get_cfg(overrides={"imgsz": imgsz, "task": "detect", "rect": False})
+    info = {"names": dict(enumerate(spec.names)), "nc": spec.nc, "channels": 3}
+    theirs = build_yolo_dataset(hyp, str(tmp_path / "images"), 4, info, mode="val", rect=False)
+    mine = list(ValLoader(refs, store, batch=4))
+    images = torch.cat([batch.images for batch in mine])
+    for i, (ref, image) in enumerate(zip(refs, images, strict=True)):
+        sample = theirs[i]
+        assert Path(sample["im_file"]).name == ref.path.name
+        assert torch.equal(sample["img"], image)
+        batch, b = mine[i // 4], i % 4
+        boxes = batch.boxes_xyxy_px[batch.image_index == b]
+        centre, half = sample["bboxes"][:, :2] * imgsz, sample["bboxes"][:, 2:] * imgsz / 2
+        expected = torch.cat((centre - half, centre + half), 1)
+        order = [x.sort(0).values for x in (boxes, expected)]
+        torch.testing.assert_close(order[0], order[1], atol=1e-3, rtol=0)
+
+
+def test_augmented_boxes_match_the_peers_statistics(real_data: Path) -> None:
+    """Boxes an image and their mean size agree within sampling error."""
+    from hsrloop.data.plan import AugmentSettings, draw_plan, plan_labels
+
+    spec = load_dataset(real_data / "data" / "ycb_household" / "data.yaml")
+    refs, settings = spec.train, AugmentSettings.from_config(TrainConfig(mixup=0.0))
+    counts, areas = [], []
+    for index in range(1000):
+        boxes, _, _ = plan_labels(
+            draw_plan(0, index // 360, index % 360, refs, settings), refs, 320
+        )
+        counts.append(len(boxes))
+        if len(boxes):
+            areas.append(float(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)).mean()))
+    assert np.mean(counts) == pytest.approx(PEER_BOXES, abs=1.5)
+    assert np.mean(areas) == pytest.approx(PEER_SIDE_PX, abs=4.0)
+
+
+# ultralytics@8.4.190, ycb_household at 320, mosaic 1, degrees 10, mixup 0, 1,000 samples: standard
+# errors 0.33 and 0.68
+PEER_BOXES, PEER_SIDE_PX = 21.0, 71.5
