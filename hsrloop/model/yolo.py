@@ -99,7 +99,7 @@ def build(yaml_name: str, *, names: Sequence[str], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module: nn.Module = tasks.DetectionModel(yaml_name, ch=3, nc=len(names), verbose=False)
-    # 8.4 releases differ in whether this one convolution, which YOLOv8 activates, is activated.
+    # YOLOv8 activates this convolution; ultralytics 8.4.0 builds it without, 8.4.190 with.
     spp: Any = layers(module)[9]
     spp.cv1.act = nn.SiLU()
     return prepare(module, names)
