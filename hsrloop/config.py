@@ -39,8 +39,9 @@ class Rule:
             return "any number"
         if self.high == math.inf:
             return f"{'more than' if self.above else 'at least'} {self.low:g}"
-        return f"{'more than' if self.above else 'from'} {self.low:g} {'and' if self.above else 'to'} " + (
-            f"at most {self.high:g}" if self.above else f"{self.high:g}"
+        return (
+            f"{'more than' if self.above else 'from'} {self.low:g} {'and' if self.above else 'to'} "
+            + (f"at most {self.high:g}" if self.above else f"{self.high:g}")
         )
 
     def problem(self, value: Any) -> bool:
@@ -89,22 +90,35 @@ class TrainConfig:
         None, "images per forward pass; the batch itself when not given", low=1
     )
     imgsz: int = _setting(640, "side of the square network input, px", multiple_of=32)
-    patience: int = _setting(10, "epochs without a better mAP50-95 before stopping; 0: never", low=0)
+    patience: int = _setting(
+        10, "epochs without a better mAP50-95 before stopping; 0: never", low=0
+    )
     optimizer: str = _setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
     lr0: float = _setting(0.001, "highest learning rate", low=0, above=True)
     lrf: float = _setting(0.01, "last learning rate as a fraction of lr0", low=0, high=1)
-    momentum: float = _setting(0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999)
+    momentum: float = _setting(
+        0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999
+    )
     weight_decay: float = _setting(0.0005, "weight decay, as given, not rescaled by batch", low=0)
-    warmup_epochs: float = _setting(3.0, "epochs of linear warm-up, at most a tenth of the run", low=0)
+    warmup_epochs: float = _setting(
+        3.0, "epochs of linear warm-up, at most a tenth of the run", low=0
+    )
     cos_lr: bool = _setting(False, "cosine instead of linear decay of the learning rate")
     llrd: bool = _setting(False, "layer-wise learning-rate decay")
     llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
     head_lr_scale: float = _setting(
-        5.0, "factor on the learning rate of the class outputs, when all classes are new", low=1, high=100
+        5.0,
+        "learning-rate factor of the class outputs when all classes are new to pretrained weights",
+        low=1,
+        high=100,
     )
     freeze: int = _setting(0, "number of leading modules that are not trained", low=0)
-    ema_decay: float = _setting(0.9999, "highest decay of the averaged weights", low=0, high=0.999999)
-    ema_tau: float = _setting(2000.0, "optimizer steps over which that decay is reached", low=0, above=True)
+    ema_decay: float = _setting(
+        0.9999, "highest decay of the averaged weights", low=0, high=0.999999
+    )
+    ema_tau: float = _setting(
+        2000.0, "optimizer steps over which that decay is reached", low=0, above=True
+    )
     # Augmentation
     hsv_h: float = _setting(0.015, "hue gain, fraction", low=0, high=0.5)
     hsv_s: float = _setting(0.7, "saturation gain, fraction", low=0, high=1)
@@ -140,7 +154,9 @@ class TrainConfig:
     # Reports
     save_period: int = _setting(0, "keep weights/epochN.pt every N epochs; 0: never", low=0)
     tensorboard: bool = _setting(True, "TensorBoard event files and server")
-    tensorboard_port: int = _setting(6006, "port of the server; the next free one if taken", low=0, high=65535)
+    tensorboard_port: int = _setting(
+        6006, "port of the server; the next free one if taken", low=0, high=65535
+    )
     export: str | None = _setting(None, "export best.pt after training", choices=(None, "onnx"))
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from hsrloop.data.loader import ValLoader
 from hsrloop.errors import ConfigError
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.probe import probe, torch_device
-from hsrloop.model.base import load_base
+from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
 from hsrloop.model.weights import read_checkpoint
 from hsrloop.model.yolo import reg_max, strides
@@ -87,8 +87,8 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         base = load_model(resolved, spec.names, hub.emit)
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
-    fresh = sum(base.fresh_classes) / len(spec.names)
-    identity = _identity(resolved, spec, saved.identity.fresh_share if saved else fresh)
+    fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
+    identity = _identity(resolved, spec, fresh_share)
     amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
     state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
     if saved is not None:
@@ -213,6 +213,16 @@ def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float) -> RunI
         threads=threads,
         fresh_share=fresh_share,
     )
+
+
+def _fresh_share(base: BaseModel) -> float:
+    """Return the share of classes a trained network does not know; 0 from scratch.
+
+    From scratch every layer is as new as the class outputs, so these need not hurry.
+    """
+    if not base.source_names:
+        return 0.0
+    return sum(base.fresh_classes) / len(base.fresh_classes)
 
 
 def _bytes_needed(state: TrainState) -> int:

@@ -34,7 +34,7 @@ def recorder() -> Recorder:
     return Recorder()
 
 
-def run_settings(dataset: Path, output: Path, **changes: Any) -> Resolved:
+def run_settings(dataset: Path, output: Path, /, **changes: Any) -> Resolved:
     """Settings of a run of seconds; `changes` count as given on the command line."""
     base = {
         "dataset": str(dataset),

@@ -51,7 +51,9 @@ def test_map_of_the_pretrained_network_on_coco(
     assert ours.ap50 == pytest.approx(float(theirs.box.map50), abs=1e-3)
     assert ours.precision == pytest.approx(float(theirs.box.mp), abs=5e-3)
     assert ours.recall == pytest.approx(float(theirs.box.mr), abs=5e-3)
-    named = {theirs.names[i]: ap for i, ap in zip(theirs.box.ap_class_index, theirs.box.ap, strict=True)}
+    named = {
+        theirs.names[i]: ap for i, ap in zip(theirs.box.ap_class_index, theirs.box.ap, strict=True)
+    }
     assert {c.name for c in ours.classes} == set(named)
     for score in ours.classes:
         assert score.ap50_95 == pytest.approx(float(named[score.name]), abs=2e-2), score.name

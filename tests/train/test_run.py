@@ -79,12 +79,16 @@ def test_two_runs_are_bit_equal_and_another_seed_differs(settings: Settings) -> 
     assert not torch.equal(first, weights(1))
 
 
-def test_it_learns_eight_images_by_heart(tiny_dataset: Path, settings: Settings) -> None:
+def test_it_learns_eight_images_by_heart(settings: Settings) -> None:
+    """From scratch, without augmentation. An untrained network's boxes hit nothing, so its target
+    scores and losses are next to zero: the losses rise first, and their peak is the measure."""
     calm = {"mosaic": 0.0, "mixup": 0.0, "degrees": 0.0, "scale": 0.0, "translate": 0.0}
-    outcome = train(settings(epochs=30, lr0=0.005, imgsz=96, close_mosaic=0, ema_tau=20.0, **calm))
+    calm |= {"fliplr": 0.0, "hsv_s": 0.0, "hsv_v": 0.0}
+    outcome = train(settings(epochs=30, lr0=0.003, close_mosaic=0, ema_tau=20.0, **calm))
     history = checkpoint.read(outcome.run_dir / "weights" / "last.pt").state["history"]
-    total = [row["box_loss"] + row["cls_loss"] + row["dfl_loss"] for row in history]
-    assert total[-1] < 0.6 * total[0]
+    for name in ("box_loss", "cls_loss"):
+        losses = [row[name] for row in history]
+        assert losses[-1] < 0.7 * max(losses), (name, losses)
 
 
 def test_llrd_changes_the_rates_and_nothing_else(settings: Settings, recorder: Any) -> None:
