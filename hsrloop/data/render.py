@@ -116,9 +116,10 @@ class Renderer:
         height, width = part.shape[:2]
         padded = self._padded[: height + 2 * RING, : width + 2 * RING]
         cv2.cvtColor(part, cv2.COLOR_RGB2RGBA, dst=padded[RING:-RING, RING:-RING])
-        padded[:RING], padded[-RING:] = padded[RING], padded[-RING - 1]
-        padded[:, :RING] = padded[:, RING : RING + 1]
-        padded[:, -RING:] = padded[:, -RING - 1 : -RING]
+        whole = padded.view(np.uint32)[..., 0]  # a pixel as one number: quicker to copy by columns
+        whole[:RING], whole[-RING:] = whole[RING], whole[-RING - 1]
+        for i in range(RING):
+            whole[:, i], whole[:, -1 - i] = whole[:, RING], whole[:, -RING - 1]
         return padded
 
     def _recolour(self, out: np.ndarray, gains: tuple[float, float, float]) -> None:

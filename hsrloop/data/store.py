@@ -186,7 +186,7 @@ class ImageStore:
         threads: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Write the cache file under its final name once it is whole; without room, cache nothing."""
+        """Write the cache file, whole before it has its name; without room, cache nothing."""
         free = shutil.disk_usage(file.parent).free
         if free < self.cached_bytes * 1.05:
             logger.warning(
@@ -198,9 +198,8 @@ class ImageStore:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             block = np.memmap(temporary, np.uint8, mode="w+", shape=(self.cached_bytes,))
-            with temporary.open(
-                "r+b"
-            ) as reserved:  # a disk that fills up raises here, not in a store
+            # A disk that fills up raises here; writing to the mapping later would kill the process.
+            with temporary.open("r+b") as reserved:
                 os.posix_fallocate(reserved.fileno(), 0, self.cached_bytes)
             self._fill(block, threads, progress)
             block.flush()

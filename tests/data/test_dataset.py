@@ -162,9 +162,10 @@ def test_a_bad_row_costs_only_itself_and_is_located(
 ) -> None:
     label = tiny_dataset.parent / "labels/train/train_00.txt"
     label.write_bytes(
-        b"\xef\xbb\xbf0 0.5 0.5 0.2 0.2\r\n7 0.5 0.5 0.2 0.2\r\n-1 0.5 0.5 0.2 0.2\r\n0.5 .5 .5 .2 .2\r\n"
-        b"0 nan 0.5 0.2 0.2\r\n0 a 0.5 0.2 0.2\r\n0 320 240 50 50\r\n1 0.5 0.5 0 0.2\r\n1 0.5 0.5\r\n"
-        b"0 0.5 0.5 0.2 0.2\r\n1 0.1 0.1 0.3 0.1 0.3 0.3\r\n1 .1 .1 .3 .3 .2 .2 .9\r\n2.0 1.005 .5 .2 .2\r\n"
+        b"\xef\xbb\xbf0 0.5 0.5 0.2 0.2\r\n7 0.5 0.5 0.2 0.2\r\n-1 0.5 0.5 0.2 0.2\r\n"
+        b"0.5 .5 .5 .2 .2\r\n0 nan 0.5 0.2 0.2\r\n0 a 0.5 0.2 0.2\r\n0 320 240 50 50\r\n"
+        b"1 0.5 0.5 0 0.2\r\n1 0.5 0.5\r\n0 0.5 0.5 0.2 0.2\r\n1 0.1 0.1 0.3 0.1 0.3 0.3\r\n"
+        b"1 .1 .1 .3 .3 .2 .2 .9\r\n2.0 1.005 .5 .2 .2\r\n"
     )
     ref = load_dataset(tiny_dataset).train[0]
     assert ref.labels.tolist() == [0, 1, 2]
