@@ -12,6 +12,9 @@ _CLASS_OFFSET_PX = 7680
 Source: ultralytics@8.4.190 (max_wh). Boxes must be smaller than it.
 """
 
+_FIRST_TRIED, _MORE_TRIED = 1024, 4
+"""Rows of an image tried first, and the factor after that (a guess)."""
+
 
 def nms(
     boxes_xyxy_px: Tensor,
@@ -57,8 +60,17 @@ def nms(
 
 
 def _suppress(rows: Tensor, iou: float, max_det: int, max_nms: int) -> Tensor:
-    """Return the rows of one image that remain, best first."""
-    if len(rows) > max_nms:
-        rows = rows[rows[:, 4].topk(max_nms).indices]
+    """Return the rows of one image that remain, best first.
+
+    What happens to a row depends on better rows only, so the best few thousand are tried first:
+    as soon as they hold `max_det`, the rest cannot matter. Suppression is quadratic in rows.
+    """
+    order = rows[:, 4].argsort(descending=True, stable=True)[:max_nms]
+    rows = rows[order]
     shifted = rows[:, :4] + rows[:, 5:6] * _CLASS_OFFSET_PX
-    return rows[torchvision.ops.nms(shifted, rows[:, 4], iou)[:max_det]]
+    tried = min(len(rows), _FIRST_TRIED)
+    while True:
+        kept = torchvision.ops.nms(shifted[:tried], rows[:tried, 4], iou)
+        if len(kept) >= max_det or tried == len(rows):
+            return rows[kept[:max_det]]
+        tried = min(len(rows), tried * _MORE_TRIED)

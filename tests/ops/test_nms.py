@@ -22,7 +22,7 @@ def crowd(images: int, anchors: int, nc: int, seed: int) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
-@pytest.mark.parametrize(("nc", "max_nms"), [(1, 30000), (4, 30000), (20, 500)])
+@pytest.mark.parametrize(("nc", "max_nms"), [(1, 30000), (4, 30000), (20, 500), (20, 30000)])
 def test_equal_to_the_peer(nc: int, max_nms: int, multi_label: bool) -> None:
     boxes, scores = crowd(3, 700, nc, seed=nc)
     scores[1] = 0  # an image without detections
