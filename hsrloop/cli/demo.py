@@ -134,6 +134,7 @@ def _within(limit_s: float, work: Callable[[], Path | None]) -> Path | None:
 def _draw(dataset: Path, best: Path, picture: Path, *, imgsz: int) -> None:
     """Write a picture of the first validation scenes with what the model finds in them."""
     import cv2
+    import numpy as np
     import torch
 
     from hsrloop.data.dataset import load_dataset
@@ -159,6 +160,7 @@ def _draw(dataset: Path, best: Path, picture: Path, *, imgsz: int) -> None:
             corners = (corners - batch.pads[index]) / batch.gains[index] * _ENLARGED
             boxes = torch.cat([corners.view(-1, 4), detections[:, 4:]], 1).numpy()
             large = cv2.resize(pixels, None, fx=_ENLARGED, fy=_ENLARGED)
-            drawn.append(draw_predictions(large[..., ::-1], boxes, spec.names))
+            rgb = np.asarray(cv2.cvtColor(large, cv2.COLOR_BGR2RGB), np.uint8)
+            drawn.append(draw_predictions(rgb, boxes, spec.names))
     store.close()
     save_picture(picture, contact_sheet(drawn, columns=4))
