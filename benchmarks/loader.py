@@ -14,9 +14,11 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,7 @@ from ultralytics.data import build_yolo_dataset  # noqa: E402
 
 from hsrloop.config import TrainConfig  # noqa: E402
 from hsrloop.data.dataset import load_dataset  # noqa: E402
+from hsrloop.data.labels import label_path  # noqa: E402
 from hsrloop.data.loader import TrainLoader  # noqa: E402
 from hsrloop.data.store import ImageStore  # noqa: E402
 from hsrloop.records import Position  # noqa: E402
@@ -64,17 +67,26 @@ def ours(data: Path, imgsz: int) -> Callable[[int, int], None]:
     return make
 
 
-def theirs(data: Path, imgsz: int) -> Callable[[int, int], None]:
-    """Return a function that makes `count` samples with Ultralytics' training data set."""
+def theirs(data: Path, imgsz: int, scratch: Path) -> Callable[[int, int], None]:
+    """Return a function that makes `count` samples with Ultralytics' training data set.
+
+    It works on copies below `scratch`: that class writes a cache beside the labels, and rewrites
+    truncated images, in whatever data set it is given.
+    """
     settings = {"imgsz": imgsz, "cache": "ram", "task": "detect", "mode": "train", "rect": False}
     hyp = get_cfg(overrides={**settings, **SHARED})
     spec = load_dataset(data)
     info = {"names": dict(enumerate(spec.names)), "nc": spec.nc, "channels": 3}
-    images = [str(ref.path) for ref in spec.train]
-    listing = Path(f"/tmp/hsrloop-bench-{os.getpid()}.txt")
-    listing.write_text("\n".join(images))
-    dataset = build_yolo_dataset(hyp, str(listing), BATCH, info, mode="train", rect=False)
-    listing.unlink()
+    for folder in ("images", "labels"):
+        (scratch / folder).mkdir()
+    for number, ref in enumerate(spec.train):
+        name = f"{number:06d}{ref.path.suffix}"
+        shutil.copyfile(ref.path, scratch / "images" / name)
+        label = label_path(ref.path)
+        if label.exists():
+            shutil.copyfile(label, (scratch / "labels" / name).with_suffix(".txt"))
+    images = str(scratch / "images")
+    dataset = build_yolo_dataset(hyp, images, BATCH, info, mode="train", rect=False)
 
     def make(count: int, number: int) -> None:
         order = np.random.default_rng(number).permutation(len(dataset))
@@ -190,11 +202,12 @@ def main() -> None:
     options = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    makers = {
-        "hsrloop": ours(options.data, options.imgsz),
-        "Ultralytics": theirs(options.data, options.imgsz),
-    }
-    times = measure(makers, options.images, options.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        makers = {
+            "hsrloop": ours(options.data, options.imgsz),
+            "Ultralytics": theirs(options.data, options.imgsz, Path(scratch)),
+        }
+        times = measure(makers, options.images, options.rounds)
     ratios = [b / a for a, b in zip(times["hsrloop"], times["Ultralytics"], strict=True)]
     result = {
         "where": describe(options.data, options),
