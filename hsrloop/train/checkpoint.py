@@ -115,7 +115,6 @@ class Saved:
     path: Path
     identity: RunIdentity
     state: Mapping[str, Any]
-    module: torch.nn.Module  # of the averaged weights: gives the shapes
 
 
 def read(path: Path, *, trust: bool = False) -> Saved:
@@ -149,7 +148,7 @@ def read(path: Path, *, trust: bool = False) -> Saved:
         threads=extra["threads"],
         fresh_share=extra["fresh_share"],
     )
-    return Saved(path=path, identity=identity, state=extra["state"], module=content["model"])
+    return Saved(path=path, identity=identity, state=extra["state"])
 
 
 def versions() -> dict[str, str]:

@@ -89,6 +89,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
     fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
     identity = _identity(resolved, spec, fresh_share)
+    torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
     state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
     if saved is not None:

@@ -139,7 +139,7 @@ def test_killed_between_two_steps_it_goes_on_from_the_last_epoch(
         "import os, signal, sys, json\n"
         "from hsrloop.config import resolve\n"
         "from hsrloop.train.run import train\n"
-        "left = 9\n"
+        "left = 7\n"
         "def stop():\n"
         "    global left\n"
         "    left -= 1\n"
