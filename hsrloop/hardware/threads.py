@@ -26,10 +26,11 @@ def prepare_environment(*, cores: int | None = None) -> None:
 def _settings(cores: int) -> dict[str, str]:
     settings = {
         "OMP_NUM_THREADS": str(cores),
-        # Threads wait for each other by spinning. Unbounded, a step goes from 0.3 s to 7 s when
-        # another process holds one of two cores; this bound costs nothing on an idle machine
-        # (both measured, 2 cores, torch 2.15).
+        # Threads wait for each other by spinning, up to 2 ms here. Sleeping sooner costs a third
+        # of the speed on an idle virtual machine (10 against 15 images/s; measured, 2 cores,
+        # torch 2.15). Beside a busy process it is the other way round: see `contention`.
         "GOMP_SPINCOUNT": "100000",
+        "OMP_WAIT_POLICY": "passive",  # the spin count while throttled is 0
         # Large tensors on the CPU ask for huge pages, which saves page faults.
         "THP_MEM_ALLOC_ENABLE": "1",
     }

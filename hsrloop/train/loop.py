@@ -15,6 +15,7 @@ import torch
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, StepDone
+from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.model.yolo import set_train_mode
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics
@@ -40,6 +41,7 @@ class Runtime:
     settings: StepSettings
     emit: Callable[[Event], None]
     stop: Callable[[], bool]
+    governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
 
     @property
     def weights_dir(self) -> Path:
@@ -109,6 +111,8 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
             transaction.roll_back()
             raise
         meter.count(samples)
+        if runtime.governor is not None:
+            runtime.governor.observe()
         if runtime.stop():
             meter.finish()
             return False
@@ -128,6 +132,12 @@ def by_step(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 
 def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
     """Validate the averaged weights, keep the best, save; False when asked to stop meanwhile."""
+
+    def on_progress(done: int, total: int) -> None:
+        runtime.emit(Progress(task="validating", done=done, total=total))
+        if runtime.governor is not None:
+            runtime.governor.observe()
+
     started = time.monotonic()
     metrics = evaluate(
         state.ema.module,
@@ -135,9 +145,7 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
         names=runtime.identity.names,
         device=state.device,
         half=runtime.settings.amp,
-        on_progress=lambda done, total: runtime.emit(
-            Progress(task="validating", done=done, total=total)
-        ),
+        on_progress=on_progress,
         stop=runtime.stop,
     )
     if metrics is None:

@@ -14,6 +14,7 @@ from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import ValLoader
 from hsrloop.errors import ConfigError
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
+from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
@@ -104,6 +105,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
             folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
         server = _open_reports(hub, run_dir, resolved, state)
         hub.emit(_started(run_dir, resolved, state, spec, info, resumed=saved is not None))
+        governor = SpinGovernor() if device.type == "cpu" else None
         runtime = Runtime(
             config=config,
             identity=identity,
@@ -120,11 +122,14 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
             ),
             emit=hub.emit,
             stop=stop,
+            governor=governor,
         )
         try:
             reason = run_to_end(state, runtime)
             return _finish(state, resolved, run_dir, reason, server, hub)
         finally:
+            if governor is not None:
+                governor.close()
             if server is not None:
                 server.close()
 
