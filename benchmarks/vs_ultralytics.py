@@ -184,7 +184,8 @@ def accuracy(options: argparse.Namespace, folder: Path) -> None:
                 *((setting, options.epochs) for setting in PEER_SETTINGS),
             ):
                 key = {"data": name, "trainer": trainer, "seed": seed, "epochs": epochs}
-                if cells.find(key):
+                wanted = not options.only or trainer in options.only
+                if not wanted or cells.find(key):
                     continue
                 if trainer.startswith("ours"):
                     row = run_ours(options, data, epochs=epochs, seed=seed)
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="accuracy: paired seeds")
     parser.add_argument("--workers", type=int, default=1, help="the peer's loader processes")
     parser.add_argument("--speedup", type=float, default=1.8, help="accuracy: from `speed`")
+    parser.add_argument("--only", action="append", help="accuracy: just this trainer; may repeat")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     options.data = [str(Path(d).resolve()) for d in options.data]
