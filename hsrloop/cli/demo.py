@@ -34,7 +34,6 @@ _SETTINGS = {
     "batch": 8,
     "imgsz": 160,
     "lr0": 0.002,
-    "head_lr_scale": 1.0,
     "ema_decay": 0.99,
     "ema_tau": 100.0,
     "patience": 0,

@@ -37,7 +37,8 @@ def parameter_groups(
     weight_decay: float,
     llrd_rate: float | None = None,
     freeze: int = 0,
-    head_lr_scale: float = 1.0,
+    lr_scale: float = 1.0,
+    head_lr_scale: float | None = None,
 ) -> list[Group]:
     """Split the trainable parameters into groups for an optimizer, and freeze the others.
 
@@ -48,8 +49,9 @@ def parameter_groups(
     Args:
         llrd_rate: a layer's rate is scaled by llrd_rate ** (head index - layer index).
         freeze: number of leading layers that are not trained.
-        head_lr_scale: further factor for the last convolutions of the class branches, whose rows
-            are the classes; 1 leaves them in the group of their kind.
+        lr_scale: of every layer, before layer-wise decay.
+        head_lr_scale: in its place for the last convolutions of the class branches, whose rows are
+            the classes; None leaves them in the group of their kind.
 
     Raises:
         ConfigError: see `frozen_modules`.
@@ -64,11 +66,11 @@ def parameter_groups(
             parameter.requires_grad_(id(parameter) not in frozen | fixed)
             if not parameter.requires_grad:
                 continue
-            output = head_lr_scale != 1.0 and id(parameter) in outputs
-            scale = 1.0 if llrd_rate is None else llrd_rate ** (last - index)
+            output = head_lr_scale is not None and id(parameter) in outputs
+            decay = 1.0 if llrd_rate is None else llrd_rate ** (last - index)
+            scale = decay * (head_lr_scale if output and head_lr_scale else lr_scale)
             name = f"class_{kind}" if output else kind
             name = name if llrd_rate is None else f"{index:02d}_{name}"
-            scale *= head_lr_scale if output else 1.0
             group = groups.setdefault(
                 name,
                 {

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hsrloop.config import Resolved, TrainConfig
+from hsrloop.config import HEAD_LR_SCALE, PRETRAINED_LR_SCALE, Resolved, TrainConfig
 from hsrloop.data.dataset import DatasetSpec, ImageRef
 from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.data.store import ImageStore
@@ -81,24 +81,25 @@ def build_state(
     module: nn.Module,
     device: torch.device,
     *,
-    fresh_share: float,
+    fresh_share: float | None,
     amp: bool,
 ) -> TrainState:
     """Return the state of a run that has not begun; optimizer state exists already.
 
     Args:
-        fresh_share: share of the classes that the network has not learned before, in [0, 1]. The
-            class outputs learn faster by that much of `head_lr_scale`: new rows have far to go,
-            known ones do not.
+        fresh_share: share of the classes that pretrained weights do not know, in [0, 1]; None from
+            scratch. See `layer_rates`.
     """
     module = place(module, device)
+    body, outputs = layer_rates(config, fresh_share)
     groups = parameter_groups(
         module,
         lr0=config.lr0,
         weight_decay=config.weight_decay,
         llrd_rate=config.llrd_decay_rate if config.llrd else None,
         freeze=config.freeze,
-        head_lr_scale=1.0 + (config.head_lr_scale - 1.0) * fresh_share,
+        lr_scale=body,
+        head_lr_scale=outputs if outputs != body else None,
     )
     optimizer = build_optimizer(config.optimizer, groups, momentum=config.momentum)
     materialise_state(optimizer)
@@ -112,6 +113,27 @@ def build_state(
         micro_batch=micro_batch,
         loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
     )
+
+
+def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, float]:
+    """Return the learning-rate factors of the network's body and of its class outputs.
+
+    Pretrained layers move slowly, or the first steps undo what they know. New class rows have far
+    to go, known ones have not: the outputs' factor lies between both by the share that is new.
+    From scratch no layer is behind another, and with layer-wise decay the decay decides alone,
+    unless factors are given.
+
+    Args:
+        fresh_share: see `build_state`.
+    """
+    if fresh_share is None:
+        return 1.0, 1.0
+    body, head = config.pretrained_lr_scale, config.head_lr_scale
+    if body is None:
+        body = 1.0 if config.llrd else PRETRAINED_LR_SCALE
+    if head is None:
+        head = 1.0 if config.llrd else HEAD_LR_SCALE
+    return body, body + (head - body) * fresh_share
 
 
 def build_loaders(

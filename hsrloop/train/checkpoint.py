@@ -36,7 +36,7 @@ class RunIdentity:
     fingerprint: str  # of the data set
     versions: Mapping[str, str]
     threads: int
-    fresh_share: float  # of the classes, when the run started
+    fresh_share: float | None  # of the classes when the run started; None: from scratch
 
 
 def write_atomically(path: Path, write: Any) -> None:

@@ -208,7 +208,7 @@ def _started(
     )
 
 
-def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float) -> RunIdentity:
+def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float | None) -> RunIdentity:
     found, threads = current_versions()
     return RunIdentity(
         config=resolved.config,
@@ -221,13 +221,10 @@ def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float) -> RunI
     )
 
 
-def _fresh_share(base: BaseModel) -> float:
-    """Return the share of classes a trained network does not know; 0 from scratch.
-
-    From scratch every layer is as new as the class outputs, so these need not hurry.
-    """
+def _fresh_share(base: BaseModel) -> float | None:
+    """Return the share of classes that pretrained weights do not know; None from scratch."""
     if not base.source_names:
-        return 0.0
+        return None
     return sum(base.fresh_classes) / len(base.fresh_classes)
 
 

@@ -19,7 +19,7 @@ def module(nano: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("rate", [None, 1.0, 0.9])
-@pytest.mark.parametrize("head_lr_scale", [1.0, 5.0])
+@pytest.mark.parametrize("head_lr_scale", [None, 5.0])
 def test_each_trainable_parameter_is_in_one_group(module, rate, head_lr_scale) -> None:
     made = g.parameter_groups(
         module, lr0=0.01, weight_decay=0.1, llrd_rate=rate, head_lr_scale=head_lr_scale
@@ -54,7 +54,8 @@ def test_rate_one_equals_no_decay(module: nn.Module) -> None:
 
 
 def test_class_outputs_take_the_head_scale(module: nn.Module) -> None:
-    made = g.parameter_groups(module, lr0=1.0, weight_decay=0.0, head_lr_scale=4.0)
+    made = g.parameter_groups(module, lr0=1.0, weight_decay=0.0, lr_scale=0.5, head_lr_scale=4.0)
+    assert {group["lr_scale"] for group in made} == {0.5, 4.0}
     raised = {id(p) for group in made if group["lr_scale"] == 4.0 for p in group["params"]}
     assert raised == {id(p) for out in yolo.class_outputs(module) for p in out.parameters()}
 

@@ -51,7 +51,7 @@ def make_state(
 ) -> tuple[TrainState, StepSettings]:
     config = TrainConfig(batch=8, imgsz=64, model="yolov8n.yaml").replace(**changes)
     base = load_base("yolov8n.yaml", names=NAMES, seed=0)
-    state = build_state(config, base.module, CPU, fresh_share=1.0, amp=False)
+    state = build_state(config, base.module, CPU, fresh_share=None, amp=False)
     state.model.to(dtype)
     state.ema.module.to(dtype)
     state.optimizer.load_state_dict(state.optimizer.state_dict())  # casts its tensors likewise
