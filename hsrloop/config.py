@@ -17,9 +17,11 @@ from typing import Any
 
 from hsrloop.errors import ConfigError
 
-# Measured on three sets at 5 epochs (docs/log.md): at the full rate the first steps undo what the
-# network knows; class outputs start from noise and need a multiple of it.
+# Measured at 5 epochs (docs/log.md): at the full rate the first steps undo what the network knows;
+# class outputs start from noise and need a multiple of it; a network that knows every class
+# already has little to learn and much to lose.
 PRETRAINED_LR_SCALE = 0.3
+KNOWN_LR_SCALE = 0.02
 HEAD_LR_SCALE = 5.0
 
 
@@ -113,8 +115,8 @@ class TrainConfig:
     llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
     pretrained_lr_scale: float | None = _setting(
         None,
-        f"learning-rate factor of pretrained layers; {PRETRAINED_LR_SCALE} when not given, "
-        "1 with --llrd",
+        f"learning-rate factor of pretrained layers; when not given from {KNOWN_LR_SCALE} (they know "
+        f"all classes) to {PRETRAINED_LR_SCALE} (they know none), 1 with --llrd",
         low=0,
         high=100,
         above=True,

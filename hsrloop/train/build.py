@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hsrloop.config import HEAD_LR_SCALE, PRETRAINED_LR_SCALE, Resolved, TrainConfig
+from hsrloop.config import (
+    HEAD_LR_SCALE,
+    KNOWN_LR_SCALE,
+    PRETRAINED_LR_SCALE,
+    Resolved,
+    TrainConfig,
+)
 from hsrloop.data.dataset import DatasetSpec, ImageRef
 from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.data.store import ImageStore
@@ -118,8 +124,9 @@ def build_state(
 def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, float]:
     """Return the learning-rate factors of the network's body and of its class outputs.
 
-    Pretrained layers move slowly, or the first steps undo what they know. New class rows have far
-    to go, known ones have not: the outputs' factor lies between both by the share that is new.
+    Pretrained layers move slowly, or the first steps undo what they know, the more so the more
+    classes they know. New class rows have far to go, known ones have not: the outputs' factor lies
+    between both by the share that is new.
     From scratch no layer is behind another, and with layer-wise decay the decay decides alone,
     unless factors are given.
 
@@ -130,7 +137,8 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
         return 1.0, 1.0
     body, head = config.pretrained_lr_scale, config.head_lr_scale
     if body is None:
-        body = 1.0 if config.llrd else PRETRAINED_LR_SCALE
+        between = KNOWN_LR_SCALE + (PRETRAINED_LR_SCALE - KNOWN_LR_SCALE) * fresh_share
+        body = 1.0 if config.llrd else between
     if head is None:
         head = 1.0 if config.llrd else HEAD_LR_SCALE
     return body, body + (head - body) * fresh_share

@@ -1,0 +1,117 @@
+"""Mixed precision, as far as a CPU can show it: autocast in half, scaled gradients, overflow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.events import Note
+from hsrloop.model.base import load_base
+from hsrloop.model.yolo import forward_train
+from hsrloop.train import precision
+from hsrloop.train.build import build_state
+from hsrloop.train.precision import fp16_is_sound
+from hsrloop.train.state import TrainState
+from hsrloop.train.step import StepSettings, Transaction, train_step
+from tests.train.test_step import assert_same, make_batches, weights_of
+
+NAMES = ("cup", "can", "box")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def half() -> tuple[TrainState, StepSettings]:
+    """A state whose gradients are scaled, computing in half."""
+    config = TrainConfig(batch=8, imgsz=64, model="yolov8n.yaml")
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    state = build_state(config, module, CPU, fresh_share=None, amp=True)
+    settings = StepSettings(
+        device=CPU, strides=(8, 16, 32), reg_max=16, amp=True, ema_decay=0.9, ema_tau=10.0
+    )
+    return state, settings
+
+
+def test_steps_in_half_are_rarely_skipped(half: tuple[TrainState, StepSettings]) -> None:
+    """Few steps: without hardware for it, half is slow. The GPU test below makes fifty."""
+    state, settings = half
+    for i in range(8):
+        train_step(state, make_batches([4, 4], imgsz=32, seed=i), settings=settings, lr=0.002)
+    assert state.mean_losses()["skipped_steps"] <= 4
+    assert torch.isfinite(weights_of(state)).all()
+    assert state.steps == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fifty_steps_in_half_on_a_gpu_skip_at_most_four() -> None:
+    device = torch.device("cuda")
+    config = TrainConfig(batch=8, imgsz=320, model="yolov8n.yaml")
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    state = build_state(config, module, device, fresh_share=None, amp=True)
+    settings = StepSettings(
+        device=device, strides=(8, 16, 32), reg_max=16, amp=True, ema_decay=0.9, ema_tau=10.0
+    )
+    for i in range(50):
+        train_step(state, make_batches([4, 4], imgsz=320, seed=i), settings=settings, lr=0.002)
+    assert state.mean_losses()["skipped_steps"] <= 4
+    assert torch.isfinite(weights_of(state)).all()
+
+
+def test_an_overflow_commits_the_position_and_nothing_else(
+    half: tuple[TrainState, StepSettings],
+) -> None:
+    state, settings = half
+    train_step(state, make_batches([8]), settings=settings, lr=0.002)
+    weights, optimizer = weights_of(state), copy.deepcopy(state.optimizer.state_dict()["state"])
+    averages = [p.clone() for p in state.ema.module.parameters()]
+    scale = state.scaler.get_scale()
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 1e30})
+    batches = make_batches([8], seed=1)
+    train_step(state, batches, settings=settings, lr=0.002)
+    assert torch.equal(weights, weights_of(state))
+    assert_same(optimizer, state.optimizer.state_dict()["state"])
+    for before, now in zip(averages, state.ema.module.parameters(), strict=True):
+        assert torch.equal(before, now)
+    assert state.position == batches[-1].after and state.steps == 2
+    assert state.mean_losses()["skipped_steps"] == 1
+    assert state.scaler.get_scale() < 1e30 and scale > 0
+
+
+def test_rolling_back_restores_the_scaler(half: tuple[TrainState, StepSettings]) -> None:
+    state, settings = half
+    transaction = Transaction(state)
+    train_step(state, make_batches([8]), settings=settings, lr=0.002)
+    transaction.begin()
+    before = copy.deepcopy(state.scaler.state_dict())
+    state.scaler.scale(torch.ones(1))
+    state.scaler.update(2.0)
+    transaction.roll_back()
+    assert state.scaler.state_dict() == before
+    train_step(state, make_batches([8], seed=1), settings=settings, lr=0.002)
+
+
+def test_healthy_half_is_accepted_and_the_network_is_left_alone() -> None:
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    before = copy.deepcopy(module.state_dict())
+    assert fp16_is_sound(module, CPU, lambda _: pytest.fail("nothing to say"))
+    assert_same(dict(before), dict(module.state_dict()))
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_card_that_computes_nan_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: Any, images: torch.Tensor) -> Any:
+        raw = forward_train(module, images)
+        factor = float("nan") if torch.is_autocast_enabled("cpu") else 1.0
+        return type(raw)(raw.box_logits * factor, raw.class_logits * factor, raw.shapes)
+
+    monkeypatch.setattr(precision, "forward_train", broken)
+    said: list[Note] = []
+    listen: Callable[[Any], None] = said.append
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    assert not fp16_is_sound(module, CPU, listen)
+    assert [note.level for note in said] == ["warning"] and "wrong values in fp16" in said[0].text
