@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +29,10 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402, F401  (before ultralytics)
-import ultralytics  # noqa: E402
 from ultralytics.cfg import get_cfg  # noqa: E402
 from ultralytics.data import build_yolo_dataset  # noqa: E402
 
+from benchmarks.reporting import describe_host, results_folder  # noqa: E402
 from hsrloop.config import TrainConfig  # noqa: E402
 from hsrloop.data.dataset import load_dataset  # noqa: E402
 from hsrloop.data.labels import label_path  # noqa: E402
@@ -142,24 +140,14 @@ def measure(makers: dict[str, Callable[[int, int], None]], images: int, rounds: 
 
 
 def describe(data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return where and with what this was measured."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    model = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    """Return what the figures depend on."""
     return {
-        "host": f"{model[0] if model else platform.processor()}, {os.cpu_count()} cores",
+        "host": describe_host(),
         "load": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(), "ultralytics": ultralytics.__version__,
-            "opencv": cv2.__version__, "torch": torch.__version__, "numpy": np.__version__,
-        },
-        "commit": commit or "unknown",
-        "data": data.parent.name, "imgsz": options.imgsz, "images": options.images,
-    }  # fmt: skip
+        "data": data.parent.name,
+        "imgsz": options.imgsz,
+        "images": options.images,
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -168,8 +156,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Training stream: images/s per core",
         "",
-        f"{where['host']}, one thread, CPU time; load {where['load']:.1f} during the run; commit "
-        f"{where['commit']}; " + ", ".join(f"{k} {v}" for k, v in where["versions"].items()) + ".",
+        f"{where['host']}; one thread, CPU time; load {where['load']:.1f} during the run.",
         f"{where['data']} at {where['imgsz']}, RAM cache, {result['n']} interleaved rounds of "
         f"{where['images']} images each.",
         "",
@@ -198,7 +185,7 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--images", type=int, default=64, help="per round")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -218,10 +205,10 @@ def main() -> None:
         "ratio_max": max(ratios),
         "floor_ms": floor(options.imgsz),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
+    folder = results_folder(options.output)
+    (folder / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
     page = markdown(result)
-    (options.out / "loader.md").write_text(page)
+    (folder / "loader.md").write_text(page)
     sys.stdout.write(page)
 
 

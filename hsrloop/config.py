@@ -115,8 +115,8 @@ class TrainConfig:
     llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
     pretrained_lr_scale: float | None = _setting(
         None,
-        f"learning-rate factor of pretrained layers; when not given from {KNOWN_LR_SCALE} (they know "
-        f"all classes) to {PRETRAINED_LR_SCALE} (they know none), 1 with --llrd",
+        f"learning-rate factor of pretrained layers; when not given from {KNOWN_LR_SCALE} (they "
+        f"know all classes) to {PRETRAINED_LR_SCALE} (they know none), 1 with --llrd",
         low=0,
         high=100,
         above=True,
