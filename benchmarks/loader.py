@@ -29,10 +29,10 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402, F401  (before ultralytics)
+from reporting import describe_host, results_folder  # noqa: E402
 from ultralytics.cfg import get_cfg  # noqa: E402
 from ultralytics.data import build_yolo_dataset  # noqa: E402
 
-from benchmarks.reporting import describe_host, results_folder  # noqa: E402
 from hsrloop.config import TrainConfig  # noqa: E402
 from hsrloop.data.dataset import load_dataset  # noqa: E402
 from hsrloop.data.labels import label_path  # noqa: E402
