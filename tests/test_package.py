@@ -76,7 +76,6 @@ def test_the_container_service() -> None:
     assert service["command"][0] == "train"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    assert service["shm_size"]
     assert ["/work/data" in v or "/work/models" in v for v in service["volumes"]] == [True, True]
 
 

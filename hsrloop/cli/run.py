@@ -40,6 +40,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
     prepare()
     if resume is None:
         resolved = add_machine(request, resolved)
+    resolved = _from_anywhere(resolved)
 
     from hsrloop.train.folder import newest_unfinished
     from hsrloop.train.run import train
@@ -141,6 +142,14 @@ def prepare() -> None:
 
     prepare_environment()
     keep_freed_memory()
+
+
+def _from_anywhere(resolved: Resolved) -> Resolved:
+    """Return the settings with the data set's path absolute, so that --resume works anywhere."""
+    if resolved.config.dataset is None:
+        return resolved
+    absolute = str(Path(resolved.config.dataset).expanduser().absolute())
+    return Resolved(resolved.config.replace(dataset=absolute), resolved.sources)
 
 
 def _need_dataset(resolved: Resolved) -> None:

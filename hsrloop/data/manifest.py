@@ -39,7 +39,7 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         DatasetError: the file is missing, not YAML, or says something impossible.
     """
-    file = Path(path).expanduser()
+    file = Path(path).expanduser().absolute()  # not resolved: labels lie beside a link
     if file.is_dir():
         file = file / "data.yaml"
     data = _parse(file)

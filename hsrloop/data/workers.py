@@ -132,6 +132,7 @@ def _serve(
     for end in parents_ends:
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
     cv2.setNumThreads(0)  # its thread pool does not survive the fork
     while True:
         try:

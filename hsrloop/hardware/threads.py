@@ -31,6 +31,8 @@ def _settings(cores: int) -> dict[str, str]:
         # torch 2.15). Beside a busy process it is the other way round: see `contention`.
         "GOMP_SPINCOUNT": "100000",
         "OMP_WAIT_POLICY": "passive",  # the spin count while throttled is 0
+        # What --deterministic needs of cuBLAS; read once, when CUDA starts.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         # Large tensors on the CPU ask for huge pages, which saves page faults.
         "THP_MEM_ALLOC_ENABLE": "1",
     }

@@ -39,8 +39,9 @@ class Ema:
         if skipped is None:
             torch._foreach_lerp_(averages, current, 1.0 - decay)
         else:
-            weight = (1.0 - decay) * (~skipped).to(torch.float32)  # decided without a read-back
-            torch._foreach_lerp_(averages, current, [weight.to(a.dtype) for a in averages])
+            # Chosen, not weighted: what overflowed may hold NaN, and 0 * NaN is NaN.
+            kept = [torch.where(skipped, a, c) for a, c in zip(averages, current, strict=True)]
+            torch._foreach_lerp_(averages, kept, 1.0 - decay)
         torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
         self.updates += 1
 

@@ -22,7 +22,7 @@ from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.data.store import ImageStore
 from hsrloop.errors import WeightsError
 from hsrloop.events import Event, Note, Progress
-from hsrloop.hardware.memory import cache_budget, host_memory
+from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
@@ -53,17 +53,25 @@ class Loaders:
             store.close()
 
 
-def load_model(resolved: Resolved, names: tuple[str, ...], emit: Emit) -> BaseModel:
+def load_model(
+    resolved: Resolved, names: tuple[str, ...], emit: Emit
+) -> tuple[Resolved, BaseModel]:
     """Return the base network for `names`; a tier's model falls back to a smaller one at hand.
+
+    The settings come back with the model that is really used.
 
     Raises:
         WeightsError: not found, or not usable.
     """
     config = resolved.config
     if config.model.endswith((".yaml", ".yml")):
-        return load_base(config.model, names=names, seed=config.seed)
+        return resolved, load_base(config.model, names=names, seed=config.seed)
     path = locate(resolved, emit)
-    return load_base(path, names=names, seed=config.seed, trust=config.trust_checkpoint)
+    if path.name != Path(config.model).name:
+        sources = {**resolved.sources, "model": "at hand"}
+        resolved = Resolved(config.replace(model=path.name), sources)
+    base = load_base(path, names=names, seed=config.seed, trust=config.trust_checkpoint)
+    return resolved, base
 
 
 def locate(resolved: Resolved, emit: Emit) -> Path:
@@ -116,6 +124,7 @@ def build_state(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=amp),
         grad_scale=initial_grad_scale(config.batch) if amp else 1.0,
+        batch=config.batch,
         micro_batch=micro_batch,
         loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
     )
@@ -198,9 +207,9 @@ def _store(
         refs,
         imgsz=config.imgsz,
         cache=config.cache,
-        budget_bytes=budget_bytes,
+        budget_bytes=None if config.cache == "disk" else budget_bytes,
         interpolation=interpolation,
         cache_dir=cache_folder(),
-        threads=os.cpu_count() or 1,
+        threads=usable_cores(),
         progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
     )

@@ -70,6 +70,21 @@ def make_run_folder(output: Path) -> Path:
     raise OutputError(f"{output} already holds a thousand runs of this second; choose another.")
 
 
+def of_checkpoint(path: Path) -> Path:
+    """Return the run folder that a checkpoint lies in.
+
+    Raises:
+        CheckpointError: it lies elsewhere, where nothing of a run may be written.
+    """
+    weights = path.absolute().parent
+    if weights.name != "weights":
+        raise CheckpointError(
+            f"{path} does not lie in the weights/ folder of a run. Put it back there, or start a "
+            f"new run from it with --model {path}."
+        )
+    return weights.parent
+
+
 def newest_unfinished(output: Path) -> Path:
     """Return weights/last.pt of the newest run below `output` that has no result yet.
 
@@ -103,6 +118,9 @@ def newest_best(output: Path) -> Path:
 
 def cut_back(run_dir: Path, *, epochs: int, position: Position) -> None:
     """Drop what the reports say beyond a checkpoint, so that a resumed run writes it once."""
+    (run_dir / RESULT).unlink(missing_ok=True)  # the run is unfinished again
+    for stale in (run_dir / "weights").glob(".*.tmp"):
+        stale.unlink()
     csv.cut_back(run_dir / "results.csv", epochs)
     telemetry.cut_back(run_dir / "events.jsonl", epochs, position.sample)
 

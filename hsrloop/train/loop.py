@@ -106,7 +106,9 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         lr = learning_rate(config, step, len(loader))
         transaction.begin()
         try:
-            samples = train_step(state, micro_batches, settings=runtime.settings, lr=lr)
+            samples = train_step(
+                state, micro_batches, settings=runtime.settings, lr=lr, transaction=transaction
+            )
         except BaseException:
             transaction.roll_back()
             raise

@@ -18,13 +18,16 @@ PROBE_SCALE = 1024.0  # of the probe's loss: unscaled, fp16 gradients would vani
 
 
 def set_kernels(device: torch.device, *, deterministic: bool) -> None:
-    """Choose cuDNN autotuning (shapes are static) or deterministic kernels; TF32 for float32."""
+    """Choose cuDNN autotuning (shapes are static) or deterministic kernels.
+
+    TF32 serves convolutions only: decoding boxes is a matrix product that needs float32.
+    """
     if device.type != "cuda":
         return
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = True
 
 

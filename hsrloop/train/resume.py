@@ -14,8 +14,9 @@ from hsrloop.train.checkpoint import RunIdentity, Saved, versions
 
 # What may change when a run goes on; everything else was decided when it started.
 CHANGEABLE = frozenset(
-    {"epochs", "patience", "workers", "cache", "device", "output", "dataset", "save_period"}
-    | {"tensorboard", "tensorboard_port", "export", "trust_checkpoint", "oom_recovery"}
+    {"epochs", "patience", "micro_batch", "workers", "cache", "device", "output", "dataset"}
+    | {"save_period", "tensorboard", "tensorboard_port", "export"}
+    | {"trust_checkpoint", "oom_recovery"}
 )
 
 

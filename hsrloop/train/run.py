@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,11 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
     spec = load_dataset(_dataset(resolved), seed=config.seed)
-    run_dir = saved.path.absolute().parent.parent if saved else None
+    run_dir = folder.of_checkpoint(saved.path) if saved else None
     folder.check_writable(run_dir or Path(config.output))
     if saved is None:
-        base = load_model(resolved, spec.names, hub.emit)
+        resolved, base = load_model(resolved, spec.names, hub.emit)
+        config = resolved.config
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
     fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
@@ -96,16 +98,23 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
+        if config.epochs != saved.identity.config.epochs:
+            state.epochs_skipped = 0  # another plan, with another tail
     folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
     loaders = build_loaders(resolved, spec, info, micro_batch=state.micro_batch, emit=hub.emit)
-    with loaders:
+    with contextlib.ExitStack() as closing:
         if run_dir is None:
             run_dir = folder.make_run_folder(Path(config.output))
         else:
             folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
         server = _open_reports(hub, run_dir, resolved, state)
+        if server is not None:
+            closing.callback(server.close)
+        closing.enter_context(loaders)  # closed first: workers hold the server's pipe open
         hub.emit(_started(run_dir, resolved, state, spec, info, resumed=saved is not None))
         governor = SpinGovernor() if device.type == "cpu" else None
+        if governor is not None:
+            closing.callback(governor.close)
         runtime = Runtime(
             config=config,
             identity=identity,
@@ -124,14 +133,8 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
             stop=stop,
             governor=governor,
         )
-        try:
-            reason = run_to_end(state, runtime)
-            return _finish(state, resolved, run_dir, reason, server, hub)
-        finally:
-            if governor is not None:
-                governor.close()
-            if server is not None:
-                server.close()
+        reason = run_to_end(state, runtime)
+    return _finish(state, resolved, run_dir, reason, server, hub)
 
 
 def _finish(
@@ -266,8 +269,9 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
     path = locate(resolved, hub.emit)
-    if resolved.sources["imgsz"] == "default":
-        config = config.replace(imgsz=_trained_imgsz(path, config.trust_checkpoint, config.imgsz))
+    trained = _trained_settings(path, config.trust_checkpoint)
+    as_trained = {k: v for k, v in trained.items() if resolved.sources[k] == "default"}
+    config = config.replace(**as_trained)  # the same seed holds out the same images
     hub.emit(Note(text=f"validating {path} at {config.imgsz} px"))
     spec = load_dataset(_dataset(resolved), seed=config.seed)
     base = load_base(path, names=spec.names, seed=config.seed, trust=config.trust_checkpoint)
@@ -291,12 +295,11 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
         store.close()
 
 
-def _trained_imgsz(path: Path, trust: bool, default: int) -> int:
-    """Return the image size a checkpoint was trained at: ours say so, and so do Ultralytics'."""
+def _trained_settings(path: Path, trust: bool) -> dict[str, int]:
+    """Return imgsz and seed that weights were trained with, as far as the file says."""
     content = read_checkpoint(path, trust=trust)
     ours = content.get(KEY)
-    if isinstance(ours, Mapping):
-        return int(ours["config"]["imgsz"])
-    theirs = content.get("train_args")
-    found = theirs.get("imgsz") if isinstance(theirs, Mapping) else None
-    return found if isinstance(found, int) else default
+    said = ours["config"] if isinstance(ours, Mapping) else content.get("train_args")
+    if not isinstance(said, Mapping):
+        return {}
+    return {key: said[key] for key in ("imgsz", "seed") if isinstance(said.get(key), int)}

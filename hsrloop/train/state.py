@@ -30,6 +30,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     grad_scale: float  # k: keeps un-normalised sums inside fp16's range
+    batch: int
     micro_batch: int
     loss_sums: Tensor
     position: Position = Position(0, 0)
@@ -117,7 +118,6 @@ class TrainState:
                 torch.cuda.set_rng_state(payload["cuda_rng"].cpu())
             for name in (
                 "grad_scale",
-                "micro_batch",
                 "steps",
                 "history",
                 "best_ap50_95",
@@ -128,6 +128,8 @@ class TrainState:
                 "val_s_per_epoch",
             ):
                 setattr(self, name, payload[name])
+            if self.amp != bool(payload["scaler"]):  # from the CPU to a GPU, or back
+                self.grad_scale = initial_grad_scale(self.batch) if self.amp else 1.0
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(

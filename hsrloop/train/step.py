@@ -38,7 +38,7 @@ class StepSettings:
 
 
 class Transaction:
-    """What undoes an uncommitted step: a shadow copy of BatchNorm's buffers and the scaler's state.
+    """What undoes an uncommitted step: a shadow copy of BatchNorm's buffers.
 
     Buffers are copied into memory allocated once. `begin` before a step, `roll_back` after a
     failure; weights, optimizer and EMA need no copy, since they change only once a step commits.
@@ -48,20 +48,28 @@ class Transaction:
         self._state = state
         self._buffers = list(state.model.buffers())
         self._shadow = [b.clone() for b in self._buffers]
-        self._scaler = state.scaler.state_dict()
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember where the next step starts from."""
         torch._foreach_copy_(self._shadow, self._buffers)
-        self._scaler = dict(self._state.scaler.state_dict()) if self._state.amp else {}
+
+    @torch.no_grad()
+    def undo_buffers(self, skipped: Tensor) -> None:
+        """Where `skipped` (a () bool on the device) is True, put BatchNorm back as it was.
+
+        A forward that overflows leaves NaN in the running statistics.
+        """
+        for buffer, shadow in zip(self._buffers, self._shadow, strict=True):
+            buffer.copy_(torch.where(skipped, shadow, buffer))
 
     @torch.no_grad()
     def roll_back(self) -> None:
         """Return to where `begin` was called; gradients are dropped."""
         torch._foreach_copy_(self._buffers, self._shadow)
         self._state.optimizer.zero_grad(set_to_none=True)
-        self._state.renew_scaler(self._scaler)
+        # The scale changes only after the commit; what must go is the mark "already unscaled".
+        self._state.renew_scaler(self._state.scaler.state_dict())
 
 
 def train_step(
@@ -70,6 +78,7 @@ def train_step(
     *,
     settings: StepSettings,
     lr: float,
+    transaction: Transaction | None = None,
 ) -> int:
     """Run one optimizer step and commit it.
 
@@ -77,6 +86,7 @@ def train_step(
         state: changed in place, from the commit on.
         micro_batches: the samples of this step, the last one with `ends_step`.
         settings: constants of the runtime.
+        transaction: begun before this step; needed to undo what an overflow leaves in BatchNorm.
         lr: learning rate of this step, warm-up included; each group multiplies it by its lr_scale.
 
     Returns:
@@ -86,20 +96,8 @@ def train_step(
     totals: LossSums | None = None
     samples = 0
     for batch in micro_batches:
-        images = to_input(batch.images, settings.device, settings.dtype)
-        targets = pad_targets(
-            batch.boxes_cxcywh,
-            batch.labels,
-            batch.image_index,
-            images=len(images),
-            imgsz=images.shape[-1],
-        ).to(settings.device, non_blocking=True)
-        with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
-            raw = forward_train(state.model, images)
-        sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
-        torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
-        totals = add_detached(totals, sums)
-        samples += len(images)
+        totals = add_detached(totals, forward_backward(state, batch, settings))
+        samples += len(batch.images)
         after = batch.after
     if totals is None:
         raise ValueError("a step needs at least one micro-batch")
@@ -113,6 +111,8 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     state.scaler.step(state.optimizer)  # the commit point
     skipped = ~torch.isfinite(norm) if settings.amp else None
+    if skipped is not None and transaction is not None:
+        transaction.undo_buffers(skipped)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.steps += 1
@@ -121,6 +121,23 @@ def train_step(
     state.record_losses(totals, normaliser, skipped)
     state.position = after
     return samples
+
+
+def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
+    """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
+    images = to_input(batch.images, settings.device, settings.dtype)
+    targets = pad_targets(
+        batch.boxes_cxcywh,
+        batch.labels,
+        batch.image_index,
+        images=len(images),
+        imgsz=images.shape[-1],
+    ).to(settings.device, non_blocking=True)
+    with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
+        raw = forward_train(state.model, images)
+    sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
+    torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
+    return sums
 
 
 def to_input(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

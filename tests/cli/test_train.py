@@ -48,7 +48,8 @@ def test_without_auto_scaling_no_tier_and_no_probe(
 
     monkeypatch.setattr(probe, "probe", lambda device: pytest.fail("probed"))
     assert invoke("train", "-d", "d.yaml", "--no-auto-scale").exit_code == 0
-    assert calls.resolved.config == TrainConfig(dataset="d.yaml", auto_scale=False)
+    expected = TrainConfig(dataset=str(Path("d.yaml").absolute()), auto_scale=False)
+    assert calls.resolved.config == expected  # absolute, so that --resume works from anywhere
 
 
 def test_an_explicit_value_wins_over_the_tier(invoke: Invoke, calls: Calls) -> None:
@@ -60,7 +61,7 @@ def test_an_explicit_value_wins_over_the_tier(invoke: Invoke, calls: Calls) -> N
 def test_a_runs_own_config_file_gives_the_same_run_without_warnings(
     invoke: Invoke, calls: Calls, tmp_path: Path
 ) -> None:
-    config = TrainConfig(dataset="d.yaml", imgsz=320, cos_lr=True)
+    config = TrainConfig(dataset=str(tmp_path / "d.yaml"), imgsz=320, cos_lr=True)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.to_json()))
     result = invoke("train", "--config", file)

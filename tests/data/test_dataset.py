@@ -360,3 +360,10 @@ def test_real_sets_load(real_data: Path) -> None:
         spec = load_dataset(real_data / "data" / name / "data.yaml")
         assert (len(spec.train), len(spec.val)) == (train, val)
     assert len(load_dataset(real_data / "data/coco8/coco8.yaml").train) == 4
+
+
+def test_a_relative_path_in_the_current_folder(tiny_dataset, monkeypatch) -> None:
+    monkeypatch.chdir(tiny_dataset.parent)
+    for given in ("data.yaml", "./data.yaml", "."):
+        spec = load_dataset(given)
+        assert len(spec.train) == 8 and sum(len(ref.labels) for ref in spec.train) > 0

@@ -13,6 +13,7 @@ from hsrloop.hardware import threads
 
 KEYS = (
     *("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"),
+    "CUBLAS_WORKSPACE_CONFIG",
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
 )
 

@@ -82,17 +82,45 @@ def test_an_overflow_commits_the_position_and_nothing_else(
     assert state.scaler.get_scale() < 1e30 and scale > 0
 
 
-def test_rolling_back_restores_the_scaler(half: tuple[TrainState, StepSettings]) -> None:
+def test_an_overflow_in_the_forward_leaves_batchnorm_and_average_whole(
+    half: tuple[TrainState, StepSettings],
+) -> None:
     state, settings = half
     transaction = Transaction(state)
-    train_step(state, make_batches([8]), settings=settings, lr=0.002)
+    transaction.begin()
+    buffers = [b.clone() for b in state.model.buffers()]
+    first = next(state.model.parameters())
+    with torch.no_grad():
+        kept = first.clone()
+        first.mul_(1e30)
+    train_step(state, make_batches([8]), settings=settings, lr=0.002, transaction=transaction)
+    with torch.no_grad():
+        first.copy_(kept)
+    assert state.mean_losses()["skipped_steps"] == 1
+    for before, now in zip(buffers, state.model.buffers(), strict=True):
+        assert torch.equal(before, now)
+    assert all(torch.isfinite(p).all() for p in state.ema.module.state_dict().values())
+
+
+def test_a_failure_after_unscaling_can_be_tried_again(
+    half: tuple[TrainState, StepSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, settings = half
+    transaction = Transaction(state)
     transaction.begin()
     before = copy.deepcopy(state.scaler.state_dict())
-    state.scaler.scale(torch.ones(1))
-    state.scaler.update(2.0)
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_step(state, make_batches([8]), settings=settings, lr=0.002)
     transaction.roll_back()
     assert state.scaler.state_dict() == before
-    train_step(state, make_batches([8], seed=1), settings=settings, lr=0.002)
+    train_step(state, make_batches([8]), settings=settings, lr=0.002)
+    assert state.steps == 1
 
 
 def test_healthy_half_is_accepted_and_the_network_is_left_alone() -> None:

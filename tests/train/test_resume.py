@@ -191,6 +191,24 @@ def test_best_pt_cannot_be_resumed(settings: Settings) -> None:
         train(resolve([]), resume=outcome.run_dir / "weights" / "best.pt")
 
 
+def test_a_checkpoint_outside_a_run_folder_is_refused(settings: Settings, tmp_path: Path) -> None:
+    stopped = train(settings(), stop=StopAfter(1))
+    stray = tmp_path / "backup" / "last.pt"
+    stray.parent.mkdir()
+    stray.write_bytes((stopped.run_dir / "weights" / "last.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="does not lie in the weights/ folder"):
+        train(resolve([]), resume=stray)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backup", "runs", "tiny"]
+
+
+def test_more_epochs_on_a_finished_run_make_it_unfinished(settings: Settings) -> None:
+    done = train(settings(epochs=1))
+    more = resolve([("command line", {"epochs": 2, "micro_batch": 2})])
+    again = train(more, resume=done.run_dir / "weights" / "last.pt", stop=StopAfter(0))
+    assert again.reason == "interrupted"
+    assert newest_unfinished(done.run_dir.parent) == done.run_dir / "weights" / "last.pt"
+
+
 def test_nothing_unfinished_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no unfinished run below"):
         newest_unfinished(tmp_path)
