@@ -33,7 +33,7 @@ def image_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             if not _ends_well(path, kind):
                 image.load()
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, ImportError):  # Ultralytics, if loaded, asks for a HEIF library
         raise Unreadable("not an image of a known kind") from None
     except Image.DecompressionBombError:
         raise Unreadable("more than 178 million pixels") from None

@@ -40,8 +40,8 @@ def import_ultralytics() -> ModuleType:
     """Import Ultralytics with its side effects off, and return the package.
 
     No network, no automatic installs, no settings file in the user's home, no analytics, no banner;
-    what it changes in the process (thread counts, environment, `torch.save`, NumPy's print options)
-    is put back. Calling it again costs nothing.
+    what it changes in the process (threads, environment, `torch.save`, `PIL.Image.open`, NumPy's print
+    options) is put back. Calling it again costs nothing.
     """
     package = sys.modules.get("ultralytics.nn.tasks")
     if package is None:
@@ -56,6 +56,7 @@ def _side_effects_undone() -> Iterator[None]:
     import cv2
     import numpy as np
     import torchvision  # noqa: F401  (its operators must be registered before Ultralytics looks)
+    from PIL import Image
 
     if not os.environ.get("YOLO_CONFIG_DIR"):
         folder = tempfile.mkdtemp(prefix="hsrloop-ultralytics-")
@@ -65,7 +66,7 @@ def _side_effects_undone() -> Iterator[None]:
         os.environ[f"YOLO_{key}"] = value
     environment = dict(os.environ)
     torch_threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
-    print_options, save = np.get_printoptions(), torch.save
+    print_options, save, open_image = np.get_printoptions(), torch.save, Image.open
     try:
         yield
     finally:
@@ -77,6 +78,7 @@ def _side_effects_undone() -> Iterator[None]:
         np.set_printoptions(**print_options)
         torch.set_printoptions(profile="default")  # type: ignore[no-untyped-call]
         torch.save = save
+        Image.open = open_image  # its own asks for another library when a file is no image
         logging.getLogger("ultralytics").setLevel(logging.ERROR)
 
 
