@@ -40,8 +40,8 @@ def import_ultralytics() -> ModuleType:
     """Import Ultralytics with its side effects off, and return the package.
 
     No network, no automatic installs, no settings file in the user's home, no analytics, no banner;
-    what it changes in the process (threads, environment, `torch.save`, `PIL.Image.open`, NumPy's print
-    options) is put back. Calling it again costs nothing.
+    what it changes in the process (threads, environment, `torch.save`, `PIL.Image.open`, NumPy's
+    print options) is put back. Calling it again costs nothing.
     """
     package = sys.modules.get("ultralytics.nn.tasks")
     if package is None:
