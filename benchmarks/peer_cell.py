@@ -1,7 +1,9 @@
 """One training or validation of Ultralytics, in a process of its own; prints one row of JSON.
 
-The peer runs as installed, with two exceptions in its favour: the time limit of its NMS is lifted
-(on a slow or busy machine it would return no detections), and its thread count may be set.
+The peer runs with its own defaults, but for what the request says (data, sizes, augmentation,
+optimizer, loader processes), a RAM cache, and two things in its favour: the time limit of its NMS
+is lifted (on a slow or busy machine it would return no detections), and its thread count may be
+set.
 """
 
 from __future__ import annotations

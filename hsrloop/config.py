@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -101,7 +102,9 @@ class TrainConfig:
         10, "epochs without a better mAP50-95 before stopping; 0: never", low=0
     )
     optimizer: str = _setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
-    lr0: float = _setting(0.001, "highest learning rate", low=0, above=True)
+    lr0: float = _setting(
+        0.001, "highest learning rate, before the layers' factors", low=0, above=True
+    )
     lrf: float = _setting(0.01, "last learning rate as a fraction of lr0", low=0, high=1)
     momentum: float = _setting(
         0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999
@@ -210,8 +213,14 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
 
+@functools.cache
 def _types() -> dict[str, Any]:
     return typing.get_type_hints(TrainConfig)
+
+
+def type_of(name: str) -> Any:
+    """Return the type annotation of a field; KeyError when there is no such field."""
+    return _types()[name]
 
 
 def rule_of(name: str) -> Rule:

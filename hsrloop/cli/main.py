@@ -13,22 +13,16 @@ from typing import Any
 import click
 
 from hsrloop import __version__
-from hsrloop.cli.options import SectionedCommand, given_settings, setting_options
+from hsrloop.cli.options import (
+    VALIDATION_SETTINGS,
+    SectionedCommand,
+    given_settings,
+    setting_options,
+)
 from hsrloop.errors import HsrloopError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _NEWEST = "newest"
-_VALIDATION_SETTINGS = (
-    "dataset",
-    "model",
-    "output",
-    "device",
-    "batch",
-    "imgsz",
-    "workers",
-    "seed",
-    "trust_checkpoint",
-)
 
 
 class _OneLine(click.ClickException):
@@ -147,7 +141,7 @@ def train(
     metavar="KEY=VALUE",
     help="Any setting by its name; may be repeated.",
 )
-@setting_options(*_VALIDATION_SETTINGS)
+@setting_options(*VALIDATION_SETTINGS)
 def validate(
     json_file: Path | None, file: Path | None, assignments: tuple[str, ...], **options: Any
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hsrloop.config import TrainConfig, parse_scalar, rule_of
+from hsrloop.config import TrainConfig, parse_scalar, rule_of, type_of
 
 # The first field of each section of --help.
 _SECTIONS = {
@@ -29,6 +29,11 @@ _CHOSEN = {
     "micro_batch": "batch",
 }
 _REST = "This command"
+
+# What a validation depends on; any other setting given to one is named and ignored.
+VALIDATION_SETTINGS = (
+    *("dataset", "model", "output", "device", "batch", "imgsz", "seed", "trust_checkpoint"),
+)
 
 
 class SectionedCommand(click.Command):
@@ -123,7 +128,7 @@ def _metavar(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    hint = typing.get_type_hints(TrainConfig)[name]
+    hint = type_of(name)
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if hint is bool:
         return "flag"

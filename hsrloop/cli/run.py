@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from hsrloop.cli.layers import Request, add_machine, resolve_explicit
+from hsrloop.cli.options import VALIDATION_SETTINGS
 from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
 from hsrloop.errors import CheckpointError, ConfigError, DependencyError, OutputError
@@ -70,6 +71,10 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
     _need_dataset(resolved)
     if request.fast:
         _LOG.warning("--fast is ignored: nothing is trained.")
+    given = [k for k, source in resolved.sources.items() if source != "default"]
+    ignored = [key for key in given if key not in VALIDATION_SETTINGS]
+    if ignored:
+        _LOG.warning("%s: ignored, nothing is trained.", ", ".join(ignored))
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
     prepare()

@@ -30,7 +30,7 @@ TRAIN = {
 }  # fmt: skip
 VALIDATE = {
     "--batch", "--config", "--dataset", "--device", "--help", "--imgsz", "--json", "--model",
-    "--no-trust-checkpoint", "--output", "--seed", "--set", "--trust-checkpoint", "--workers",
+    "--no-trust-checkpoint", "--output", "--seed", "--set", "--trust-checkpoint",
     "-d", "-h", "-m", "-o",
 }  # fmt: skip
 
