@@ -24,6 +24,21 @@ from hsrloop.errors import HsrloopError
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _NEWEST = "newest"
 
+_file_option = click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file of settings.",
+)
+_set_option = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting by its name; may be repeated.",
+)
+
 
 class _OneLine(click.ClickException):
     """An error that the user can mend: its message on stderr, exit code 2."""
@@ -76,20 +91,8 @@ def main() -> None:
     "unfinished run.",
 )
 @click.option("--validate-only", is_flag=True, help="Only validate, as `hsrloop validate` does.")
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="YAML file of settings.",
-)
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any setting by its name; may be repeated.",
-)
+@_file_option
+@_set_option
 @setting_options()
 def train(
     fast: bool,
@@ -127,20 +130,8 @@ def train(
     metavar="FILE",
     help="Also write the scores as JSON.",
 )
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="YAML file of settings.",
-)
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any setting by its name; may be repeated.",
-)
+@_file_option
+@_set_option
 @setting_options(*VALIDATION_SETTINGS)
 def validate(
     json_file: Path | None, file: Path | None, assignments: tuple[str, ...], **options: Any
