@@ -38,6 +38,7 @@ from hsrloop.data.dataset import load_dataset  # noqa: E402
 from hsrloop.data.labels import label_path  # noqa: E402
 from hsrloop.data.loader import TrainLoader  # noqa: E402
 from hsrloop.data.store import ImageStore  # noqa: E402
+from hsrloop.hardware.threads import keep_freed_memory  # noqa: E402
 from hsrloop.records import Position  # noqa: E402
 
 BATCH = 8
@@ -189,6 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does; in one process, so both profit
     with tempfile.TemporaryDirectory() as scratch:
         makers = {
             "hsrloop": ours(options.data, options.imgsz),

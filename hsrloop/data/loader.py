@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.dataset import ImageRef
-from hsrloop.data.plan import AugmentSettings, draw_plan
-from hsrloop.data.render import Renderer
+from hsrloop.data.plan import AugmentSettings, draw_plan, plan_labels
+from hsrloop.data.render import Renderer, without_broken
 from hsrloop.data.sampler import epoch_order
 from hsrloop.data.store import GREY, ImageStore, stored_size
 from hsrloop.data.workers import WorkerDied, WorkerPool
@@ -150,19 +150,22 @@ class TrainLoader:
         side = self._store.imgsz
         count = len(task.indices)
         images = slot[: 3 * count * side**2].reshape(count, side, side, 3)
-        samples = []
-        for image, index in zip(images, task.indices, strict=True):
-            plan = draw_plan(
-                self._seed, task.epoch, index, self._refs, self._settings, mosaic=task.mosaic
-            )
-            samples.append(renderer.sample(plan, self._store, self._refs, image))
-        boxes = np.concatenate([sample.boxes_xyxy_px for sample in samples]) / np.float32(side)
+        # All plans first, then all pixels: each finds its own code and tables still in cache.
+        plans = [
+            draw_plan(self._seed, task.epoch, i, self._refs, self._settings, mosaic=task.mosaic)
+            for i in task.indices
+        ]
+        planned = [plan_labels(plan, self._refs, side) for plan in plans]
+        for image, plan in zip(images, plans, strict=True):
+            renderer.pixels(plan, self._store, self._refs, image)
+        found = [without_broken(labels, self._store.broken) for labels in planned]
+        boxes = np.concatenate([boxes for boxes, _ in found]) / np.float32(side)
         return _Targets(
             np.concatenate(
                 ((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), axis=1
             ),
-            np.concatenate([sample.labels for sample in samples]),
-            np.repeat(np.arange(count), [len(sample.labels) for sample in samples]),
+            np.concatenate([labels for _, labels in found]),
+            np.repeat(np.arange(count), [len(labels) for _, labels in found]),
         )
 
     def close(self) -> None:
