@@ -15,10 +15,9 @@ from torch import Tensor
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.dataset import ImageRef
-from hsrloop.data.plan import AugmentSettings, draw_plan, plan_labels
 from hsrloop.data.render import Renderer, without_broken
-from hsrloop.data.sampler import epoch_order
 from hsrloop.data.store import GREY, ImageStore, stored_size
+from hsrloop.data.stream import TrainStream
 from hsrloop.data.workers import WorkerDied, WorkerPool
 from hsrloop.records import Batch, Position
 
@@ -69,13 +68,12 @@ class TrainLoader:
         prefetch: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        self.n_samples = len(refs)
         self.batch = config.batch
+        self._stream = TrainStream.of(refs, config)
+        self.n_samples = self._stream.n_samples
         self.micro_batch = min(micro_batch or config.micro_batch or config.batch, config.batch)
         self._refs = refs
         self._store = store
-        self._seed = config.seed
-        self._settings = AugmentSettings.from_config(config)
         self._workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
@@ -103,7 +101,7 @@ class TrainLoader:
         return self._run(position, mosaic)
 
     def _run(self, position: Position, mosaic: bool) -> Iterator[Batch]:
-        order = epoch_order(self._seed, position.epoch, self.n_samples)
+        order = self._stream.order(position.epoch)
         tasks, ends = [], []
         for start in range(position.sample, self.n_samples, self.batch):
             stop = min(start + self.batch, self.n_samples)
@@ -151,11 +149,8 @@ class TrainLoader:
         count = len(task.indices)
         images = slot[: 3 * count * side**2].reshape(count, side, side, 3)
         # All plans first, then all pixels: each finds its own code and tables still in cache.
-        plans = [
-            draw_plan(self._seed, task.epoch, i, self._refs, self._settings, mosaic=task.mosaic)
-            for i in task.indices
-        ]
-        planned = [plan_labels(plan, self._refs, side) for plan in plans]
+        plans = [self._stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
+        planned = [self._stream.labels(plan, side) for plan in plans]
         for image, plan in zip(images, plans, strict=True):
             renderer.pixels(plan, self._store, self._refs, image)
         found = [without_broken(labels, self._store.broken) for labels in planned]
