@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -10,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 ORIENTATION = 274  # EXIF tag; 5 to 8 swap width and height
 _TAIL_BYTES = 4096
+# What Pillow's readers raise on damaged files, beside what it documents (found by damaging files).
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
 
 
 class Unreadable(Exception):
@@ -25,7 +32,10 @@ def image_size(path: Path) -> tuple[int, int]:
         Unreadable: not an image, empty, truncated, or not allowed to be read.
     """
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("not a regular file")
+        if status.st_size == 0:
             raise Unreadable("the file is empty")
         with Image.open(path) as image:
             width, height = image.size
@@ -37,7 +47,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise Unreadable("not an image of a known kind") from None
     except Image.DecompressionBombError:
         raise Unreadable("more than 178 million pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (*_DAMAGED, struct.error, MemoryError) as error:
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
     if kind in ("JPEG", "MPO"):
         return (width, height) if turned else (height, width)
@@ -74,13 +84,21 @@ def decode(path: Path) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def thumbnail(path: Path) -> np.ndarray:
-    """Return a small grey version of an image for comparing; a grey 9 x 8 when it is unreadable."""
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's remarks on odd metadata and on large images from the terminal.
+
+    Warning filters belong to the process: enter it in the main thread, around those that read.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\..*")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def reduced(data: np.ndarray) -> np.ndarray | None:
+    """Decode an image file's bytes (n,) uint8 to grey at an eighth of its size, or None."""
     try:
-        data = np.fromfile(path, np.uint8)
-        pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8) if data.size else None
-    except (OSError, cv2.error):
-        pixels = None
-    if pixels is None:
-        return np.full((8, 9), 114, np.uint8)
-    return cv2.resize(pixels, (9, 8), interpolation=cv2.INTER_AREA)
+        return cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8) if data.size else None
+    except cv2.error:
+        return None
