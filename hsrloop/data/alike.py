@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -15,6 +17,8 @@ from hsrloop.data.scan import reduced
 
 NEAR = 4  # of 64 bits: the same picture anywhere in the set; a guess
 BURST = 12  # of 64 bits: neighbours by file name; a guess
+SAME_CELL = 18.0  # of a grid, at most, in the same picture. Measured: re-encoding moves a cell
+# by up to 4, other light by 20, a turned container before a fixed camera by 10 to 40.
 _UNREADABLE = np.full((8, 9), 114, np.uint8)
 _COPY_MARK = re.compile(r"\.rf\.[0-9a-f]{8,}$")  # Roboflow's copies of one picture
 
@@ -27,10 +31,10 @@ def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     by_stem: dict[tuple[Path, str], int] = {}
     for i, apart in enumerate(distances(hashes)):
         path = paths[i]
-        groups.join(i, by_stem.setdefault((path.parent, original_stem(path)), i))
-        groups.join(i, *(np.flatnonzero(apart <= NEAR) + i + 1))
+        groups.join(i, [by_stem.setdefault((path.parent, original_stem(path)), i)])
+        groups.join(i, np.flatnonzero(apart <= NEAR) + i + 1)
         if len(apart) and apart[0] <= BURST and _consecutive(path, paths[i + 1]):
-            groups.join(i, i + 1)
+            groups.join(i, [i + 1])
     return groups.lists()
 
 
@@ -40,18 +44,20 @@ class Groups:
     def __init__(self, n: int) -> None:
         self._group = np.arange(n)
 
-    def join(self, *members: int | np.integer) -> None:
-        """Make one group of those that the members are in."""
-        groups = np.unique(self._group[list(members)])
-        if len(groups) > 1:
-            self._group[np.isin(self._group, groups)] = groups[0]
+    def join(self, member: int, others: Sequence[int] | np.ndarray) -> None:
+        """Make one group of those that a member and the others are in."""
+        own = self._group[member]
+        theirs = self._group[np.asarray(others, dtype=np.int64)]
+        for group in np.unique(theirs[theirs != own]):
+            self._group[self._group == group] = own
 
-    def of(self, member: int) -> int:
-        """Return the smallest member of a member's group."""
-        return int(self._group[member])
+    def apart(self, member: int, others: np.ndarray) -> np.ndarray:
+        """Return those of the others that are not in the member's group."""
+        found: np.ndarray = others[self._group[others] != self._group[member]]
+        return found
 
     def lists(self) -> list[list[int]]:
-        """Return the groups, by their smallest member."""
+        """Return the groups, in the order of their smallest members."""
         found: dict[int, list[int]] = defaultdict(list)
         for i, group in enumerate(self._group.tolist()):
             found[group].append(i)
@@ -60,10 +66,25 @@ class Groups:
 
 def distances(hashes: np.ndarray) -> Iterator[np.ndarray]:
     """Yield for each of (n,) uint64 the number of bits in which each later one differs."""
-    counts = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
+    counts = bit_counts()
     for i in range(len(hashes)):
-        words = (hashes[i + 1 :] ^ hashes[i]).view(np.uint16).reshape(-1, 4)
-        yield counts[words].sum(axis=1, dtype=np.uint8)
+        yield bits_apart(hashes[i + 1 :], hashes[i], counts)
+
+
+def bits_apart(hashes: np.ndarray, one: np.uint64, counts: np.ndarray) -> np.ndarray:
+    """Return in how many bits each of (n,) uint64 differs from one.
+
+    Args:
+        counts: (65536,) the set bits of each 16-bit number.
+    """
+    words = (hashes ^ one).view(np.uint16).reshape(-1, 4)
+    apart: np.ndarray = counts[words].sum(axis=1, dtype=np.uint8)
+    return apart
+
+
+def bit_counts() -> np.ndarray:
+    """Return the number of set bits of each 16-bit number; (65536,) uint8."""
+    return np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 
 
 def difference_hash(grey: np.ndarray) -> int:
@@ -76,6 +97,32 @@ def difference_hash(grey: np.ndarray) -> int:
 def original_stem(path: Path) -> str:
     """Return a file's name without its suffix and the mark of Roboflow's copies."""
     return _COPY_MARK.sub("", path.stem)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What is kept of a picture to compare it with others."""
+
+    digest: bytes  # of the file
+    hash: int
+    grid: np.ndarray  # (256,) float32: 16 x 16 cells, mean 0, standard deviation 50
+
+
+def look_at(path: Path) -> Look | None:
+    """Read an image once, decoding no more than an eighth of its size; None if it does not decode.
+
+    A flat picture's noise is not blown up: what deviates by less than 8 grey levels stays small.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        return None
+    grey = reduced(data)
+    if grey is None:
+        return None
+    cells = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+    cells = (cells - cells.mean()) * (50 / max(float(cells.std()), 8.0))
+    return Look(hashlib.sha256(data.data).digest(), difference_hash(grey), cells)
 
 
 def _hash_of(path: Path) -> int:

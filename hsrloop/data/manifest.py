@@ -41,6 +41,7 @@ class Listing:
     """The image files of a split, sorted, each once."""
 
     paths: tuple[Path, ...]
+    folders: tuple[Path, ...] = ()  # that were searched for images
     remarks: tuple[Problem, ...] = ()
     missing: tuple[Problem, ...] = ()  # named in a .txt list
     faults: tuple[Problem, ...] = ()
@@ -282,6 +283,7 @@ def _root(notes: _Notes, value: Any) -> Path:
 def list_images(manifest: Manifest, split: str) -> Listing:
     """Return the image files of a split; `faults` when an entry is missing, or all are empty."""
     files: dict[Path, None] = {}
+    folders: list[Path] = []
     notes = _Notes(manifest.yaml)
     missing: list[Problem] = []
     for entry in manifest.splits[split]:
@@ -289,6 +291,7 @@ def list_images(manifest: Manifest, split: str) -> Listing:
         if place is None:
             continue
         if place.is_dir():
+            folders.append(place)
             files.update(dict.fromkeys(images_below(place)))
         elif place.suffix.lower() == ".txt":
             listed, absent = _listed(manifest, notes, place)
@@ -302,7 +305,13 @@ def list_images(manifest: Manifest, split: str) -> Listing:
         where = ", ".join(manifest.splits[split])
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         notes.fault(f"no images in {split} ({where[:200]}). Known kinds: {kinds}")
-    return Listing(tuple(sorted(files)), tuple(notes.remarks), tuple(missing), tuple(notes.faults))
+    return Listing(
+        tuple(sorted(files)),
+        tuple(folders),
+        tuple(notes.remarks),
+        tuple(missing),
+        tuple(notes.faults),
+    )
 
 
 def _locate(manifest: Manifest, notes: _Notes, split: str, entry: str) -> Path | None:
