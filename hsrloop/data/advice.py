@@ -162,11 +162,17 @@ _GRADES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 def finding(
-    kind: str, problems: Sequence[Problem], *, split: str = "", severity: Severity | None = None
+    kind: str,
+    problems: Sequence[Problem],
+    *,
+    split: str = "",
+    of: int = 0,
+    severity: Severity | None = None,
 ) -> Finding:
     """Return the finding of all problems of one kind in one split, at least one.
 
     Args:
+        of: how many there are in all, of which these are some; 0 when it says nothing.
         severity: in place of the kind's usual one. A test set is no part of training: what is wrong
             with it is a note at most.
     """
@@ -175,18 +181,19 @@ def finding(
         kind=kind,
         severity="note" if split == "test" else severity or advice.severity,
         split=split,
-        title=_title(advice, len(problems), split),
+        title=_title(advice, len(problems), of, split),
         effect=advice.effect,
         remedy=advice.remedy,
         problems=tuple(problems),
     )
 
 
-def _title(advice: _Advice, count: int, split: str) -> str:
+def _title(advice: _Advice, count: int, of: int, split: str) -> str:
     if not advice.noun:
         return f"{split}: {advice.what}" if split else advice.what
-    plural = "" if count == 1 else "es" if advice.noun.endswith("s") else "s"
-    return f"{count} {advice.noun}{plural}{f' in {split}' if split else ''}: {advice.what}"
+    plural = "" if max(count, of) == 1 else "es" if advice.noun.endswith(("s", "x")) else "s"
+    counted = f"{count} of {of}" if of else str(count)
+    return f"{counted} {advice.noun}{plural}{f' in {split}' if split else ''}: {advice.what}"
 
 
 def by_kind(problems: Sequence[Problem], *, split: str = "") -> list[Finding]:

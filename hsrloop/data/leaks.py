@@ -51,7 +51,7 @@ def repeats(album: Album, split: str) -> list[Finding]:
     found = []
     for kind, problems in (("copy-contradicts", contradictions), ("copy", copies)):
         if problems:
-            found.append(finding(kind, problems, split=split))
+            found.append(finding(kind, problems, split=split, of=len(album.refs)))
     groups = _alike(Album([album.refs[i] for i in first], [album.looks[i] for i in first]))
     if groups:
         found.append(finding("alike", groups, split=split))
@@ -80,7 +80,9 @@ def leaks(train: Album, other: Album, split: str) -> list[Finding]:
         else:
             continue
         found[kind].append(Problem(kind, ref.path, f"see {train.refs[twin].path}"))
-    return [finding(kind, problems, split=split) for kind, problems in found.items()]
+    return [
+        finding(kind, problems, split=split, of=len(other.refs)) for kind, problems in found.items()
+    ]
 
 
 def _copies(album: Album) -> tuple[list[Problem], list[Problem], list[int]]:

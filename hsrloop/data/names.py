@@ -16,7 +16,7 @@ _ROS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_/]*")
 def name_findings(manifest: Manifest) -> list[Finding]:
     """Return the classes whose names are unsafe as ROS frames or topics, with safe ones."""
     unsafe = [
-        Problem("ros-name", manifest.yaml, f"'{name}'; say, {ros_name(name, i)}", line)
+        Problem("ros-name", manifest.yaml, f"'{name}', better {ros_name(name, i)}", line)
         for i, (name, line) in enumerate(zip(manifest.names, manifest.name_lines, strict=True))
         if not _ROS_NAME.fullmatch(name)
     ]

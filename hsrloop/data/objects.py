@@ -16,7 +16,9 @@ TINY_PX = 8.0  # the finest grid's cell; below it little is left of an object
 FAR_LARGER = 4.0  # times imgsz; a guess: beyond it JPEGs decode slower than a mosaic is rendered
 SAME_BOX_IOU = 0.9  # a guess: two people, or tools, never draw one object closer than this apart
 MANY = 0.1  # of a split's images without a label file: more look forgotten; a guess
-MANY_TINY = 0.25  # of a class's boxes; a guess
+MANY_TINY = 0.25  # of a class's boxes, and at least this many of them; a guess
+LEAST_TINY = 5
+FEW_TWICE = 0.01  # of a split's boxes drawn twice: no harm to training yet; a guess
 _ROWS = 256  # boxes compared at a time, to bound memory
 
 
@@ -44,7 +46,13 @@ def image_findings(scan: SplitScan, *, split: str, imgsz: int) -> list[Finding]:
         ]
         many = len(problems) > MANY * len(scan.refs)
         found.append(
-            finding("unlabelled", problems, split=split, severity="warning" if many else None)
+            finding(
+                "unlabelled",
+                problems,
+                split=split,
+                of=len(scan.refs),
+                severity="warning" if many else None,
+            )
         )
     large = [
         Problem("large", ref.path, f"{ref.width} x {ref.height}")
@@ -52,7 +60,7 @@ def image_findings(scan: SplitScan, *, split: str, imgsz: int) -> list[Finding]:
         if max(ref.height, ref.width) > FAR_LARGER * imgsz
     ]
     if large:
-        found.append(finding("large", large, split=split))
+        found.append(finding("large", large, split=split, of=len(scan.refs)))
     return found
 
 
@@ -75,9 +83,14 @@ def box_findings(manifest: Manifest, scan: SplitScan, *, split: str, imgsz: int)
         for k, (width, height) in zip(small.tolist(), sides_px(ref, imgsz)[small], strict=True):
             text = f"{manifest.names[ref.labels[k]]}, {width:.1f} x {height:.1f} px at {imgsz}"
             problems["tiny"].append(Problem("tiny", source, text, lines[k]))
-    mostly = bool((tiny_classes > MANY_TINY * np.maximum(classes, 1)).any())
+    total = int(classes.sum())
+    harmless = {
+        "tiny": not (tiny_classes >= np.maximum(MANY_TINY * classes, LEAST_TINY)).any(),
+        "box-twice": len(problems["box-twice"]) < FEW_TWICE * total,
+        "box-two-classes": len(problems["box-two-classes"]) < FEW_TWICE * total,
+    }
     return [
-        finding(kind, some, split=split, severity="warning" if kind == "tiny" and mostly else None)
+        finding(kind, some, split=split, of=total, severity="note" if harmless[kind] else "warning")
         for kind, some in problems.items()
         if some
     ]
@@ -99,7 +112,7 @@ def class_findings(manifest: Manifest, scans: Mapping[str, SplitScan]) -> list[F
             if i not in present[split] and (split == "train" or i in present.get("train", {i}))
         ]
         if absent:
-            found.append(finding(kind, absent))
+            found.append(finding(kind, absent, of=len(manifest.names)))
     return found
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from hsrloop.records import CheckReport, ClassCount, Finding, Problem
+from hsrloop.records import CheckReport, Finding, Problem
 
 _SHOWN_PROBLEMS = 5
 _SHOWN_CLASSES = 40
@@ -127,27 +127,27 @@ def _classes_table(report: CheckReport) -> RenderableType:
     """Return boxes by class and split; of many classes those with the fewest in training."""
     splits = [count.split for count in report.splits]
     first = splits[0]
-    classes = report.classes
+    classes = [count for count in report.classes if any(count.boxes.values())]
+    unused = len(report.classes) - len(classes)
     rest = len(classes) - _SHOWN_CLASSES
     if rest > 0:
-        classes = tuple(sorted(classes, key=lambda c: c.boxes[first])[:_SHOWN_CLASSES])
+        classes = sorted(classes, key=lambda count: count.boxes[first])[:_SHOWN_CLASSES]
     table = _table("boxes by class", *splits, f"{first} images", f"median px at {report.imgsz}")
     for count in classes:
         table.add_row(
             clean(count.name),
             *(str(count.boxes[split]) for split in splits),
             str(count.images[first]),
-            f"{count.median_px:.0f}" if count.median_px else "-",
+            f"{count.median_px:.0f}",
             style=None if all(count.boxes.values()) else "yellow",
         )
-    if rest <= 0:
-        return table
-    return Group(table, f"... and {rest} more classes, all with {_least(report, classes)} or more")
-
-
-def _least(report: CheckReport, shown: Sequence[ClassCount]) -> str:
-    first = report.splits[0].split
-    return f"{max(count.boxes[first] for count in shown)} {first} boxes"
+    lines = []
+    if rest > 0:
+        least = max(count.boxes[first] for count in classes)
+        lines.append(f"... and {rest} more classes, each with at least {least} boxes in {first}")
+    if unused:
+        lines.append(f"... and {unused} more classes without any box" if classes else "no boxes")
+    return Group(table, *(Text(line, style="dim") for line in lines)) if classes else Text(*lines)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -170,7 +170,7 @@ def _shown_finding(finding: Finding, root: Path) -> RenderableType:
         lines.append(Text(f"... and {more} more", style="dim"))
     lines.append(_labelled("Effect", finding.effect))
     lines.append(_labelled("Remedy", finding.remedy))
-    return Group(head, Padding(Group(*lines), (0, 0, 0, 8)))
+    return Group(head, Padding(Group(*lines), (0, 0, 0, 8), expand=False))
 
 
 def _labelled(label: str, text: str) -> Table:

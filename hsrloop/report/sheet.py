@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +18,10 @@ from hsrloop.report.checkup import clean
 
 _COLOURS = {"train": "#3b6ea8", "val": "#e08a3c", "test": "#8a8a8a"}
 _INK = "#333333"
-_MOST_BARS = 80  # classes with a bar of their own
+_MOST_BARS = 60  # classes with a bar of their own
+_FEWEST_ROWS = 12  # of room for bars, so that few of them are no blocks
 _LONGEST_NAME = 24
-_CELLS = 32  # of the heat map, a side
+_CELLS = 24  # of the heat map, a side
 _TINY_PX = 8
 # The first that is installed draws what the one before lacks.
 _FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "TakaoGothic"]
@@ -43,7 +45,7 @@ def save_sheet(report: CheckReport, path: Path) -> None:
 
 def draw_sheet(report: CheckReport) -> Figure:
     """Return the figure: a bar for each class on the left, sizes and places on the right."""
-    bars = min(len(report.classes), _MOST_BARS)
+    bars = len(_bars(report.classes, [count.split for count in report.splits])[0])
     figure = Figure(figsize=(12, max(7.0, 1.6 + 0.19 * bars)), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
     boxes, images = len(report.boxes_cxcywh), sum(count.images for count in report.splits)
@@ -73,14 +75,7 @@ def _two_parts(path: Path) -> str:
 def _draw_classes(axes: Axes, report: CheckReport) -> None:
     """Draw boxes by class, stacked by split; most on top."""
     splits = [count.split for count in report.splits]
-    ordered = sorted(report.classes, key=_total, reverse=True)
-    shown = ordered if len(ordered) <= _MOST_BARS else ordered[: _MOST_BARS - 1]
-    names = [_short(count.name) for count in shown]
-    rows = [[count.boxes[split] for split in splits] for count in shown]
-    if len(shown) < len(ordered):
-        rest = ordered[len(shown) :]
-        names.append(f"{len(rest)} more classes")
-        rows.append([sum(count.boxes[split] for count in rest) for split in splits])
+    names, rows = _bars(report.classes, splits)
     at = np.arange(len(names))
     left = np.zeros(len(names))
     for i, split in enumerate(splits):
@@ -93,13 +88,31 @@ def _draw_classes(axes: Axes, report: CheckReport) -> None:
             fontsize=7, color=_INK,
         )  # fmt: skip
     axes.set_yticks(at, names, parse_math=False)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_ylim(max(len(names), _FEWEST_ROWS) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _dress(axes, "Boxes by class", "boxes")
     axes.tick_params(axis="y", length=0)
     if splits:
         axes.legend(loc="lower right", frameon=False)
+
+
+def _bars(
+    classes: Sequence[ClassCount], splits: Sequence[str]
+) -> tuple[list[str], list[list[int]]]:
+    """Return names and boxes by split of each bar; of many classes the rest is summed up."""
+    ordered = sorted(classes, key=_total, reverse=True)
+    if len(ordered) > _MOST_BARS:
+        used = [count for count in ordered if _total(count)]
+        shown = used if len(used) < _MOST_BARS else used[: _MOST_BARS - 1]
+    else:
+        shown = ordered
+    names = [_short(count.name) for count in shown]
+    rows = [[count.boxes[split] for split in splits] for count in shown]
+    if rest := ordered[len(shown) :]:
+        names.append(f"{len(rest)} more classes")
+        rows.append([sum(count.boxes[split] for count in rest) for split in splits])
+    return names, rows
 
 
 def _total(count: ClassCount) -> int:
