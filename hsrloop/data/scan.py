@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 import struct
 import warnings
@@ -40,8 +41,10 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             kind = image.format or ""
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            if not _ends_well(path, kind):
+            # Pillow decodes all of a PNG to find its EXIF, which may come after the pixels.
+            chunks = _png_chunks(path) if kind == "PNG" else []
+            tag = 1 if kind == "PNG" else image.getexif().get(ORIENTATION, 1)
+            if not (chunks[-1:] == [b"IEND"] or _ends_well(path, kind)):
                 image.load()
     except (UnidentifiedImageError, ImportError):  # Ultralytics, if loaded, asks for a HEIF library
         raise Unreadable("not an image of a known kind") from None
@@ -50,8 +53,8 @@ def image_size(path: Path) -> tuple[int, int]:
     except (*_DAMAGED, struct.error, MemoryError) as error:
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
     if kind in ("JPEG", "MPO"):
-        return (width, height) if turned else (height, width)
-    if kind == "PNG" and not turned:
+        return (width, height) if tag in (5, 6, 7, 8) else (height, width)
+    if kind == "PNG" and b"eXIf" not in chunks:
         return height, width
     pixels = decode(path)
     return int(pixels.shape[0]), int(pixels.shape[1])
@@ -59,13 +62,26 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _ends_well(path: Path, kind: str) -> bool:
     """Return whether the file has its end marker; kinds without one count as suspicious."""
-    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
-    if marker is None:
+    if kind not in ("JPEG", "MPO"):
         return False
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         tail = file.read()
-    return marker in (tail[-2:] if kind == "JPEG" else tail)
+    return b"\xff\xd9" in (tail[-2:] if kind == "JPEG" else tail)
+
+
+def _png_chunks(path: Path) -> list[bytes]:
+    """Return the names of a PNG's chunks that are all there, up to IEND, skipping over them."""
+    names: list[bytes] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8 and names[-1:] != [b"IEND"]:
+            length, name = struct.unpack(">I4s", head)
+            if file.seek(length + 4, os.SEEK_CUR) > size:  # its data and checksum
+                break
+            names.append(name)
+    return names
 
 
 def decode(path: Path) -> np.ndarray:
@@ -97,8 +113,10 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def reduced(data: np.ndarray) -> np.ndarray | None:
-    """Decode an image file's bytes (n,) uint8 to grey at an eighth of its size, or None."""
-    try:
-        return cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8) if data.size else None
-    except cv2.error:
-        return None
+    """Decode an image file's bytes (n,) uint8 to grey, small if it can be; None if it cannot."""
+    for flag in (cv2.IMREAD_REDUCED_GRAYSCALE_8, cv2.IMREAD_GRAYSCALE):  # few pixels reduce to none
+        with contextlib.suppress(cv2.error):
+            pixels = cv2.imdecode(data, flag) if data.size else None
+            if pixels is not None:
+                return pixels
+    return None

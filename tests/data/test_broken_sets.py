@@ -32,7 +32,8 @@ from hsrloop.report.checkup import checkup, checkup_json
 SIDE = 32
 ROW = "0 .5 .5 .4 .4\n"
 YAML = "train: images/train\nval: images/val\nnames: [cup, fork]\n"
-IMAGE, LABEL = "images/train/x.jpg", "labels/train/x.txt"
+IMAGE, PNG_IMAGE = "images/train/x.jpg", "images/train/x.png"
+LABEL = "labels/train/x.txt"
 Break = Callable[[Path], object]
 
 
@@ -112,6 +113,57 @@ def yaml(text: bytes | str) -> Break:
     return put("data.yaml", text)
 
 
+def train_is(entry: str) -> Break:
+    return yaml(YAML.replace("images/train", entry))
+
+
+def val_is(entry: str) -> Break:
+    return yaml(YAML.replace("images/val", entry))
+
+
+def names_are(names: str) -> Break:
+    return yaml(YAML.replace("[cup, fork]", names))
+
+
+def listed(lines: bytes | str) -> Break:
+    """Return a damage that names the training images in a list."""
+    return both(put("t.txt", lines), train_is("t.txt"))
+
+
+def link(name: str, target: str) -> Break:
+    return lambda root: os.symlink(target, root / name)
+
+
+def instead(name: str, make: Break) -> Break:
+    """Return a damage that takes a file away and makes something of its name."""
+    return lambda root: [(root / name).unlink(), make(root / name)]
+
+
+def labels_are(text: str, stems: str = "abcd") -> Break:
+    """Return a damage that writes the same rows for several training images."""
+    return both(*(put(f"labels/train/{stem}.txt", text) for stem in stems))
+
+
+def added(name: str, image: np.ndarray) -> Break:
+    return picture(name, Image.fromarray(image))
+
+
+def copied(source: str, target: str) -> Break:
+    return lambda root: shutil.copy(root / source, root / target)
+
+
+def renamed_to_bytes(root: Path) -> None:
+    """Give an image and its labels a name that is no UTF-8."""
+    for kind, suffix in (("images", b".png"), ("labels", b".txt")):
+        folder = os.fsencode(root / kind / "train")
+        os.rename(folder + b"/a" + suffix, folder + b"/\xff\xfe" + suffix)
+
+
+def re_encoded(root: Path) -> None:
+    """Put a training image into val in another format."""
+    Image.open(root / "images/train/a.png").save(root / "images/val/z.jpg", quality=80)
+
+
 def encoded(suffix: str) -> bytes:
     return cv2.imencode(suffix, scene(99))[1].tobytes()
 
@@ -156,70 +208,94 @@ MERGES = "a: &a {k: v}\n" + "".join(
 )
 
 IMAGES = [
-    Case("jpeg-without-its-tail", file(IMAGE, JPEG[: len(JPEG) // 2]), kinds="unreadable", says="truncated"),
-    Case("jpeg-without-its-last-two-bytes", file(IMAGE, JPEG[:-2]), 5, 5),
+    Case("jpeg-without-its-tail", file(IMAGE, JPEG[: len(JPEG) // 2]), kinds="unreadable",
+        says="truncated"),
+    Case("jpeg-without-its-last-two-bytes", file(IMAGE, JPEG[:-2]), kinds="unreadable",
+        says="truncated"),
     Case("jpeg-of-its-header-only", file(IMAGE, JPEG[:20]), kinds="unreadable"),
-    Case("png-without-its-tail", file("images/train/x.png", PNG[:-200]), kinds="unreadable"),
-    Case("png-with-damaged-pixels", file("images/train/x.png", PNG[:60] + b"\0" * 400 + PNG[460:]), 5, 5, kinds="unreadable", says="decoded"),
-    Case("png-that-claims-far-too-much", file(IMAGE, png_header(60_000, 60_000)), kinds="unreadable", says="178 million"),
+    Case("png-without-its-tail", file(PNG_IMAGE, PNG[:-200]), kinds="unreadable"),
+    Case("png-with-damaged-pixels", file(PNG_IMAGE, PNG[:80] + b"\0" * 40 + PNG[120:]), 5, 5,
+        kinds="unreadable", says="decoded"),
+    Case("png-that-claims-far-too-much", file(IMAGE, png_header(60_000, 60_000)),
+        kinds="unreadable", says="178 million"),
     Case("png-that-claims-much", file(IMAGE, png_header(12_000, 9_000)), 5, 5, kinds="unreadable"),
     Case("empty-file", file(IMAGE, b""), kinds="unreadable", says="the file is empty"),
-    Case("zeros", file(IMAGE, b"\0" * 5000), kinds="unreadable", says="not an image of a known kind"),
-    Case("text-named-jpg", file(IMAGE, "<html>404 Not Found</html>"), kinds="unreadable", says="x.jpg"),
-    Case("git-lfs-pointer", file(IMAGE, "version https://git-lfs.github.com/spec/v1\n"), kinds="unreadable"),
+    Case("zeros", file(IMAGE, b"\0" * 5000), kinds="unreadable",
+        says="not an image of a known kind"),
+    Case("text-named-jpg", file(IMAGE, "<html>404 Not Found</html>"), kinds="unreadable",
+        says="x.jpg"),
+    Case("git-lfs-pointer", file(IMAGE, "version https://git-lfs.github.com/spec/v1\n"),
+        kinds="unreadable"),
     Case("png-named-jpg", file(IMAGE, PNG), 5, 5),
-    Case("jpeg-named-png", file("images/train/x.png", JPEG), 5, 5),
-    Case("16-bit-png", picture("images/train/x.png", Image.fromarray(noise((48, 64)).astype(np.uint16) * 256)), 5, 5),
-    Case("grey-png", picture("images/train/x.png", RGB.convert("L")), 5, 5),
-    Case("one-bit-png", picture("images/train/x.png", RGB.convert("1")), 5, 5),
-    Case("rgba-png", picture("images/train/x.png", RGB.convert("RGBA")), 5, 5),
-    Case("palette-png", picture("images/train/x.png", RGB.convert("P")), 5, 5),
-    Case("palette-png-with-transparency", picture("images/train/x.png", RGB.convert("P"), transparency=b"\0\x80"), 5, 5),
+    Case("jpeg-named-png", file(PNG_IMAGE, JPEG), 5, 5),
+    Case("16-bit-png", added(PNG_IMAGE, noise((48, 64)).astype(np.uint16) * 256), 5, 5),
+    Case("grey-png", picture(PNG_IMAGE, RGB.convert("L")), 5, 5),
+    Case("one-bit-png", picture(PNG_IMAGE, RGB.convert("1")), 5, 5),
+    Case("rgba-png", picture(PNG_IMAGE, RGB.convert("RGBA")), 5, 5),
+    Case("palette-png", picture(PNG_IMAGE, RGB.convert("P")), 5, 5),
+    Case("palette-png-with-transparency",
+        picture(PNG_IMAGE, RGB.convert("P"), transparency=b"\0\x80"), 5, 5),
     Case("grey-jpeg", picture(IMAGE, RGB.convert("L")), 5, 5),
     Case("cmyk-jpeg", picture(IMAGE, RGB.convert("CMYK")), 5, 5),
     Case("progressive-jpeg", picture(IMAGE, progressive=True), 5, 5),
     Case("exif-quarter-turn", picture(IMAGE, exif=turned(6)), 5, 5),
     Case("exif-nonsense-turn", picture(IMAGE, exif=turned(77)), 5, 5),
-    Case("damaged-exif", file(IMAGE, JPEG[:2] + b"\xff\xe1\x00\x20Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 14 + JPEG[2:]), 5, 5),
-    Case("gif-named-png", picture("images/train/x.png", kind="GIF"), 5, 5),
-    Case("animated-webp", picture("images/train/x.webp", save_all=True, append_images=[RGB.rotate(90)]), 5, 5),
-    Case("many-page-tiff", picture("images/train/x.tif", save_all=True, append_images=[RGB.rotate(90)]), 5, 5),
+    Case("damaged-exif",
+        file(IMAGE, JPEG[:2] + b"\xff\xe1\0\x20Exif\0\0MM\0*" + b"\xff" * 18 + JPEG[2:]),
+        5, 5),
+    Case("gif-named-png", picture(PNG_IMAGE, kind="GIF"), 5, 5),
+    Case("animated-webp",
+        picture("images/train/x.webp", save_all=True, append_images=[RGB.rotate(90)]), 5, 5),
+    Case("many-page-tiff",
+        picture("images/train/x.tif", save_all=True, append_images=[RGB.rotate(90)]), 5, 5),
     Case("bmp", picture("images/train/x.bmp"), 5, 5),
     Case("jpeg-2000", picture("images/train/x.jp2"), 5, 5),
     Case("capital-suffix", picture("images/train/X.JPG", kind="JPEG"), 5, 5),
-    Case("one-pixel", picture("images/train/x.png", Image.new("RGB", (1, 1), "red")), 5, 5),
-    Case("one-row-of-pixels", picture("images/train/x.png", Image.fromarray(noise((1, 5000, 3)))), 5, 5, kinds="large"),
-    Case("one-column-of-pixels", picture("images/train/x.png", Image.fromarray(noise((3000, 1, 3)))), 5, 5, kinds="large"),
+    Case("one-pixel", picture(PNG_IMAGE, Image.new("RGB", (1, 1), "red")), 5, 5),
+    Case("one-row-of-pixels", added(PNG_IMAGE, noise((1, 5000, 3))), 5, 5, kinds="large"),
+    Case("one-column-of-pixels", added(PNG_IMAGE, noise((3000, 1, 3))), 5, 5, kinds="large"),
     Case("flat-colour", picture(IMAGE, Image.new("RGB", (64, 48), "white")), 5, 5),
     Case("folder-called-x.jpg", lambda root: (root / IMAGE).mkdir(), 4, 4),
-    Case("folder-called-x.jpg-in-a-list", both(lambda root: (root / IMAGE).mkdir(), put("t.txt", f"{IMAGE}\nimages/train/a.png\n"), yaml(YAML.replace("images/train", "t.txt"))), 1, 1, kinds="unreadable class-untrained"),
-    Case("pipe-called-x.jpg", lambda root: os.mkfifo(root / IMAGE), kinds="unreadable", says="not a regular file"),
-    Case("dangling-link", lambda root: os.symlink("gone.jpg", root / IMAGE), kinds="unreadable", says="No such file"),
-    Case("link-to-itself", lambda root: os.symlink("x.jpg", root / IMAGE), kinds="unreadable", says="symbolic links"),
-    Case("folder-link-to-its-parent", lambda root: os.symlink("..", root / "images/train/up"), 6, 6, kinds="copy-across"),
-    Case("link-to-a-device", lambda root: os.symlink("/dev/zero", root / IMAGE), kinds="unreadable"),
-    Case("hidden-mac-file", file("images/train/._x.jpg", b"\0\5\x16\7" + b"\0" * 99), kinds="labels-alone"),
+    Case("folder-called-x.jpg-in-a-list",
+        both(lambda root: (root / IMAGE).mkdir(), listed(f"{IMAGE}\nimages/train/a.png\n")), 1, 1,
+        kinds="unreadable class-untrained"),
+    Case("pipe-called-x.jpg", lambda root: os.mkfifo(root / IMAGE), kinds="unreadable",
+        says="not a regular file"),
+    Case("dangling-link", link(IMAGE, "gone.jpg"), kinds="unreadable", says="No such file"),
+    Case("link-to-itself", link(IMAGE, "x.jpg"), kinds="unreadable", says="symbolic links"),
+    Case("folder-link-to-its-parent", link("images/train/up", ".."), 6, 4, kinds="copy-across"),
+    Case("link-to-a-device", link(IMAGE, "/dev/zero"), kinds="unreadable"),
+    Case("hidden-mac-file", file("images/train/._x.jpg", b"\0\5\x16\7" + b"\0" * 99),
+        kinds="labels-alone"),
     Case("space-and-umlaut-in-name", picture("images/train/so ein Küchenbild (1).jpg"), 5, 5),
     Case("japanese-name", picture("images/train/写真.jpg"), 5, 5),
-    Case("name-that-is-no-utf-8", lambda root: [shutil.move(os.fsencode(root / f"{k}/train/a.{s}"), os.fsencode(root / f"{k}/train") + b"/\xff\xfe." + s.encode()) for k, s in (("images", "png"), ("labels", "txt"))]),
-    Case("escape-sequence-in-name", file("images/train/\x1b[31m.jpg", b""), kinds="unreadable labels-alone"),
-    Case("copy-in-the-same-split", lambda root: [shutil.copy(root / f"{k}/train/a.{s}", root / f"{k}/train/x.{s}") for k, s in (("images", "png"), ("labels", "txt"))], 5, 5, kinds="copy", says="x.png: see"),
-    Case("copy-with-other-labels", both(lambda root: shutil.copy(root / "images/train/a.png", root / "images/train/x.png"), put(LABEL, "1 .5 .5 .2 .2\n")), 5, 5, kinds="copy-contradicts"),
-    Case("copy-in-val", lambda root: shutil.copy(root / "images/train/a.png", root / "images/val/z.png"), kinds="copy-across unlabelled", says="z.png: see"),
-    Case("re-encoded-in-val", lambda root: Image.open(root / "images/train/a.png").save(root / "images/val/z.jpg", quality=80), kinds="alike-across", says="z.jpg: see"),
+    Case("name-that-is-no-utf-8", renamed_to_bytes),
+    Case("escape-sequence-in-name", file("images/train/\x1b[31m.jpg", b""),
+        kinds="unreadable labels-alone"),
+    Case("copy-in-the-same-split", both(copied("images/train/a.png", PNG_IMAGE), put(LABEL, ROW)),
+        5, 5, kinds="copy", says="x.png: see"),
+    Case("copy-with-other-labels",
+        both(copied("images/train/a.png", PNG_IMAGE), put(LABEL, "1 .5 .5 .2 .2\n")), 5, 5,
+        kinds="copy-contradicts"),
+    Case("copy-in-val", copied("images/train/a.png", "images/val/z.png"),
+        kinds="copy-across unlabelled", says="z.png: see"),
+    Case("re-encoded-in-val", re_encoded, kinds="alike-across", says="z.jpg: see"),
     Case("same-name-twice", both(picture("images/train/a.jpg"), rows(ROW)), 5, 5),
 ]  # fmt: skip
 
 LABELS = [
-    Case("missing", lambda root: (root / "labels/train/a.txt").unlink(), boxes=3, kinds="unlabelled", says="a.txt does not exist"),
+    Case("missing", lambda root: (root / "labels/train/a.txt").unlink(), boxes=3,
+        kinds="unlabelled", says="a.txt does not exist"),
     Case("empty", rows(b""), boxes=3),
     Case("zero-bytes-inside", rows(b"\0" * 64), boxes=3, kinds="columns"),
     Case("nan", rows("0 nan .5 .4 .4\n"), boxes=3, kinds="not-numbers", says="a.txt:1: '0 nan"),
     Case("inf", rows("0 .5 inf .4 .4\n"), boxes=3, kinds="not-numbers"),
     Case("words", rows("cup .5 .5 .4 .4\n"), boxes=3, kinds="not-numbers"),
-    Case("class-minus-1", rows("-1 .5 .5 .4 .4\n"), boxes=3, kinds="class-unknown", says="class -1, but"),
+    Case("class-minus-1", rows("-1 .5 .5 .4 .4\n"), boxes=3, kinds="class-unknown",
+        says="class -1, but"),
     Case("class-1.5", rows("1.5 .5 .5 .4 .4\n"), boxes=3, kinds="class-fraction", says="class 1.5"),
-    Case("class-beyond-names", rows(ROW + "2 .5 .5 .4 .4\n"), kinds="class-unknown", says="a.txt:2: class 2, but data.yaml names 2 classes (0-1)"),
+    Case("class-beyond-names", rows(ROW + "2 .5 .5 .4 .4\n"), kinds="class-unknown",
+        says="a.txt:2: class 2, but data.yaml names 2 classes (0-1)"),
     Case("class-beyond-any-integer", rows("1e300 .5 .5 .4 .4\n"), boxes=3, kinds="class-unknown"),
     Case("5000-boxes", rows(MANY_ROWS), boxes=5003, kinds="tiny"),
     Case("pixels", rows("0 320 240 100 80\n"), boxes=3, kinds="outside", says="not pixels"),
@@ -234,45 +310,62 @@ LABELS = [
     Case("confidence-as-sixth-column", rows("0 .5 .5 .4 .4 .9\n"), boxes=3, kinds="columns"),
     Case("polygon-of-two-points-reads-as-box", rows("0 .2 .2 .4 .4\n")),
     Case("polygon", rows("0 .2 .2 .6 .2 .4 .6\n")),
-    Case("polygon-of-a-point-and-a-half", rows("0 .2 .2 .6 .2 .4 .6 .5\n"), boxes=3, kinds="columns"),
+    Case("polygon-of-a-point-and-a-half", rows("0 .2 .2 .6 .2 .4 .6 .5\n"), boxes=3,
+        kinds="columns"),
     Case("polygon-on-a-line", rows("0 .2 .2 .4 .2 .6 .2\n"), boxes=3, kinds="no-area"),
-    Case("boxes-polygons-and-nonsense", rows("0 .2 .2 .6 .2 .4 .6\nno\n1 .5 .5 .1 .1\n"), boxes=5, kinds="columns", says="a.txt:2:"),
+    Case("boxes-polygons-and-nonsense", rows("0 .2 .2 .6 .2 .4 .6\nno\n1 .5 .5 .1 .1\n"), boxes=5,
+        kinds="columns", says="a.txt:2:"),
     Case("row-twice", rows(ROW + ROW), kinds="row-twice", says="a.txt:2: the same as line 1"),
-    Case("box-drawn-twice", rows(ROW + "0 .501 .5 .4 .4\n"), boxes=5, kinds="box-twice", says="a.txt:2: cup, overlaps line 1"),
-    Case("box-of-two-classes", rows(ROW + "1 .5 .5 .4 .4\n"), boxes=5, kinds="box-two-classes", says="a.txt:2: fork, overlaps line 1 (cup) by 1.00"),
+    Case("box-drawn-twice", rows(ROW + "0 .501 .5 .4 .4\n"), boxes=5, kinds="box-twice",
+        says="a.txt:2: cup, overlaps line 1"),
+    Case("box-of-two-classes", rows(ROW + "1 .5 .5 .4 .4\n"), boxes=5, kinds="box-two-classes",
+        says="a.txt:2: fork, overlaps line 1 (cup) by 1.00"),
     Case("commas", rows("0,.5,.5,.4,.4\n"), boxes=3, kinds="columns", says="has commas"),
-    Case("decimal-commas", rows("0 0,5 0,5 0,4 0,4\n"), boxes=3, kinds="columns", says="has commas"),
+    Case("decimal-commas", rows("0 0,5 0,5 0,4 0,4\n"), boxes=3, kinds="columns",
+        says="has commas"),
     Case("tabs", rows("0\t.5\t.5\t.4\t.4\n")),
     Case("crlf", rows("0 .5 .5 .4 .4\r\n1 .2 .2 .1 .1\r\n"), boxes=5),
     Case("old-mac-line-ends", rows("0 .5 .5 .4 .4\r1 .2 .2 .1 .1\r"), boxes=5),
     Case("bom", rows(b"\xef\xbb\xbf" + ROW.encode())),
     Case("utf-16", rows(ROW.encode("utf-16"))),
     Case("utf-16-without-bom", rows(ROW.encode("utf-16-le")), boxes=3, kinds="not-numbers"),
-    Case("utf-16-cut-in-half", rows(ROW.encode("utf-16")[:-1])),
+    Case("utf-16-cut-in-half", rows(ROW.encode("utf-16")[:-1]), boxes=3, kinds="not-numbers"),
     Case("binary", rows(PNG[:300]), boxes=3, kinds="columns"),
     Case("comment-line", rows("# cup\n" + ROW), kinds="columns", says="a.txt:1: 2 columns"),
-    Case("folder", lambda root: [(root / "labels/train/a.txt").unlink(), (root / "labels/train/a.txt").mkdir()], 3, 3, kinds="unreadable", says="Is a directory"),
-    Case("pipe", lambda root: [(root / "labels/train/a.txt").unlink(), os.mkfifo(root / "labels/train/a.txt")], 3, 3, kinds="unreadable", says="not a regular file"),
-    Case("link-to-itself", lambda root: [(root / "labels/train/a.txt").unlink(), os.symlink("a.txt", root / "labels/train/a.txt")], 3, 3, kinds="unreadable"),
+    Case("folder", instead("labels/train/a.txt", Path.mkdir), 3, 3, kinds="unreadable",
+        says="Is a directory"),
+    Case("pipe", instead("labels/train/a.txt", os.mkfifo), 3, 3, kinds="unreadable",
+        says="not a regular file"),
+    Case("link-to-itself", instead("labels/train/a.txt", lambda path: path.symlink_to("a.txt")), 3,
+        3, kinds="unreadable"),
     Case("without-image", put("labels/train/lost.txt", ROW), kinds="labels-alone", says="lost.txt"),
-    Case("without-image-in-a-folder-of-their-own", put("labels/train/day2/lost.txt", ROW), kinds="labels-alone", says="day2/lost.txt"),
+    Case("without-image-in-a-folder-of-their-own", put("labels/train/day2/lost.txt", ROW),
+        kinds="labels-alone", says="day2/lost.txt"),
     Case("classes.txt-is-no-label", put("labels/train/classes.txt", "cup\nfork\n")),
-    Case("all-missing", lambda root: shutil.rmtree(root / "labels/train"), error="there is no label file; for a.png", kinds="unusable unlabelled"),
-    Case("all-empty", lambda root: [(root / f"labels/train/{n}.txt").write_text("") for n in "abcd"], error="all 4 label files are empty", kinds="unusable"),
-    Case("all-bad", lambda root: [(root / f"labels/train/{n}.txt").write_text("7 .5 .5 .1 .1") for n in "abcd"], error="all 4 label rows are bad", kinds="unusable class-unknown"),
-    Case("file-called-labels", lambda root: [shutil.rmtree(root / "labels"), (root / "labels").write_text("")], error="none of the 4 images in train", kinds="unusable unreadable", says="Not a directory"),
-    Case("none-in-val", lambda root: shutil.rmtree(root / "labels/val"), error="no usable box in val", kinds="unusable unlabelled"),
-    Case("one-class-never-shown", lambda root: [(root / f"labels/train/{n}.txt").write_text(ROW) for n in "bd"], kinds="class-untrained", says="data.yaml:3: fork (class 1)"),
-    Case("one-class-never-validated", put("labels/val/f.txt", ROW), kinds="class-unvalidated", says="fork (class 1)"),
+    Case("all-missing", lambda root: shutil.rmtree(root / "labels/train"),
+        error="there is no label file; for a.png", kinds="unusable unlabelled"),
+    Case("all-empty", labels_are(""), error="all 4 label files are empty", kinds="unusable"),
+    Case("all-bad", labels_are("7 .5 .5 .1 .1"), error="all 4 label rows are bad",
+        kinds="unusable class-unknown"),
+    Case("file-called-labels",
+        lambda root: [shutil.rmtree(root / "labels"), (root / "labels").write_text("")],
+        error="none of the 4 images in train", kinds="unusable unreadable", says="Not a directory"),
+    Case("none-in-val", lambda root: shutil.rmtree(root / "labels/val"),
+        error="no usable box in val", kinds="unusable unlabelled"),
+    Case("one-class-never-shown", labels_are(ROW, "bd"), kinds="class-untrained",
+        says="data.yaml:3: fork (class 1)"),
+    Case("one-class-never-validated", put("labels/val/f.txt", ROW), kinds="class-unvalidated",
+        says="fork (class 1)"),
 ]  # fmt: skip
 
 MANIFESTS = [
     Case("empty", yaml(""), error="holds nothing", hopeless=True),
     Case("list-at-the-top", yaml("- a\n- b\n"), error="holds a list", hopeless=True),
     Case("text-at-the-top", yaml("hello"), error="holds a str", hopeless=True),
-    Case("missing", lambda root: (root / "data.yaml").unlink(), error="does not exist. Give the path", hopeless=True),
-    Case("folder", lambda root: [(root / "data.yaml").unlink(), (root / "data.yaml").mkdir()], error="does not exist", hopeless=True),
-    Case("pipe", lambda root: [(root / "data.yaml").unlink(), os.mkfifo(root / "data.yaml")], error="not a regular file", hopeless=True),
+    Case("missing", lambda root: (root / "data.yaml").unlink(),
+        error="does not exist. Give the path", hopeless=True),
+    Case("folder", instead("data.yaml", Path.mkdir), error="does not exist", hopeless=True),
+    Case("pipe", instead("data.yaml", os.mkfifo), error="not a regular file", hopeless=True),
     Case("binary", yaml(PNG), error="is not UTF-8 text", hopeless=True),
     Case("control-characters", yaml(YAML + "x: \0\n"), error="not valid YAML", hopeless=True),
     Case("utf-16", yaml(YAML.encode("utf-16")), error="Save it as UTF-8", hopeless=True),
@@ -281,58 +374,85 @@ MANIFESTS = [
     Case("tabs", yaml(YAML + "x:\n\t- a\n"), error="data.yaml:5: not valid YAML", hopeless=True),
     Case("open-bracket", yaml("names: [cup\n"), error="data.yaml:2: not valid YAML", hopeless=True),
     Case("two-documents", yaml(YAML + "---\n" + YAML), error="not valid YAML", hopeless=True),
-    Case("python-object", yaml(YAML + "x: !!python/object/apply:os.mkdir [ran]\n"), error="not valid YAML", hopeless=True),
-    Case("python-name", yaml(YAML + "x: !!python/name:os.system\n"), error="not valid YAML", hopeless=True),
+    Case("python-object", yaml(YAML + "x: !!python/object/apply:os.mkdir [ran]\n"),
+        error="not valid YAML", hopeless=True),
+    Case("python-name", yaml(YAML + "x: !!python/name:os.system\n"), error="not valid YAML",
+        hopeless=True),
     Case("many-laughs", yaml(LAUGHS + YAML)),
-    Case("many-laughs-as-names", yaml(LAUGHS + YAML.replace("[cup, fork]", "*j")), error="names[0] is [", kinds="yaml"),
-    Case("merged-laughs", yaml(MERGES + YAML), error="merged aliases grow without bound", hopeless=True),
-    Case("alias-of-itself", yaml(YAML.replace("[cup, fork]", "&n [*n, fork]")), error="names[0] is [", kinds="yaml"),
-    Case("nested-too-deep", yaml("x: " + "[" * 5000), error="nested too deeply", hopeless=True),
-    Case("impossible-date", yaml(YAML + "made: 2026-13-45\n"), error="not valid YAML: month must be", hopeless=True),
+    Case("many-laughs-as-names", yaml(LAUGHS + YAML.replace("[cup, fork]", "*j")),
+        error="names[0] is [", kinds="yaml"),
+    Case("merged-laughs", yaml(MERGES + YAML), error="merged aliases grow without bound",
+        hopeless=True),
+    Case("alias-of-itself", names_are("&n [*n, fork]"), error="names[0] is [", kinds="yaml"),
+    Case("nested-too-deep", yaml("x: " + "[" * 1500), error="nested too deeply", hopeless=True),
+    Case("impossible-date", yaml(YAML + "made: 2026-13-45\n"),
+        error="not valid YAML: month must be", hopeless=True),
     Case("empty-integer", yaml(YAML + "x: !!int ''\n"), error="is not valid YAML", hopeless=True),
     Case("download", yaml(YAML + "download: open('ran', 'w').close()\n")),
-    Case("no-names-and-no-nc", yaml("train: images/train\n"), error="neither 'names' nor 'nc'", hopeless=True),
+    Case("no-names-and-no-nc", yaml("train: images/train\n"), error="neither 'names' nor 'nc'",
+        hopeless=True),
     Case("only-nc", yaml(YAML.replace("names: [cup, fork]", "nc: 2")), kinds="no-names"),
-    Case("nc-mismatch", yaml(YAML + "nc: 3\n"), error="nc is 3, but names has 2 entries", kinds="yaml"),
+    Case("nc-mismatch", yaml(YAML + "nc: 3\n"), error="nc is 3, but names has 2 entries",
+        kinds="yaml"),
     Case("nc-huge", yaml(YAML + "nc: 1e12\n"), error="1 to 100000", hopeless=True),
     Case("nc-infinite", yaml(YAML + "nc: .inf\n"), error="nc is inf", hopeless=True),
     Case("nc-no-number", yaml(YAML + "nc: .nan\n"), error="nc is nan", hopeless=True),
-    Case("names-as-map", yaml(YAML.replace("[cup, fork]", "{1: fork, '0': cup}"))),
-    Case("names-with-a-gap", yaml(YAML.replace("[cup, fork]", "{0: cup, 2: fork}")), error="keys [0, 2]", kinds="yaml class-unvalidated", says="without gaps"),
-    Case("names-with-infinite-key", yaml(YAML.replace("[cup, fork]", "{.inf: cup}")), error="the key inf", hopeless=True),
-    Case("names-with-odd-digit", yaml(YAML.replace("[cup, fork]", "{'²': cup}")), error="the key '²'", hopeless=True),
-    Case("names-empty", yaml(YAML.replace("[cup, fork]", "[]")), error="names is []", hopeless=True),
-    Case("names-with-null", yaml(YAML.replace("fork", "null")), error="names[1] is None", kinds="yaml"),
-    Case("names-yes-and-no", yaml(YAML.replace("[cup, fork]", "[yes, no]")), error="Put it in quotes", kinds="yaml"),
-    Case("name-twice", yaml(YAML.replace("fork", "cup")), kinds="name-twice", says="class 0 and of class 1"),
-    Case("names-unsafe-for-ros", yaml(YAML.replace("[cup, fork]", "[tea cup, 2-fork]")), kinds="ros-name", says="data.yaml:3: 'tea cup', better tea_cup"),
-    Case("names-in-japanese", yaml(YAML.replace("cup", "湯呑み")), kinds="ros-name", says="'湯呑み', better class_0"),
+    Case("names-as-map", names_are("{1: fork, '0': cup}")),
+    Case("names-with-a-gap", names_are("{0: cup, 2: fork}"), error="keys [0, 2]",
+        kinds="yaml class-untrained", says="without gaps"),
+    Case("names-with-infinite-key", names_are("{.inf: cup}"), error="the key inf", hopeless=True),
+    Case("names-with-odd-digit", names_are("{'²': cup}"), error="the key '²'", hopeless=True),
+    Case("names-empty", names_are("[]"), error="names is []", hopeless=True),
+    Case("names-with-null", yaml(YAML.replace("fork", "null")), error="names[1] is None",
+        kinds="yaml"),
+    Case("names-yes-and-no", names_are("[yes, no]"), error="Put it in quotes", kinds="yaml"),
+    Case("name-twice", yaml(YAML.replace("fork", "cup")), kinds="name-twice",
+        says="class 0 and of class 1"),
+    Case("names-unsafe-for-ros", names_are("[tea cup, 2-fork]"), kinds="ros-name",
+        says="data.yaml:3: 'tea cup', better tea_cup"),
+    Case("names-in-japanese", yaml(YAML.replace("cup", "湯呑み")), kinds="ros-name",
+        says="'湯呑み', better class_0"),
     Case("name-with-escape-sequence", yaml(YAML.replace("cup", '"\\e[31m"')), kinds="ros-name"),
-    Case("no-train", yaml("val: images/val\nnames: [cup, fork]\n"), error="no 'train'; add", kinds="yaml"),
-    Case("train-missing", yaml(YAML.replace("images/train", "images/gone")), error="images/gone does not exist", kinds="yaml"),
-    Case("train-a-number", yaml(YAML.replace("images/train", "3")), error="train is 3; it must be a path", kinds="yaml"),
-    Case("train-empty", both(lambda root: (root / "none").mkdir(), yaml(YAML.replace("images/train", "none"))), error="no images in train (none)", kinds="yaml"),
-    Case("train-longer-than-any-path", yaml(YAML.replace("images/train", "x" * 6000)), error="does not exist", kinds="yaml"),
-    Case("train-with-a-zero-byte", yaml(YAML.replace("images/train", r'"a\0b"')), error="does not exist", kinds="yaml"),
-    Case("train-a-windows-path", yaml(YAML.replace("images/train", r"C:\Users\me\set\images\train")), kinds="moved"),
-    Case("train-quoted-windows-path", yaml(YAML.replace("images/train", r'"C:\Users\me\train"')), error="forward slashes", hopeless=True),
-    Case("train-an-absolute-path-of-elsewhere", yaml(YAML.replace("images/train", "/content/set/images/train")), kinds="moved", says="using"),
-    Case("train-in-no-users-home", yaml(YAML.replace("images/train", "~no-such-user/train/x")), error="does not exist", kinds="yaml"),
-    Case("train-a-binary-file", yaml(YAML.replace("images/train", "data.yaml")), error="is neither a folder, a .txt list nor an image", kinds="yaml"),
-    Case("one-of-two-folders-missing", yaml(YAML.replace("images/train", "[images/train, images/day2]")), error="images/day2 does not exist", kinds="yaml"),
+    Case("no-train", yaml("val: images/val\nnames: [cup, fork]\n"), error="no 'train'; add",
+        kinds="yaml"),
+    Case("train-missing", train_is("images/gone"), error="images/gone does not exist",
+        kinds="yaml"),
+    Case("train-a-number", train_is("3"), error="train is 3; it must be a path", kinds="yaml"),
+    Case("train-empty", both(lambda root: (root / "none").mkdir(), train_is("none")),
+        error="no images in train (none)", kinds="yaml"),
+    Case("train-longer-than-any-path", train_is("x" * 6000), error="does not exist", kinds="yaml"),
+    Case("train-with-a-zero-byte", train_is(r'"a\0b"'), error="does not exist", kinds="yaml"),
+    Case("train-a-windows-path", train_is(r"C:\Users\me\set\images\train"), kinds="moved"),
+    Case("train-quoted-windows-path", train_is(r'"C:\Users\me\train"'), error="forward slashes",
+        hopeless=True),
+    Case("train-an-absolute-path-of-elsewhere", train_is("/content/set/images/train"),
+        kinds="moved", says="using"),
+    Case("train-in-no-users-home", train_is("~no-such-user/train/x"), error="does not exist",
+        kinds="yaml"),
+    Case("train-a-binary-file", train_is("data.yaml"),
+        error="is neither a folder, a .txt list nor an image", kinds="yaml"),
+    Case("one-of-two-folders-missing", train_is("[images/train, images/day2]"),
+        error="images/day2 does not exist", kinds="yaml"),
     Case("path-of-another-machine", yaml(YAML + "path: /home/somebody/set\n"), kinds="moved"),
     Case("path-a-list", yaml(YAML + "path: [a]\n"), error="it must be a folder", kinds="yaml"),
     Case("path-in-no-users-home", yaml(YAML + "path: ~no-such-user/set\n"), kinds="moved"),
-    Case("val-missing", yaml(YAML.replace("images/val", "images/gone")), error="Without a 'val' line", kinds="yaml"),
+    Case("val-missing", val_is("images/gone"), error="Without a 'val' line", kinds="yaml"),
     Case("val-left-out", yaml(YAML.replace("val: images/val\n", "")), 3, 3, kinds="no-val"),
-    Case("val-is-train", yaml(YAML.replace("images/val", "images/train")), 3, 3, kinds="val-is-train"),
-    Case("val-is-train-through-a-link", both(lambda root: os.symlink("train", root / "images/valid"), lambda root: os.symlink("train", root / "labels/valid"), yaml(YAML.replace("images/val", "images/valid"))), 3, 3, kinds="val-is-train"),
-    Case("test-missing", yaml(YAML + "test: images/test\n"), kinds="yaml", says="there is no test set"),
-    Case("list-with-blank-lines-and-missing-entries", both(put("t.txt", "\n./images/train/a.png\r\n\n  images/train/b.png\nimages/train/gone.png\n# c\n"), yaml(YAML.replace("images/train", "t.txt"))), 2, 2, kinds="listed-missing", says="t.txt:5: images/train/gone.png"),
-    Case("list-that-is-empty", both(put("t.txt", ""), yaml(YAML.replace("images/train", "t.txt"))), error="no images in train (t.txt)", kinds="yaml"),
-    Case("list-that-is-binary", both(put("t.txt", PNG), yaml(YAML.replace("images/train", "t.txt"))), error="no images in train", kinds="yaml"),
-    Case("list-that-is-a-pipe", both(lambda root: os.mkfifo(root / "t.txt"), yaml(YAML.replace("images/train", "t.txt"))), error="cannot be read", kinds="yaml"),
-    Case("list-with-a-line-longer-than-any-path", both(put("t.txt", "x" * 6000 + ".jpg\nimages/train/a.png\n"), yaml(YAML.replace("images/train", "t.txt"))), 1, 1, kinds="listed-missing"),
+    Case("val-is-train", val_is("images/train"), 3, 3, kinds="val-is-train"),
+    Case("val-is-train-through-a-link",
+        both(link("images/valid", "train"), link("labels/valid", "train"), val_is("images/valid")),
+        3, 3, kinds="val-is-train"),
+    Case("test-missing", yaml(YAML + "test: images/test\n"), kinds="yaml",
+        says="there is no test set"),
+    Case("list-with-blank-lines-and-missing-entries",
+        listed("\n./images/train/a.png\r\n\n  images/train/b.png\nimages/train/gone.png\n# c\n"),
+        2, 2, kinds="listed-missing", says="t.txt:5: images/train/gone.png"),
+    Case("list-that-is-empty", listed(""), error="no images in train (t.txt)", kinds="yaml"),
+    Case("list-that-is-binary", listed(PNG), error="no images in train", kinds="yaml"),
+    Case("list-that-is-a-pipe", both(lambda root: os.mkfifo(root / "t.txt"), train_is("t.txt")),
+        error="cannot be read", kinds="yaml"),
+    Case("list-with-a-line-longer-than-any-path",
+        listed("x" * 6000 + ".jpg\nimages/train/a.png\n"), 1, 1, kinds="listed-missing"),
 ]  # fmt: skip
 
 
