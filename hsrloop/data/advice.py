@@ -99,7 +99,7 @@ ADVICE: dict[str, _Advice] = {
         "warning", "image", "also in train", _TOO_GOOD, "Keep each picture in one split only."
     ),
     "alike-across": _Advice(
-        "warning", "image", "the same picture as one in train", _TOO_GOOD,
+        "warning", "image", "nearly the same picture as one in train", _TOO_GOOD,
         "Keep all versions of a picture in one split.",
     ),
     "burst-across": _Advice(
