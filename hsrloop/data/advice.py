@@ -21,6 +21,7 @@ _LOST = "The row is left out, so its object is trained as background: the model 
 _TOO_GOOD = (
     "Validation looks too good: mAP, and the choice of best.pt, rest on pictures that were trained."
 )
+_NO_TRAINING = "None on training; the test set is smaller, or says less, than it seems."
 
 ADVICE: dict[str, _Advice] = {
     "yaml": _Advice(
@@ -182,7 +183,7 @@ def finding(
         severity="note" if split == "test" else severity or advice.severity,
         split=split,
         title=_title(advice, len(problems), of, split),
-        effect=advice.effect,
+        effect=_NO_TRAINING if split == "test" else advice.effect,
         remedy=advice.remedy,
         problems=tuple(problems),
     )

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -162,35 +161,35 @@ def _shown_finding(finding: Finding, root: Path) -> RenderableType:
     head = Text.assemble(
         (f"{finding.severity.upper():<8}", _STYLES[finding.severity]), (finding.title, "bold")
     )
-    lines: list[RenderableType] = [
-        Text(line) for line in map(_place(root), finding.problems[:_SHOWN_PROBLEMS]) if line
-    ]
+    lines = [_Hanging("", Text(_shown(p, root))) for p in finding.problems[:_SHOWN_PROBLEMS]]
     more = len(finding.problems) - _SHOWN_PROBLEMS
     if more > 0:
-        lines.append(Text(f"... and {more} more", style="dim"))
-    lines.append(_labelled("Effect", finding.effect))
-    lines.append(_labelled("Remedy", finding.remedy))
-    return Group(head, Padding(Group(*lines), (0, 0, 0, 8), expand=False))
+        lines.append(_Hanging("", Text(f"... and {more} more", style="dim")))
+    effect, remedy = Text(finding.effect), Text(finding.remedy)
+    return Group(head, *lines, _Hanging("Effect  ", effect), _Hanging("Remedy  ", remedy))
 
 
-def _labelled(label: str, text: str) -> Table:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_row(Text(label, style="italic"), Text(text))
-    return grid
+class _Hanging:
+    """A paragraph under the finding's title, its label in the margin of the first line.
+
+    Unlike rich's own padding it leaves no spaces at the ends of lines.
+    """
+
+    def __init__(self, label: str, text: Text) -> None:
+        self._label = label
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        margin = " " * 8
+        width = max(options.max_width - len(margin) - len(self._label), 16)
+        for i, line in enumerate(self._text.wrap(console, width)):
+            label = self._label if i == 0 else " " * len(self._label)
+            yield Text.assemble(margin, (label, "italic"), line)
 
 
-def _place(root: Path) -> Any:
-    """Return a function that writes a problem with its path relative to `root`."""
-
-    def write(problem: Problem) -> str:
-        short = Problem(problem.kind, _below(problem.file, root), problem.text, problem.line)
-        return clean(str(short).replace(f"{root}{os.sep}", ""))
-
-    return write
-
-
-def _below(path: Path, root: Path) -> Path:
-    return path.relative_to(root) if path.is_relative_to(root) else path
+def _shown(problem: Problem, root: Path) -> str:
+    """Return a problem as text, its paths relative to `root`."""
+    return clean(str(problem).replace(f"{root}{os.sep}", ""))
 
 
 def clean(text: str) -> str:

@@ -185,7 +185,8 @@ def test_a_test_set_is_no_reason_not_to_train(tmp_path: Path) -> None:
     add(tmp_path, "test/a.png", photo(1), "7 .5 .5 .1 .1\n")
     yaml.write_text(yaml.read_text() + "test: images/test\n")
     report = check(yaml)
-    assert found(report, "class-unknown", "test").severity == "note"
+    finding = found(report, "class-unknown", "test")
+    assert finding.severity == "note" and finding.effect.startswith("None on training")
     assert not report.suffers
 
 

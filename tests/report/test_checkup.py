@@ -93,8 +93,11 @@ def test_many_classes_are_shortened_to_those_with_the_fewest_boxes() -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_lines_fit_the_terminal(width: int) -> None:
-    long = dataclasses.replace(LOST, effect="word " * 60, remedy="word " * 60)
-    assert max(map(len, shown(report(long), width).splitlines())) <= width
+    text = " ".join(["word"] * 60)
+    long = dataclasses.replace(LOST, effect=text, remedy=text)
+    lines = shown(report(long), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(line == line.rstrip() for line in lines)
 
 
 def test_control_characters_are_spelled_out() -> None:
