@@ -170,7 +170,6 @@ class CheckReport:
     findings: tuple[Finding, ...]  # worst first
     boxes_cxcywh: np.ndarray  # (N, 4) float32, fractions of the image
     sides_px: np.ndarray  # (N, 2) float32, width and height at imgsz
-    photographs: int  # files looked at, each once
 
     @property
     def suffers(self) -> bool:

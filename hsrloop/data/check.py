@@ -138,7 +138,6 @@ def _report(
         findings=worst_first(found),
         boxes_cxcywh=np.concatenate([none, *boxes]),
         sides_px=np.concatenate([none[:, :2], *sides]),
-        photographs=sum(len(scan.refs) + len(scan.unreadable) for scan in scans.values()),
     )
 
 

@@ -53,7 +53,6 @@ def report(*findings: Finding, classes: int = 3, boxes: int = 4) -> CheckReport:
         findings=findings,
         boxes_cxcywh=rng.random((boxes, 4), dtype=np.float32),
         sides_px=200 * rng.random((boxes, 2), dtype=np.float32) + 1,
-        photographs=7,
     )
 
 
