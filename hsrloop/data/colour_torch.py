@@ -44,9 +44,10 @@ class Recolour:
         value = _scaled(value, more_value)
         fall = _scaled(saturation, more_saturation).mul_(value).div_(255)
         places = hue.view(-1)
+        # OpenCV cuts fractions off here, and so does the conversion to uint8.
         for channel, below in enumerate(self._below):
             share = below.index_select(0, places).view_as(fall)
-            out[..., channel] = torch.addcmul(value, share, fall, value=-1).round_()
+            out[..., channel] = torch.addcmul(value, share, fall, value=-1)
 
     def _hsv(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return hue in [-30, 150], saturation and value in [0, 255], each int32."""

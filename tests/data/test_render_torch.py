@@ -82,13 +82,26 @@ def by_torch(
 
 
 def seams(plans: Sequence[AugmentPlan], refs: Sequence[ImageRef], folder: Path) -> np.ndarray:
-    """Return (B, S, S) bool: where another source, or none, lies within two pixels."""
-    flat = [np.full((ref.height, ref.width, 3), 30 * i, np.uint8) for i, ref in enumerate(refs)]
+    """Return (B, S, S) bool: where another layer, or none, lies within two pixels."""
+    slots = range(max(len(plan.layers) for plan in plans))
     folder.mkdir()
-    shown = by_cv2(plans, refs, made_of(flat, folder)[1])
+    flat = [np.full((r.height, r.width, 3), 50 * slot, np.uint8) for slot in slots for r in refs]
+    flat_refs, store = made_of(flat, folder)
+    shown = by_cv2([marked(plan, len(refs)) for plan in plans], flat_refs, store)
     around = np.ones((5, 5), np.uint8)
     return np.array(
         [cv2.morphologyEx(image[..., 0], cv2.MORPH_GRADIENT, around) > 0 for image in shown]
+    )
+
+
+def marked(plan: AugmentPlan, count: int) -> AugmentPlan:
+    """Return the plan with a colour of its own for each layer: equal sources look different."""
+    layers = [
+        dataclasses.replace(layer, source=layer.source + count * slot)
+        for slot, layer in enumerate(plan.layers)
+    ]
+    return dataclasses.replace(
+        plan, layers=tuple(layers), mix=marked(plan.mix, count) if plan.mix else None
     )
 
 
