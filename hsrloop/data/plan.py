@@ -60,14 +60,30 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Paste:
+    """One cut-out put over everything below it."""
+
+    cutout: int  # index into the cut-outs
+    affine: Affine  # row-major 2 x 3: cut-out units (see `Cutout`) to output units
+    label: int  # class; -1: a distractor, without a label
+    alpha: int  # which edge: 0 hard, 1 feathered, 2 Gaussian
+    gains: tuple[float, float, float]  # RGB factors that match it to its place
+    shadow: tuple[float, float, float]  # dx, dy in output units, opacity in [0, 1]; 0: none
+
+
+@dataclass(frozen=True, slots=True)
 class AugmentPlan:
-    """Everything random about one training image; no pixels."""
+    """Everything random about one training image; no pixels.
+
+    Drawn in this order: layers, pastes, the mixup partner, HSV gains.
+    """
 
     layers: tuple[Layer, ...]  # later ones lie on top; in a mosaic they only touch
     zoom: float
     hsv_gains: tuple[float, float, float] | None = None  # hue shift, saturation and value change
     mix: AugmentPlan | None = None
     mix_weight: float = 1.0  # of this plan; the partner has the rest
+    pastes: tuple[Paste, ...] = ()  # later ones lie on top
 
 
 def draw_plan(
