@@ -119,6 +119,7 @@ class CutoutStore:
         side = SIDE * imgsz
         while self._bytes(cutouts, side) > MOST_BYTES:
             side *= 0.9
+        self._extents = [cutout.extent for cutout in cutouts]
         self._shapes = [_stored(cutout, side) for cutout in cutouts]
         sizes = [CHANNELS * height * width for height, width in self._shapes]
         self._starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
@@ -138,6 +139,10 @@ class CutoutStore:
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one prepared cut-out."""
         return self._slot(index)
+
+    def extent(self, index: int) -> tuple[float, float]:
+        """Return (width, height) of one in cut-out units: exact where whole pixels are not."""
+        return self._extents[index]
 
     @property
     def bytes(self) -> int:
@@ -181,7 +186,7 @@ def _prepared(cutout: Cutout, shape: tuple[int, int]) -> np.ndarray:
 def _crop(path: Path, mask_path: Path | None) -> _Crop:
     """Return an object cut from its photograph, with its margin."""
     rgb, mask = _pixels(path, mask_path)
-    solid = (mask > OBJECT).view(np.uint8)
+    solid: np.ndarray = (mask > OBJECT).view(np.uint8)
     if not solid.any():
         raise Unreadable(f"its mask is empty: nothing above {OBJECT} (largest value {mask.max()})")
     x, y, w, h = cv2.boundingRect(solid)
@@ -200,7 +205,7 @@ def _crop(path: Path, mask_path: Path | None) -> _Crop:
         solid = (cv2.resize(solid * 255, size, interpolation=cv2.INTER_AREA) > OBJECT).view(
             np.uint8
         )
-    cleaned = _eroded(_mended(solid))
+    cleaned = _mended(_eroded(solid))
     # Touching all four sides is a tight crop, not an object that the frame cuts.
     return _Crop(rgb, cleaned * 255, max(w, h) / max(height, width), 0 < touched < 4)
 
@@ -214,8 +219,8 @@ def _pixels(path: Path, mask_path: Path | None) -> tuple[np.ndarray, np.ndarray]
             raise Unreadable("it cannot be decoded")
         if pixels.ndim != 3 or pixels.shape[2] != 4:
             raise Unreadable("it has neither a mask nor transparency")
-        if pixels.dtype == np.uint16:
-            pixels = (pixels >> 8).astype(np.uint8)
+        if pixels.dtype != np.uint8:
+            pixels = (pixels / 257).astype(np.uint8)
         return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), pixels[..., 3]
     rgb = decode(path)
     data = np.fromfile(mask_path, np.uint8)
@@ -239,14 +244,15 @@ def _mended(solid: np.ndarray) -> np.ndarray:
     _, places, stats, _ = cv2.connectedComponentsWithStats(1 - solid, connectivity=4)
     filled = (stats[:, cv2.CC_STAT_AREA] < least).astype(np.uint8)
     filled[0] = 1
-    return filled[places]
+    mended: np.ndarray = filled[places]
+    return mended
 
 
 def _eroded(solid: np.ndarray) -> np.ndarray:
-    """Return a 0/1 mask less its outermost pixels; thin objects are left as they are."""
+    """Return a 0/1 mask less whiskers and its outermost pixels; thin objects stay as they are."""
     steps = max(1, round(ERODED * max(solid.shape)))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * steps + 1,) * 2)
-    eroded = cv2.erode(solid, kernel)
+    eroded = cv2.erode(cv2.morphologyEx(solid, cv2.MORPH_OPEN, kernel), kernel)
     return eroded if np.count_nonzero(eroded) >= 0.8 * np.count_nonzero(solid) else solid
 
 
@@ -258,4 +264,5 @@ def _spread(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
     )
     colours = np.zeros((int(places.max()) + 1, 3), np.uint8)
     colours[places[mask > 0]] = rgb[mask > 0]
-    return colours[places]
+    spread: np.ndarray = colours[places]
+    return spread
