@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from hsrloop.config import TrainConfig
+from hsrloop.data.cutouts import CutoutStore
 from hsrloop.data.dataset import ImageRef
 from hsrloop.data.render import Renderer, without_broken
+from hsrloop.data.scene import Scenes
 from hsrloop.data.store import GREY, ImageStore, stored_size
 from hsrloop.data.stream import TrainStream
 from hsrloop.data.workers import WorkerDied, WorkerPool
@@ -55,6 +57,9 @@ class TrainLoader:
         micro_batch: images at a time; by default config.micro_batch, or the whole batch.
         workers: processes that render; 0 renders in the calling thread.
         prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
+        scenes: synthetic images beside the real ones; `store` then holds `scenes.backgrounds` after
+            `refs`.
+        cutouts: the pixels of `scenes.cutouts`.
     """
 
     def __init__(
@@ -67,13 +72,16 @@ class TrainLoader:
         workers: int = 0,
         prefetch: bool = False,
         pin_memory: bool = False,
+        scenes: Scenes | None = None,
+        cutouts: CutoutStore | None = None,
     ) -> None:
         self.batch = config.batch
-        self._stream = TrainStream.of(refs, config)
+        self._stream = TrainStream.of(refs, config, scenes)
         self.n_samples = self._stream.n_samples
         self.micro_batch = min(micro_batch or config.micro_batch or config.batch, config.batch)
-        self._refs = refs
+        self._refs = self._stream.images
         self._store = store
+        self._cutouts = cutouts
         self._workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
@@ -152,7 +160,7 @@ class TrainLoader:
         plans = [self._stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
         planned = [self._stream.labels(plan, side) for plan in plans]
         for image, plan in zip(images, plans, strict=True):
-            renderer.pixels(plan, self._store, self._refs, image)
+            renderer.pixels(plan, self._store, self._refs, image, self._cutouts)
         found = [without_broken(labels, self._store.broken) for labels in planned]
         boxes = np.concatenate([boxes for boxes, _ in found]) / np.float32(side)
         return _Targets(

@@ -1,0 +1,67 @@
+"""Draw cut-outs with OpenCV, each within the window that it can touch."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from hsrloop.data.cutouts import CutoutStore
+from hsrloop.data.geometry import Box, Matrix, between_pixels, bounds, inverse
+from hsrloop.data.plan import Paste
+
+ALPHA = 3  # channel of the hard edge; the other two follow
+SHADOW = 6
+
+
+def draw_paste(canvas: np.ndarray, paste: Paste, cutouts: CutoutStore) -> None:
+    """Draw one cut-out and its shadow over a canvas (S, S, 4) uint8, in place."""
+    side, pixels = len(canvas), cutouts[paste.cutout]
+    width, height = cutouts.extent(paste.cutout)
+    per_x, per_y = width / pixels.shape[1], height / pixels.shape[0]  # units per stored px
+    a, b, c, d, e, f = (value * side for value in paste.affine)
+    matrix = (a * per_x, b * per_y, c, d * per_x, e * per_y, f)
+    dx, dy, opacity = paste.shadow
+    if opacity > 0:
+        a, b, c, d, e, f = matrix
+        moved = (a, b, c + dx * side, d, e, f + dy * side)
+        found = _warp(pixels, [SHADOW], moved, side)
+        if found is not None:
+            shade, (x0, y0, x1, y1) = found
+            window = canvas[y0:y1, x0:x1]
+            weight = shade * np.float32(opacity / 255)
+            window[:] = cv2.blendLinear(np.zeros_like(window), window, weight, 1 - weight)
+    found = _warp(pixels, [0, 1, 2, ALPHA + paste.alpha], matrix, side)
+    if found is None:
+        return
+    warped, (x0, y0, x1, y1) = found
+    window = canvas[y0:y1, x0:x1]
+    weight = cv2.extractChannel(warped, 3) * np.float32(1 / 255)
+    coloured = cv2.multiply(warped, (*paste.gains, 1.0))
+    window[:] = cv2.blendLinear(coloured, window, weight, 1 - weight)
+
+
+def _warp(
+    pixels: np.ndarray, channels: list[int], matrix: Matrix, side: int
+) -> tuple[np.ndarray, Box] | None:
+    """Return channels under a map (stored px to output px) and where they go; None: nowhere."""
+    height, width = pixels.shape[:2]
+    whole = (0, 0, width, height)
+    place = bounds(matrix, whole, (0, 0, side, side), margin=0)
+    if place is None:
+        return None
+    part = bounds(inverse(matrix), place, whole, margin=2)
+    if part is None:
+        return None
+    source = np.empty((part[3] - part[1], part[2] - part[0], len(channels)), np.uint8)
+    crop = pixels[part[1] : part[3], part[0] : part[2]]
+    pairs = [n for target, channel in enumerate(channels) for n in (channel, target)]
+    cv2.mixChannels([crop], [source], pairs)
+    warped = cv2.warpAffine(
+        source,
+        between_pixels(matrix, (part[0], part[1]), (place[0], place[1])),
+        (place[2] - place[0], place[3] - place[1]),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(0,) * 4,
+    )
+    return warped, place
