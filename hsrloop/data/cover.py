@@ -5,6 +5,7 @@ Outlines are filled into a map in the order they are painted, no pixels of pictu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -74,7 +75,7 @@ def pasted_labels(
         cutout = cutouts[paste.cutout]
         points = np.concatenate(outline_px(cutout, paste.affine, side))
         low, high = np.maximum(points.min(0), 0), np.minimum(points.max(0), side)
-        box, visible = _shown(owners, low, high, lambda part, own=i + 1: part == own)
+        box, visible = _shown(owners, low, high, functools.partial(np.equal, i + 1))
         a, b, _, d, e, _ = paste.affine
         whole = cutout.area * abs(a * e - b * d) * side**2
         if visible >= LEAST_VISIBLE * whole and _large_enough(box):
@@ -90,7 +91,7 @@ def uncovered(
     kept, tight = [], []
     for row, box in enumerate(boxes):
         low, high = box[:2].astype(np.float64), box[2:].astype(np.float64)
-        left, visible = _shown(owners, low, high, lambda part: part == 0)
+        left, visible = _shown(owners, low, high, functools.partial(np.equal, 0))
         if visible >= LEAST_VISIBLE * float(np.prod(high - low)) and _large_enough(left):
             kept.append(row)
             tight.append(left)

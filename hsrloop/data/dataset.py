@@ -72,7 +72,11 @@ class _Scan:
 
 
 def load_dataset(
-    yaml_path: str | Path, *, seed: int = 0, splits: tuple[str, ...] = ("train", "val")
+    yaml_path: str | Path,
+    *,
+    seed: int = 0,
+    splits: tuple[str, ...] = ("train", "val"),
+    train_optional: bool = False,
 ) -> DatasetSpec:
     """Read data.yaml, its images' headers and its labels.
 
@@ -82,14 +86,23 @@ def load_dataset(
     Args:
         seed: decides which images are held out.
         splits: which of train, val and test to read; the others stay empty.
+        train_optional: a set without training images will do, if it has its own validation images.
 
     Raises:
         DatasetError: a file is missing or malformed, or nothing usable is left.
     """
-    manifest = read_manifest(yaml_path)
-    scans = {split: _scan(manifest, split) for split in splits if manifest.splits[split]}
+    manifest = read_manifest(yaml_path, train_optional=train_optional)
+    scans = {
+        split: _scan(manifest, split, optional=train_optional and split == "train")
+        for split in splits
+        if manifest.splits[split]
+    }
+    if train_optional and "train" in scans and not scans["train"].refs:
+        del scans["train"]
+    if train_optional and not scans:
+        raise DatasetError(f"{manifest.yaml} has neither training nor validation images. Add val.")
     held_out = False
-    if {"train", "val"} <= set(splits):
+    if {"train", "val"} <= set(splits) and "train" in scans:
         held_out = _ensure_validation(manifest, scans, seed)
     for split, scan in scans.items():
         _check_usable(manifest, split, scan)
@@ -108,9 +121,9 @@ def load_dataset(
     )
 
 
-def _scan(manifest: Manifest, split: str) -> _Scan:
+def _scan(manifest: Manifest, split: str, *, optional: bool = False) -> _Scan:
     """Read images' headers and labels of one split, and warn of what is left out."""
-    paths = images_of(manifest, split)
+    paths = images_of(manifest, split, optional=optional)
     scan = _Scan()
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 4)) as pool:
         for path, (size, text, labels, problem) in zip(

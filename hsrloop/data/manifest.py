@@ -33,21 +33,25 @@ class Manifest:
     keypoint_columns: int = 0  # of pose labels, to be dropped from each row
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def yaml_file(path: str | Path) -> Path:
+    """Return the data.yaml that a path means; a folder stands for the one in it."""
+    file = Path(path).expanduser().absolute()  # not resolved: labels lie beside a link
+    return file / "data.yaml" if file.is_dir() else file
+
+
+def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest:
     """Read data.yaml; a folder stands for the data.yaml in it.
 
     Raises:
         DatasetError: the file is missing, not YAML, or says something impossible.
     """
-    file = Path(path).expanduser().absolute()  # not resolved: labels lie beside a link
-    if file.is_dir():
-        file = file / "data.yaml"
+    file = yaml_file(path)
     data = _parse(file)
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     names = _names(file, data)
     splits = {split: _entries(file, split, data.get(split)) for split in SPLITS}
-    if not splits["train"]:
+    if not splits["train"] and not train_optional:
         raise DatasetError(
             f"{file} has no 'train'; add the folder of training images, e.g. train: images/train"
         )
@@ -192,8 +196,11 @@ def _root(file: Path, value: Any) -> Path:
     return found
 
 
-def images_of(manifest: Manifest, split: str) -> list[Path]:
+def images_of(manifest: Manifest, split: str, *, optional: bool = False) -> list[Path]:
     """Return the image files of a split, sorted, each once.
+
+    Args:
+        optional: none at all is an answer too.
 
     Raises:
         DatasetError: an entry does not exist, or there is no image in any of them.
@@ -211,7 +218,7 @@ def images_of(manifest: Manifest, split: str) -> list[Path]:
             raise DatasetError(
                 f"{manifest.yaml}: {split}: {place} is neither a folder, a .txt list nor an image."
             )
-    if not files:
+    if not files and not optional:
         where = ", ".join(manifest.splits[split])
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise DatasetError(

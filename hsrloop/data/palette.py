@@ -59,8 +59,9 @@ def gains_towards(
     share = np.array([LIGHTNESS * strengths[0], *[COLOUR * strengths[1]] * 2], np.float32)
     mixed = lab[:1] + share * (lab[1:] - lab[:1])
     rgb = cv2.cvtColor(mixed[None], cv2.COLOR_LAB2RGB)[0, 0]
-    factors = np.clip((rgb + 1 / 255) / (pair[0, 0] + 1 / 255), *GAINS)
-    return float(factors[0]), float(factors[1]), float(factors[2])
+    factors = ((rgb + 1 / 255) / (pair[0, 0] + 1 / 255)).tolist()
+    r, g, b = (min(max(factor, GAINS[0]), GAINS[1]) for factor in factors)
+    return r, g, b
 
 
 def _cells(ends: Sequence[float]) -> tuple[int, int]:

@@ -70,11 +70,7 @@ class Scenes:
     sizes: np.ndarray  # (cut-outs,) usual size relative to the others'
     settings: SceneSettings
     count: int  # synthetic images in an epoch
-
-    @property
-    def distractors(self) -> int:
-        """Return how many cut-outs are distractors; they come last."""
-        return sum(cutout.label < 0 for cutout in self.cutouts)
+    distractors: int = 0  # the last of the cut-outs, which have no label
 
 
 def odds_of(cutouts: Sequence[Cutout], seen: np.ndarray) -> np.ndarray:
@@ -238,7 +234,9 @@ class _Ground:
         self._owners = np.zeros((GRID, GRID), np.uint8)
         self._whole = [0.0]  # px that each object has; index 0: nothing
         self._visible = [0]
-        boxes, _, _ = plan_labels(below, refs, GRID)
+        boxes = np.zeros((0, 4), np.float32)
+        if any(len(refs[layer.source].labels) for layer in below.layers):
+            boxes = plan_labels(below, refs, GRID)[0]
         self._corners = np.rint(boxes).astype(int).T  # (4, n) of objects in the photograph
         self._sizes = np.maximum(1, np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
 
@@ -274,7 +272,8 @@ class _Ground:
                 return False
         if not len(self._sizes):
             return True
-        covered = cv2.integral(mask | (self._owners > 0).view(np.uint8))
+        taken: np.ndarray = (self._owners > 0).view(np.uint8)
+        covered = cv2.integral(mask | taken)
         x0, y0, x1, y1 = self._corners
         area = covered[y1, x1] - covered[y0, x1] - covered[y1, x0] + covered[y0, x0]
         return bool((area <= (1 - self._least) * self._sizes).all())

@@ -50,9 +50,8 @@ def hold_out(
 def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     """Return groups of indices: near-duplicates, bursts, and Roboflow's copies of one picture."""
     with ThreadPoolExecutor(threads) as pool:
-        hashes = np.array(list(pool.map(_difference_hash, paths)), dtype=np.uint64)
+        hashes = np.array(list(pool.map(difference_hash, paths)), dtype=np.uint64)
     parent = list(range(len(paths)))
-    counts = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uint8)
 
     def find(i: int) -> int:
         while parent[i] != i:
@@ -64,7 +63,7 @@ def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     for i, path in enumerate(paths):
         stem = re.sub(r"\.rf\.[0-9a-f]{8,}$", "", path.stem)
         parent[find(i)] = find(by_stem.setdefault((path.parent, stem), i))
-        apart = _ones(hashes[i + 1 :] ^ hashes[i], counts)
+        apart = differing_bits(hashes[i + 1 :], hashes[i])
         for j in np.flatnonzero(apart <= NEAR) + i + 1:
             parent[find(i)] = find(int(j))
         if len(apart) and apart[0] <= BURST and _consecutive(path, paths[i + 1]):
@@ -75,13 +74,14 @@ def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     return list(groups.values())
 
 
-def _ones(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the number of set bits of each uint64; `counts` has that of each 16-bit number."""
-    total: np.ndarray = counts[words.view(np.uint16).reshape(-1, 4)].sum(axis=1)
+def differing_bits(words: np.ndarray, word: np.uint64) -> np.ndarray:
+    """Return in how many bits each uint64 differs from one; (n,)."""
+    apart = (words ^ word).view(np.uint8).reshape(-1, 8)
+    total: np.ndarray = np.unpackbits(apart, axis=1).sum(axis=1)
     return total
 
 
-def _difference_hash(path: Path) -> int:
+def difference_hash(path: Path) -> int:
     """Return 64 bits: whether each cell of a 9 x 8 grid is darker than its right neighbour."""
     small = thumbnail(path).astype(np.int16)
     bits = (small[:, 1:] > small[:, :-1] + 1).ravel()

@@ -17,9 +17,12 @@ from hsrloop.config import (
     Resolved,
     TrainConfig,
 )
-from hsrloop.data.dataset import DatasetSpec, ImageRef
+from hsrloop.data.cutouts import CutoutStore
+from hsrloop.data.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.data.scene import Scenes
 from hsrloop.data.store import ImageStore
+from hsrloop.data.synthesis import Synthesis, find_folders, load_synthesis
 from hsrloop.errors import WeightsError
 from hsrloop.events import Event, Note, Progress
 from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores
@@ -51,6 +54,17 @@ class Loaders:
         self.val.close()
         for store in self.stores:
             store.close()
+
+
+def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis]:
+    """Return the data set and what is synthesised beside it.
+
+    Raises:
+        DatasetError: either cannot be used.
+    """
+    folders = find_folders(config, dataset)
+    spec = load_dataset(dataset, seed=config.seed, train_optional=folders.suffice)
+    return spec, load_synthesis(config, folders, spec, threads=usable_cores())
 
 
 def load_model(
@@ -154,12 +168,22 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
 
 
 def build_loaders(
-    resolved: Resolved, spec: DatasetSpec, info: DeviceInfo, *, micro_batch: int, emit: Emit
+    resolved: Resolved,
+    spec: DatasetSpec,
+    scenes: Scenes | None,
+    info: DeviceInfo,
+    *,
+    micro_batch: int,
+    emit: Emit,
 ) -> Loaders:
     """Decode what fits into the cache and return both loaders."""
     config = resolved.config
+    cutouts = None
+    if scenes is not None:
+        cutouts = CutoutStore(scenes.cutouts, imgsz=config.imgsz, threads=usable_cores())
     budget = cache_budget(host_memory().free_bytes)
-    train_store = _store(config, spec.train, budget, "caching training images", emit)
+    images = (*spec.train, *scenes.backgrounds) if scenes else spec.train
+    train_store = _store(config, images, budget, "caching training images", emit)
     val_store = val_image_store(
         config, spec.val, budget_bytes=max(0, budget - train_store.cached_bytes), emit=emit
     )
@@ -170,6 +194,8 @@ def build_loaders(
         micro_batch=micro_batch,
         workers=worker_count(resolved, info),
         pin_memory=info.kind == "cuda",
+        scenes=scenes,
+        cutouts=cutouts,
     )
     val = ValLoader(spec.val, val_store, batch=micro_batch, pin_memory=info.kind == "cuda")
     return Loaders(train, val, (train_store, val_store))
