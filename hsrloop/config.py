@@ -190,6 +190,11 @@ class TrainConfig:
     cache: bool | str = _setting(
         "ram", "decoded images: false, ram (or true) or disk", choices=(False, "ram", "disk")
     )
+    augment_device: str = _setting(
+        "auto",
+        "who renders training images; auto: the GPU when training runs on one",
+        choices=("auto", "cpu", "gpu"),
+    )
     amp: bool = _setting(True, "mixed precision; CUDA only, the CPU computes in float32")
     oom_recovery: bool = _setting(True, "go on at smaller settings when memory runs out")
     seed: int = _setting(0, "seed of every random choice", low=0, high=2**32 - 1)

@@ -64,9 +64,11 @@ class LayerLayout:
         """Return the layers that show, and for each the source rectangle that does."""
         layers = [layer for frame in frames for layer in frame.layers]
         counts = [len(frame.layers) for frame in frames]
-        sources = np.array([layer.source for layer in layers])
+        sources = np.array([layer.source for layer in layers], np.int64)
         per_px = self._units_per_px[sources]
-        inverse = _inverse(np.array([layer.affine for layer in layers]), per_px, self._imgsz)
+        inverse = _inverse(
+            np.array([layer.affine for layer in layers]).reshape(-1, 6), per_px, self._imgsz
+        )
         px = np.rint(
             np.array([layer.visible for layer in layers]).reshape(-1, 2, 2) / per_px[:, None]
         )

@@ -110,6 +110,11 @@ class ImageStore:
         return np.array(self._shapes, np.int64).reshape(-1, 2)
 
     @property
+    def bytes(self) -> int:
+        """Return how many bytes all images take, cached or not."""
+        return int(self._starts[-1])
+
+    @property
     def cached_bytes(self) -> int:
         """Return how many bytes the cached images take."""
         return int(self._starts[self.cached_images])

@@ -15,6 +15,7 @@ from hsrloop.train.checkpoint import RunIdentity, Saved, versions
 # What may change when a run goes on; everything else was decided when it started.
 CHANGEABLE = frozenset(
     {"epochs", "patience", "micro_batch", "workers", "cache", "device", "output", "dataset"}
+    | {"augment_device"}
     | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
     | {"save_period", "tensorboard", "tensorboard_port", "export"}
     | {"trust_checkpoint", "oom_recovery"}

@@ -33,11 +33,11 @@ from hsrloop.train.build import (
     load_data,
     load_model,
     locate,
-    val_image_store,
 )
 from hsrloop.train.checkpoint import KEY, RunIdentity, Saved
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.hub import Hub
+from hsrloop.train.images import val_image_store
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
 from hsrloop.train.resume import check_same, current_versions, resumed_settings

@@ -14,7 +14,8 @@ from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
 TRAIN = {
-    "--amp", "--annotated-dir", "--auto-scale", "--backgrounds-dir", "--batch", "--cache",
+    "--amp", "--annotated-dir", "--augment-device", "--auto-scale", "--backgrounds-dir", "--batch",
+    "--cache",
     "--close-mosaic", "--config", "--cos-lr", "--dataset", "--degrees", "--deterministic",
     "--device", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs", "--export",
     "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale", "--help",
