@@ -21,6 +21,7 @@ class Recolour:
     """Turn hues and scale saturations and values; holds the tables on its device."""
 
     def __init__(self, device: torch.device) -> None:
+        self._levels = torch.arange(256, dtype=torch.float32, device=device)
         self._per_value = _reciprocals(255).to(device)
         self._per_spread = _reciprocals(HUES / 6).to(device)
         # How far each channel of a saturated colour lies below its value, by hue; two rounds and a
@@ -38,15 +39,15 @@ class Recolour:
             gains: (n, 3) float32: steps of hue in [0, 180), factors of saturation and value.
             out: (n, S, S, 3) uint8 RGB, filled.
         """
-        turn, more_saturation, more_value = gains[:, :, None, None].unbind(1)
+        turn, saturation_factor, value_factor = gains.unbind(1)  # each (n,)
         hue, saturation, value = self._hsv(packed)
-        hue += turn.int() - LOWEST_HUE
-        value = _scaled(value, more_value)
-        fall = _scaled(saturation, more_saturation).mul_(value).div_(255)
-        places = hue.view(-1)
+        hue += turn.int()[:, None, None] - LOWEST_HUE
+        value = _looked_up(_scaled(self._levels, value_factor[:, None]), value)
+        fall = _looked_up(_scaled(self._levels, saturation_factor[:, None]) / 255, saturation)
+        fall *= value
         # OpenCV cuts fractions off here, and so does the conversion to uint8.
         for channel, below in enumerate(self._below):
-            share = below.index_select(0, places).view_as(fall)
+            share = below.index_select(0, hue.view(-1)).view_as(fall)
             out[..., channel] = torch.addcmul(value, share, fall, value=-1)
 
     def _hsv(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +79,14 @@ def colour_gains(gains: tuple[float, float, float]) -> tuple[float, float, float
     """Return a plan's HSV gains as `Recolour` takes them."""
     hue, saturation, value = gains
     return float(math.floor(hue * HUES) % HUES), 1 + saturation, 1 + value
+
+
+def _looked_up(tables: Tensor, levels: Tensor) -> Tensor:
+    """Return what (n, 256) tables say of (n, S, S) int32 levels in [0, 255], each of its own."""
+    count = len(tables)
+    offsets = torch.arange(0, 256 * count, 256, dtype=torch.int32, device=levels.device)
+    places = levels + offsets[:, None, None]
+    return tables.view(-1).index_select(0, places.view(-1)).view_as(levels)
 
 
 def _scaled(levels: Tensor, factor: Tensor) -> Tensor:

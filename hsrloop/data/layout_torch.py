@@ -87,21 +87,21 @@ class LayerLayout:
     def table(
         found: Layers, firsts: np.ndarray, steps: np.ndarray, frames: int, slots: int
     ) -> np.ndarray:
-        """Return (F, K, LAYER_COLUMNS) float32; see `compose`.
+        """Return (F, 1 + K, LAYER_COLUMNS) float32; see `compose`.
 
         Args:
             firsts, steps: (L,) of the layers' tiles, as the bank arranges them.
             frames, slots: F and K; slots without a layer cover nothing.
         """
-        table = np.zeros((frames, slots, LAYER_COLUMNS), np.float32)
-        table[..., 10:12] = -1.0  # reaches: nothing is that near
+        table = np.zeros((frames, 1 + slots, LAYER_COLUMNS), np.float32)
+        table[:, 1:, 10:12] = -1.0  # reaches: nothing is that near
         rows = np.empty((len(firsts), LAYER_COLUMNS), np.float32)
         rows[:, :6] = _between_pixels(found.inverse)
         rows[:, 6:8], rows[:, 8:10] = found.visible[:, :2], found.visible[:, 2:] - 1
         steepest = np.abs(found.inverse.reshape(-1, 2, 3)[..., :2]).max(axis=2)  # (L, 2)
         rows[:, 10:12] = 0.5 + (0.5 - EDGE) * steepest
         rows.view(np.int32)[:, 12:] = np.stack((firsts, steps), axis=1)
-        table.view(np.int32)[found.frames, found.slots] = rows.view(np.int32)
+        table.view(np.int32)[found.frames, 1 + found.slots] = rows.view(np.int32)
         return table
 
 

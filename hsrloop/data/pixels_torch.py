@@ -12,6 +12,7 @@ from torch import Tensor
 LAYER_COLUMNS = 14
 STAMP_COLUMNS = 19
 WEIGHT_BITS = 7  # of taps: two channels' sums side by side then stay below the sign of an int32
+LEAST_SLOPE = 1e-9  # stands for 0; whole lines are then in or out
 _ODD = 0x00FF00FF  # R and B of a packed pixel; shifted by 8, G and the fourth byte
 _HALF = 1 << (WEIGHT_BITS - 1)
 
@@ -25,31 +26,55 @@ def compose(table: Tensor, pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
     beyond its edge it is continued, so that no seam shows grey.
 
     Args:
-        table: (F, K, LAYER_COLUMNS) float32. A row maps output pixel indices to source ones (six
-            numbers), limits those (low x, low y, high x, high y) and says how far beyond the limits
-            the layer still covers (x, y); then, the bits of int32, where the source's pixels begin
-            and how many a row of it has.
+        table: (F, 1 + K, LAYER_COLUMNS) float32; the first row of a frame is zero, for grey. A row
+            maps output pixel indices to source ones (six numbers), limits those (low x, low y,
+            high x, high y) and says how far beyond the limits the layer still covers (x, y); then,
+            the bits of int32, where the source's pixels begin and how many a row of it has.
         pixels: (P,) int32.
         x, y: (1, 1, S) and (1, S, 1) float32 pixel indices.
 
     Returns:
         (F, S, S) int32.
     """
-    frames, slots, _ = table.shape
-    side = x.shape[2]
-    column, row = x.new_zeros((frames, side, side)), x.new_zeros((frames, side, side))
-    base = torch.zeros((frames, side, side), dtype=torch.int32, device=x.device)  # the grey pixel
-    step = torch.zeros_like(base)
-    for slot in range(slots):
-        numbers = table[:, slot, :, None, None].unbind(1)  # each (F, 1, 1)
-        a, b, c, d, e, f, x0, y0, x1, y1, reach_x, reach_y, first, width = numbers
-        u, v = (b * y + c) + a * x, (e * y + f) + d * x  # (F, S, S)
-        inside_x, inside_y = u.clamp(x0, x1), v.clamp(y0, y1)
-        covers = (u.sub_(inside_x).abs_() <= reach_x) & (v.sub_(inside_y).abs_() <= reach_y)
-        column, row = torch.where(covers, inside_x, column), torch.where(covers, inside_y, row)
-        base = torch.where(covers, _bits(first), base)
-        step = torch.where(covers, _bits(width), step)
-    return _colours(pixels, base, _taps(column, row, step))
+    frames, rows, _ = table.shape
+    which = _topmost(table[:, 1:], x, y)  # (F, S, S)
+    which = which + rows * torch.arange(frames, dtype=torch.int32, device=x.device)[:, None, None]
+    columns = table.view(frames * rows, LAYER_COLUMNS).t().contiguous()
+
+    def of(number: int) -> Tensor:
+        return columns[number].index_select(0, which.view(-1)).view_as(which)
+
+    column = of(2).addcmul_(of(0), x).addcmul_(of(1), y).clamp_(of(6), of(8))
+    row = of(5).addcmul_(of(3), x).addcmul_(of(4), y).clamp_(of(7), of(9))
+    return _colours(pixels, _bits(of(12)), _taps(column, row, _bits(of(13))))
+
+
+def _topmost(layers: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return which layer each pixel shows, from 1; 0 where there is none; (F, S, S) uint8.
+
+    A layer covers one run of pixels in each line.
+    """
+    a, b, c, d, e, f, x0, y0, x1, y1, reach_x, reach_y = layers[..., :12, None].unbind(2)
+    line = y.view(1, 1, -1)
+    runs = (
+        _run(a, b * line + c, x0 - reach_x, x1 + reach_x),
+        _run(d, e * line + f, y0 - reach_y, y1 + reach_y),
+    )  # each (F, K, S), twice
+    first, last = torch.maximum(runs[0][0], runs[1][0]), torch.minimum(runs[0][1], runs[1][1])
+    shape = (len(layers), y.shape[1], x.shape[2])
+    top = torch.zeros(shape, dtype=torch.uint8, device=x.device)
+    for layer in range(layers.shape[1]):
+        covers = (x >= first[:, layer, :, None]) & (x <= last[:, layer, :, None])
+        top.masked_fill_(covers, layer + 1)
+    return top
+
+
+def _run(slope: Tensor, start: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return from where to where low <= slope * x + start <= high."""
+    slope = torch.where(slope.abs() < LEAST_SLOPE, LEAST_SLOPE, slope)
+    ends = (low - start) / slope, (high - start) / slope
+    rises = slope > 0
+    return torch.where(rises, *ends), torch.where(rises, *ends[::-1])
 
 
 def stamp(

@@ -26,7 +26,7 @@ from hsrloop.data.pixels_torch import blend, compose, stamp, unpack
 from hsrloop.data.plan import AugmentPlan
 
 SCRATCH_BYTES = 256 * 2**20  # for temporaries; less means more, smaller kernels (a guess)
-SCRATCH_PER_PIXEL = 140  # bytes an output pixel takes at most while it is rendered
+SCRATCH_PER_PIXEL = 112  # bytes an output pixel takes at most while it is rendered (measured)
 TILES_PER_FRAME = 8  # tiles as large as the output that a frame needs at most (a guess)
 
 
