@@ -40,8 +40,8 @@ def place_mean(
     columns = sorted((centre[0] + side * reach - c) / a / w for side in (-1, 1))
     rows = sorted((centre[1] + side * reach - f) / e / h for side in (-1, 1))
     (x0, x1), (y0, y1) = (_cells(ends) for ends in (columns, rows))
-    mean = palette[y0:y1, x0:x1].mean(axis=(0, 1))
-    return float(mean[0]), float(mean[1]), float(mean[2])
+    r, g, b, _ = cv2.mean(palette[y0:y1, x0:x1])
+    return r, g, b
 
 
 def gains_towards(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -15,10 +17,12 @@ SHADOW = 6
 
 def draw_paste(canvas: np.ndarray, paste: Paste, cutouts: CutoutStore) -> None:
     """Draw one cut-out and its shadow over a canvas (S, S, 4) uint8, in place."""
-    side, pixels = len(canvas), cutouts[paste.cutout]
+    side = len(canvas)
+    a, b, c, d, e, f = (value * side for value in paste.affine)
+    level = cutouts.level_for(paste.cutout, math.sqrt(abs(a * e - b * d)))
+    pixels = cutouts.level(paste.cutout, level)
     width, height = cutouts.extent(paste.cutout)
     per_x, per_y = width / pixels.shape[1], height / pixels.shape[0]  # units per stored px
-    a, b, c, d, e, f = (value * side for value in paste.affine)
     matrix = (a * per_x, b * per_y, c, d * per_x, e * per_y, f)
     dx, dy, opacity = paste.shadow
     if opacity > 0:

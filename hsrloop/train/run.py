@@ -90,8 +90,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
-    spec, synthesis = load_data(config, _dataset(resolved))
-    hub.emit(Note(text=synthesis.text))
+    spec, synthesis = _data(resolved, hub)
     run_dir = folder.of_checkpoint(saved.path) if saved else None
     folder.check_writable(run_dir or Path(config.output))
     if saved is None:
@@ -235,6 +234,16 @@ def _identity(
         threads=threads,
         fresh_share=fresh_share,
     )
+
+
+def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
+    """Load what to train on, and say what is synthesised; a folder given in vain is a warning."""
+    config = resolved.config
+    spec, synthesis = load_data(config, _dataset(resolved))
+    given = config.annotated_dir or config.backgrounds_dir or config.distractors_dir
+    vain = given is not None and synthesis.scenes is None
+    hub.emit(Note(text=synthesis.text, level="warning" if vain else "info"))
+    return spec, synthesis
 
 
 def _fresh_share(base: BaseModel) -> float | None:
