@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrloop.data.cutouts import CutoutStore
+from hsrloop.data.cutouts import LEVELS, CutoutStore
 from hsrloop.data.store import GREY, ImageStore
 
 BankPlace = Literal["device", "pinned", "cv2"]
@@ -60,14 +60,16 @@ def bank_place(
 class Sources:
     """All that plans draw from, as images of four bytes a pixel, numbered from 0.
 
-    First the photographs (R, G, B and a byte that nobody looks at). Then each cut-out twice, within
-    a ring of nothing: its colours, then its edges (hard, feathered, Gaussian, shadow).
+    First the photographs (R, G, B and a byte that nobody looks at). Then each cut-out at each of
+    its levels twice, within a ring of nothing: its colours, then its edges (hard, feathered,
+    Gaussian, shadow).
     """
 
     def __init__(self, images: ImageStore, cutouts: CutoutStore | None = None) -> None:
         self.images = images
         self.cutouts = cutouts
-        shapes = [cutouts[i].shape[:2] for i in range(len(cutouts))] if cutouts else []
+        count = LEVELS * len(cutouts) if cutouts else 0
+        shapes = [self._cutout(place).shape[:2] for place in range(count)]
         pasted = np.array(shapes, np.int64).reshape(-1, 2) + 2 * RING
         self.sizes = np.concatenate((images.sizes, pasted.repeat(2, axis=0)))  # height, width
 
@@ -89,9 +91,8 @@ class Sources:
         if index < len(self.images):
             cv2.cvtColor(self.images[index][y0:y1, x0:x1], cv2.COLOR_RGB2RGBA, dst=out)
             return
-        assert self.cutouts is not None
-        which, edges = divmod(index - len(self.images), 2)
-        pixels = self.cutouts[which]
+        place, edges = divmod(index - len(self.images), 2)
+        pixels = self._cutout(place)
         height, width = pixels.shape[:2]
         out.fill(0)
         left, top = max(x0 - RING, 0), max(y0 - RING, 0)
@@ -102,6 +103,10 @@ class Sources:
             channels = slice(3, 7) if edges else slice(0, 3)
             part = pixels[top:bottom, left:right, channels]
             out[rows, columns, : part.shape[2]] = part
+
+    def _cutout(self, place: int) -> np.ndarray:
+        assert self.cutouts is not None
+        return self.cutouts.level(*divmod(place, LEVELS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,17 @@ Plans' numbers become tables of float32, all layers or all cut-outs of some fram
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hsrloop.data.bank import RING, Bank, Tiles
+from hsrloop.data.cutouts import LEVELS
 from hsrloop.data.dataset import ImageRef
 from hsrloop.data.pixels_torch import LAYER_COLUMNS, STAMP_COLUMNS
-from hsrloop.data.plan import AugmentPlan
+from hsrloop.data.plan import AugmentPlan, Paste
 
 REACH = 2  # source px around what the output shows that taps may read
 EDGE = 1e-3  # of a px: what lies exactly half a pixel outside is outside
@@ -111,17 +113,24 @@ class StampLayout:
     def __init__(self, bank: Bank, imgsz: int) -> None:
         self._imgsz = imgsz
         self._images = len(bank.sources.images)
-        cutouts = bank.sources.cutouts
+        self._cutouts = cutouts = bank.sources.cutouts
         extents = [cutouts.extent(i) for i in range(len(cutouts))] if cutouts else []
+        extents = [extent for extent in extents for _ in range(LEVELS)]
+        # Both by cut-out and level.
         self._sizes = bank.sources.sizes[self._images :: 2, ::-1]  # (n, 2) width and height
         self._units_per_px = np.array(extents).reshape(-1, 2) / (self._sizes - 2 * RING)
 
     def find(self, frames: Sequence[AugmentPlan]) -> tuple[Stamps, Tiles]:
         """Return the stamps that show, and tiles: all their colours, then all their edges."""
-        drawn = [(n, *row) for n, frame in enumerate(frames) for row in _stamps(frame)]
+        drawn = [
+            (n, *row)
+            for n, frame in enumerate(frames)
+            for paste in frame.pastes
+            for row in self._stamps(paste)
+        ]
         numbers = np.array(drawn, float).reshape(-1, 13)
-        frame, cutout = numbers[:, 0].astype(np.int64), numbers[:, 1].astype(np.int64)
-        affine, per_px, sizes = numbers[:, 2:8], self._units_per_px[cutout], self._sizes[cutout]
+        frame, place = numbers[:, 0].astype(np.int64), numbers[:, 1].astype(np.int64)
+        affine, per_px, sizes = numbers[:, 2:8], self._units_per_px[place], self._sizes[place]
         inverse = _inverse(affine, per_px, self._imgsz)
         inverse[:, [2, 5]] += RING
         windows = _windows(affine * self._imgsz, (sizes - 2 * RING) * per_px, self._imgsz)
@@ -129,17 +138,17 @@ class StampLayout:
         parts = _shown(inverse, whole, self._imgsz)
         shows = np.concatenate((windows[:, :2] < windows[:, 2:], parts[:, :2] < parts[:, 2:]), 1)
         kept = np.flatnonzero(shows.all(axis=1))
-        place = np.arange(len(kept)) - np.searchsorted(frame[kept], frame[kept])
-        order = kept[np.argsort(place, kind="stable")]
+        slots = np.arange(len(kept)) - np.searchsorted(frame[kept], frame[kept])
+        order = kept[np.argsort(slots, kind="stable")]
         found = Stamps(
             frame[order],
-            np.sort(place),
+            np.sort(slots),
             inverse[order],
             sizes[order],
             windows[order],
             numbers[order, 8:],
         )
-        colours = self._images + 2 * cutout[order]
+        colours = self._images + 2 * place[order]
         both = np.concatenate((colours, colours + 1))
         return found, Tiles(both, np.tile(parts[order], (2, 1)))
 
@@ -168,17 +177,16 @@ class StampLayout:
         table.view(np.int32)[:, 14:] = np.stack(whole, axis=1)
         return table, spread
 
-
-def _stamps(plan: AugmentPlan) -> list[tuple[float, ...]]:
-    """Return a row for each stamp of a plan: cut-out, map, and the columns of `Stamps.looks`."""
-    rows: list[tuple[float, ...]] = []
-    for paste in plan.pastes:
+    def _stamps(self, paste: Paste) -> Iterator[tuple[float, ...]]:
+        """Yield a row for each stamp of a paste: place, map, and the columns of `Stamps.looks`."""
+        assert self._cutouts is not None
         a, b, c, d, e, f = paste.affine
+        long_px = self._imgsz * math.sqrt(abs(a * e - b * d))
+        place = LEVELS * paste.cutout + self._cutouts.level_for(paste.cutout, long_px)
         dx, dy, opacity = paste.shadow
         if opacity > 0:
-            rows.append((paste.cutout, a, b, c + dx, d, e, f + dy, 0, 0, 0, opacity, SHADOW))
-        rows.append((paste.cutout, *paste.affine, *paste.gains, 1.0, paste.alpha))
-    return rows
+            yield place, a, b, c + dx, d, e, f + dy, 0, 0, 0, opacity, SHADOW
+        yield place, *paste.affine, *paste.gains, 1.0, paste.alpha
 
 
 def _windows(affine: np.ndarray, extents: np.ndarray, imgsz: int) -> np.ndarray:

@@ -77,8 +77,12 @@ class PaintedCutouts:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.images[index]
+    def level(self, index: int, level: int) -> np.ndarray:
+        image = self.images[index]
+        return image[:: 2**level, :: 2**level]
+
+    def level_for(self, index: int, long_px: float) -> int:
+        return int(long_px < 50)
 
     def extent(self, index: int) -> tuple[float, float]:
         height, width = self.images[index].shape[:2]
