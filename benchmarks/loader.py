@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,72 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torchvision  # noqa: E402, F401  (before ultralytics)
+from makers import measure, ours, theirs  # noqa: E402
 from reporting import describe_host, results_folder  # noqa: E402
-from ultralytics.cfg import get_cfg  # noqa: E402
-from ultralytics.data import build_yolo_dataset  # noqa: E402
 
-from hsrloop.config import TrainConfig  # noqa: E402
-from hsrloop.data.dataset import load_dataset  # noqa: E402
-from hsrloop.data.labels import label_path  # noqa: E402
-from hsrloop.data.loader import TrainLoader  # noqa: E402
-from hsrloop.data.store import ImageStore  # noqa: E402
 from hsrloop.hardware.threads import keep_freed_memory  # noqa: E402
-from hsrloop.records import Position  # noqa: E402
-
-BATCH = 8
-SHARED = {
-    "mosaic": 1.0, "degrees": 10.0, "mixup": 0.1, "scale": 0.5, "translate": 0.1, "shear": 0.0,
-    "fliplr": 0.5, "flipud": 0.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
-}  # fmt: skip
-
-
-def ours(data: Path, imgsz: int) -> Callable[[int, int], None]:
-    """Return a function that makes `count` samples of round `number` with hsrloop."""
-    refs = load_dataset(data).train
-    store = ImageStore(refs, imgsz=imgsz, cache="ram", threads=1)
-    config = TrainConfig(imgsz=imgsz, batch=BATCH, **SHARED)
-    loader = TrainLoader(refs, store, config)
-
-    def make(count: int, number: int) -> None:
-        done = 0
-        while done < count:
-            for batch in loader.batches(Position(number, 0)):
-                done += len(batch.images)
-                if done >= count:
-                    break
-
-    return make
-
-
-def theirs(data: Path, imgsz: int, scratch: Path) -> Callable[[int, int], None]:
-    """Return a function that makes `count` samples with Ultralytics' training data set.
-
-    It works on copies below `scratch`: that class writes a cache beside the labels, and rewrites
-    truncated images, in whatever data set it is given.
-    """
-    settings = {"imgsz": imgsz, "cache": "ram", "task": "detect", "mode": "train", "rect": False}
-    hyp = get_cfg(overrides={**settings, **SHARED})
-    spec = load_dataset(data)
-    info = {"names": dict(enumerate(spec.names)), "nc": spec.nc, "channels": 3}
-    for folder in ("images", "labels"):
-        (scratch / folder).mkdir()
-    for number, ref in enumerate(spec.train):
-        name = f"{number:06d}{ref.path.suffix}"
-        shutil.copyfile(ref.path, scratch / "images" / name)
-        label = label_path(ref.path)
-        if label.exists():
-            shutil.copyfile(label, (scratch / "labels" / name).with_suffix(".txt"))
-    images = str(scratch / "images")
-    dataset = build_yolo_dataset(hyp, images, BATCH, info, mode="train", rect=False)
-
-    def make(count: int, number: int) -> None:
-        order = np.random.default_rng(number).permutation(len(dataset))
-        for start in range(0, count, BATCH):
-            chosen = [order[i % len(order)] for i in range(start, min(start + BATCH, count))]
-            dataset.collate_fn([dataset[int(i)] for i in chosen])
-
-    return make
 
 
 def floor(imgsz: int, repeats: int = 30) -> dict[str, float]:
@@ -124,20 +61,6 @@ def floor(imgsz: int, repeats: int = 30) -> dict[str, float]:
             times.append(time.thread_time() - start)
         result[name] = 1e3 * statistics.median(times)
     return result
-
-
-def measure(makers: dict[str, Callable[[int, int], None]], images: int, rounds: int) -> Any:
-    """Return milliseconds per image of each maker in each round, in alternating order."""
-    for make in makers.values():
-        make(2 * BATCH, 10_000)
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    for number in range(rounds):
-        names = list(makers) if number % 2 == 0 else list(makers)[::-1]
-        for name in names:
-            start = time.thread_time()
-            makers[name](images, number)
-            times[name].append(1e3 * (time.thread_time() - start) / images)
-    return times
 
 
 def describe(data: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -196,7 +119,8 @@ def main() -> None:
             "hsrloop": ours(options.data, options.imgsz),
             "Ultralytics": theirs(options.data, options.imgsz, Path(scratch)),
         }
-        times = measure(makers, options.images, options.rounds)
+        clocks = {"cpu": time.thread_time}
+        times = measure(makers, options.images, options.rounds, clocks)["cpu"]
     ratios = [b / a for a, b in zip(times["hsrloop"], times["Ultralytics"], strict=True)]
     result = {
         "where": describe(options.data, options),

@@ -156,13 +156,44 @@ class TrainConfig:
     )
     # Copy-paste synthesis
     dynamic_synthetic: bool = _setting(True, "copy-paste synthesis while training")
-    backgrounds_dir: str | None = _setting(None, "background photographs for synthesis")
-    annotated_dir: str | None = _setting(None, "cut-out objects for synthesis")
-    synthetic_ratio: float = _setting(2.0, "synthetic images per real image", low=0)
+    annotated_dir: str | None = _setting(
+        None, "cut-out objects, a folder for each class; annotated/ beside data.yaml if not given"
+    )
+    backgrounds_dir: str | None = _setting(
+        None, "background photographs; backgrounds/ beside data.yaml if not given"
+    )
+    distractors_dir: str | None = _setting(
+        None, "cut-outs of other objects, pasted without labels; distractors/ if not given"
+    )
+    synthetic_ratio: float = _setting(2.0, "synthetic images per real image", low=0, high=1000)
+    synthetic_images: int = _setting(
+        200, "images in an epoch when there are no real ones to train on", low=1, high=1_000_000
+    )
+    max_objects: int = _setting(8, "most objects pasted into an image", low=1, high=100)
+    object_scale_min: float = _setting(
+        0.08, "smallest long side of an object, fraction of imgsz", low=0, high=1, above=True
+    )
+    object_scale_max: float = _setting(
+        0.5, "largest long side of an object, fraction of imgsz", low=0, high=1, above=True
+    )
+    object_degrees: float = _setting(
+        30.0, "largest rotation of an object, degrees either way", low=0, high=180
+    )
+    max_occlusion: float = _setting(
+        0.5, "largest share of an object that others or the frame hide", low=0, high=0.9
+    )
+    negative_share: float = _setting(
+        0.05, "share of synthetic images that are a background alone", low=0, high=1
+    )
     # Machine
     workers: int = _setting(8, "loader processes at most; fewer on few cores, 0 on the CPU", low=0)
     cache: bool | str = _setting(
         "ram", "decoded images: false, ram (or true) or disk", choices=(False, "ram", "disk")
+    )
+    augment_device: str = _setting(
+        "auto",
+        "who renders training images; auto: the GPU when training runs on one",
+        choices=("auto", "cpu", "gpu"),
     )
     amp: bool = _setting(True, "mixed precision; CUDA only, the CPU computes in float32")
     oom_recovery: bool = _setting(True, "go on at smaller settings when memory runs out")
@@ -191,6 +222,11 @@ class TrainConfig:
             raise ConfigError(
                 f"micro_batch is {self.micro_batch}; it must be at most batch ({self.batch}). "
                 f"Raise batch or drop micro_batch."
+            )
+        if self.object_scale_min > self.object_scale_max:
+            raise ConfigError(
+                f"object_scale_min is {self.object_scale_min:g}; it must be at most "
+                f"object_scale_max ({self.object_scale_max:g}). Lower it, or raise the other."
             )
 
     def to_json(self) -> dict[str, Any]:

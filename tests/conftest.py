@@ -47,6 +47,40 @@ def write_tiny_dataset(root: Path, *, train: int = 8, val: int = 4, seed: int = 
     return yaml
 
 
+def write_object(path: Path, mask: Path | None, *, seed: int, size: int = 120) -> None:
+    """Write a photograph of a five-cornered object and its mask; without a mask, as RGBA."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 60, (size, size * 4 // 3, 3), dtype=np.uint8)
+    alpha = np.zeros(image.shape[:2], np.uint8)
+    turn = np.sort(rng.random(5)) * 0.6 + np.arange(5) * 2 * np.pi / 5
+    reach = rng.uniform(0.25, 0.45, 5) * size
+    points = np.stack((np.cos(turn), np.sin(turn)), 1) * reach[:, None]
+    cv2.fillPoly(alpha, [np.int32(points + (size * 2 / 3, size / 2))], 255)
+    image[alpha > 0] = rng.integers(80, 256, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mask is None:
+        cv2.imwrite(str(path), np.dstack((image, alpha)))
+        return
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
+    cv2.imwrite(str(mask), alpha)
+
+
+def write_material(root: Path, *, each: int = 2, backgrounds: int = 3) -> None:
+    """Write annotated/ (square and disc; bar has none) and backgrounds/ below `root`."""
+    for label, name in enumerate(SHAPES[:2]):
+        place = root / "annotated" / name
+        for i in range(each):
+            mask = place / "masks" / f"o{i}_mask.png"
+            write_object(place / "images" / f"o{i}.png", mask, seed=10 * label + i)
+    for i in range(backgrounds):
+        rng = np.random.default_rng(100 + i)
+        coarse = rng.integers(0, 256, (5, 8, 3), dtype=np.uint8)
+        (root / "backgrounds").mkdir(parents=True, exist_ok=True)
+        smooth = cv2.resize(coarse, (200, 120 + 40 * i), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(root / "backgrounds" / f"b{i}.jpg"), smooth)
+
+
 @pytest.fixture
 def tiny_dataset(tmp_path: Path) -> Path:
     """Return the data.yaml of a fresh set: 8 images to train on, 4 to validate, 3 classes."""

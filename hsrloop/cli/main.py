@@ -14,6 +14,7 @@ import click
 
 from hsrloop import __version__
 from hsrloop.cli.options import (
+    PREVIEW_SETTINGS,
     VALIDATION_SETTINGS,
     SectionedCommand,
     given_settings,
@@ -174,6 +175,37 @@ def check(dataset: str, imgsz: int, plot: Path | None, as_json: bool) -> None:
 
     code = run_check(dataset, imgsz=imgsz, plot=plot, as_json=as_json)
     click.get_current_context().exit(code)
+
+
+@main.command(cls=SectionedCommand)
+@click.option(
+    "--output",
+    "-o",
+    "sheet",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("preview.png"),
+    show_default=True,
+    help="Picture to write.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(1, 100),
+    default=24,
+    show_default=True,
+    help="Training images to show: half real, half synthetic, where there are both.",
+)
+@_file_option
+@_set_option
+@setting_options(*PREVIEW_SETTINGS)
+def preview(
+    sheet: Path, images: int, file: Path | None, assignments: tuple[str, ...], **options: Any
+) -> None:
+    """Show training images as the network will see them, with their boxes."""
+    from hsrloop.cli.layers import Request
+    from hsrloop.cli.preview import write_preview
+
+    request = Request(options=given_settings(options), assignments=assignments, file=file)
+    click.get_current_context().exit(write_preview(request, sheet, images=images))
 
 
 @main.group()

@@ -16,7 +16,7 @@ _SECTIONS = {
     "dataset": "What and where",
     "epochs": "Schedule and optimizer",
     "hsv_h": "Augmentation",
-    "dynamic_synthetic": "Copy-paste synthesis (not yet there)",
+    "dynamic_synthetic": "Copy-paste synthesis",
     "workers": "Machine",
     "save_period": "Reports",
 }
@@ -33,6 +33,14 @@ _REST = "This command"
 # What a validation depends on; any other setting given to one is named and ignored.
 VALIDATION_SETTINGS = (
     *("dataset", "model", "output", "device", "batch", "imgsz", "seed", "trust_checkpoint"),
+)
+
+# What a picture of the training images depends on.
+PREVIEW_SETTINGS = (
+    *("dataset", "imgsz", "seed", "hsv_h", "hsv_s", "hsv_v", "degrees", "translate", "scale"),
+    *("shear", "flipud", "fliplr", "mosaic", "mixup", "annotated_dir", "backgrounds_dir"),
+    *("distractors_dir", "max_objects", "object_scale_min", "object_scale_max"),
+    *("object_degrees", "max_occlusion", "negative_share"),
 )
 
 

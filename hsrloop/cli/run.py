@@ -19,6 +19,7 @@ from hsrloop.report.console import ConsoleSink, make_console
 from hsrloop.report.scores import scores_json, scores_table
 
 _LOG = logging.getLogger(__name__)
+DATA_PATHS = ("dataset", "annotated_dir", "backgrounds_dir", "distractors_dir")
 _EXPORT_LIBRARIES = {"onnx": ("onnx", "onnxslim", "onnxruntime")}
 
 
@@ -150,11 +151,10 @@ def prepare() -> None:
 
 
 def _from_anywhere(resolved: Resolved) -> Resolved:
-    """Return the settings with the data set's path absolute, so that --resume works anywhere."""
-    if resolved.config.dataset is None:
-        return resolved
-    absolute = str(Path(resolved.config.dataset).expanduser().absolute())
-    return Resolved(resolved.config.replace(dataset=absolute), resolved.sources)
+    """Return the settings with the data's paths absolute, so that --resume works anywhere."""
+    given = {name: getattr(resolved.config, name) for name in DATA_PATHS}
+    absolute = {k: str(Path(v).expanduser().absolute()) for k, v in given.items() if v is not None}
+    return Resolved(resolved.config.replace(**absolute), resolved.sources)
 
 
 def _need_dataset(resolved: Resolved) -> None:

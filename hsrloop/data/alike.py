@@ -26,7 +26,7 @@ _COPY_MARK = re.compile(r"\.rf\.[0-9a-f]{8,}$")  # Roboflow's copies of one pict
 def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     """Return groups of indices: near-duplicates, bursts, and Roboflow's copies of one picture."""
     with ThreadPoolExecutor(threads) as pool:
-        hashes = np.array(list(pool.map(_hash_of, paths)), dtype=np.uint64)
+        hashes = np.array(list(pool.map(hash_of, paths)), dtype=np.uint64)
     groups = Groups(len(paths))
     by_stem: dict[tuple[Path, str], int] = {}
     for i, apart in enumerate(distances(hashes)):
@@ -125,7 +125,7 @@ def look_at(path: Path) -> Look | None:
     return Look(hashlib.sha256(data.data).digest(), difference_hash(grey), cells)
 
 
-def _hash_of(path: Path) -> int:
+def hash_of(path: Path) -> int:
     """Return the hash of an image file; that of plain grey when it is unreadable."""
     try:
         grey = reduced(np.fromfile(path, np.uint8))

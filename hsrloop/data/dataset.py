@@ -86,7 +86,11 @@ class _Read:
 
 
 def load_dataset(
-    yaml_path: str | Path, *, seed: int = 0, splits: tuple[str, ...] = ("train", "val")
+    yaml_path: str | Path,
+    *,
+    seed: int = 0,
+    splits: tuple[str, ...] = ("train", "val"),
+    train_optional: bool = False,
 ) -> DatasetSpec:
     """Read data.yaml, its images' headers and its labels.
 
@@ -96,21 +100,27 @@ def load_dataset(
     Args:
         seed: decides which images are held out.
         splits: which of train, val and test to read; the others stay empty.
+        train_optional: a set without training images will do, if it has its own validation images.
 
     Raises:
         DatasetError: a file is missing or malformed, or nothing usable is left.
     """
-    manifest = read_manifest(yaml_path)
+    manifest = read_manifest(yaml_path, train_optional=train_optional)
     _heed(manifest.remarks, manifest.faults)
     scans: dict[str, SplitScan] = {}
     for split in splits:
         if manifest.splits[split]:
-            listing = list_images(manifest, split)
+            optional = train_optional and split == "train"
+            listing = list_images(manifest, split, optional=optional)
             _heed(listing.remarks, listing.faults)
-            scans[split] = scan_split(manifest, listing.paths)
-            _warn_of_losses(split, scans[split], listing.missing)
+            scan = scan_split(manifest, listing.paths)
+            _warn_of_losses(split, scan, listing.missing)
+            if scan.refs or not optional:
+                scans[split] = scan
+    if train_optional and not scans:
+        raise DatasetError(f"{manifest.yaml} has neither training nor validation images. Add val.")
     held_out = False
-    if {"train", "val"} <= set(splits):
+    if {"train", "val"} <= set(splits) and "train" in scans:
         held_out = _ensure_validation(manifest, scans, seed)
     for split, scan in scans.items():
         if reason := why_unusable(split, scan):

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hsrloop.config import TrainConfig
+from hsrloop.data.ahead import ahead, rendered_ahead
+from hsrloop.data.cutouts import CutoutStore
 from hsrloop.data.dataset import ImageRef
+from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.render import Renderer, without_broken
+from hsrloop.data.render_torch import TorchRenderer
+from hsrloop.data.scene import Scenes
 from hsrloop.data.store import GREY, ImageStore, stored_size
 from hsrloop.data.stream import TrainStream
 from hsrloop.data.workers import WorkerDied, WorkerPool
 from hsrloop.records import Batch, Position
 
 __all__ = ["TrainLoader", "ValBatch", "ValLoader", "WorkerDied"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class _Targets:
     image_index: np.ndarray  # (N,) int64, sorted
 
 
+# Of each image what `TrainStream.labels` returns: boxes, labels and the images they come from.
+_Labels = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
 class TrainLoader:
     """The training stream in micro-batches; holds no state of it.
 
@@ -55,6 +60,11 @@ class TrainLoader:
         micro_batch: images at a time; by default config.micro_batch, or the whole batch.
         workers: processes that render; 0 renders in the calling thread.
         prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
+        scenes: synthetic images beside the real ones; `store` then holds `scenes.backgrounds` after
+            `refs`.
+        cutouts: the pixels of `scenes.cutouts`.
+        renderer: renders on its device instead, a micro-batch ahead; the host draws plans and
+            labels only, and workers are not used. Made from the same `store` and `cutouts`.
     """
 
     def __init__(
@@ -67,16 +77,21 @@ class TrainLoader:
         workers: int = 0,
         prefetch: bool = False,
         pin_memory: bool = False,
+        scenes: Scenes | None = None,
+        cutouts: CutoutStore | None = None,
+        renderer: TorchRenderer | None = None,
     ) -> None:
         self.batch = config.batch
-        self._stream = TrainStream.of(refs, config)
+        self._stream = TrainStream.of(refs, config, scenes)
         self.n_samples = self._stream.n_samples
         self.micro_batch = min(micro_batch or config.micro_batch or config.batch, config.batch)
-        self._refs = refs
+        self._refs = self._stream.images
         self._store = store
+        self._cutouts = cutouts
         self._workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
+        self._renderer = renderer
         self._pool: WorkerPool[_Task, _Targets] | None = None
 
     def __len__(self) -> int:
@@ -112,7 +127,7 @@ class TrainLoader:
         for (images, targets), (last, ends_step) in zip(self._rendered(tasks), ends, strict=True):
             done = last == self.n_samples
             yield Batch(
-                images=images.permute(0, 3, 1, 2),
+                images=images,
                 boxes_cxcywh=torch.from_numpy(targets.boxes_cxcywh),
                 labels=torch.from_numpy(targets.labels),
                 image_index=torch.from_numpy(targets.image_index),
@@ -121,7 +136,12 @@ class TrainLoader:
             )
 
     def _rendered(self, tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, _Targets]]:
-        """Yield (B, S, S, 3) images and targets of each task in order."""
+        """Yield (B, 3, S, S) images, channels_last, and targets of each task in order."""
+        if self._renderer is not None:
+            planned = (self._plan(task) for task in tasks)
+            for images, labels in rendered_ahead(self._renderer, planned):
+                yield images, self._targets(labels)
+            return
         if self._workers == 0:
             renderer = Renderer(self._store.imgsz)
             rendered = (self._inline(renderer, task) for task in tasks)
@@ -134,14 +154,15 @@ class TrainLoader:
         for task, (targets, slot) in zip(tasks, self._pool.map(tasks), strict=True):
             images = self._images(len(task.indices))
             images.numpy()[:] = slot[: images.numel()].reshape(images.shape)
-            yield images, targets
+            yield images.permute(0, 3, 1, 2), targets
 
     def _images(self, count: int) -> Tensor:
         return _empty(count, self._store.imgsz, self._pin_memory)
 
     def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:
         images = self._images(len(task.indices))
-        return images, self._work(renderer, task, images.numpy().reshape(-1))
+        targets = self._work(renderer, task, images.numpy().reshape(-1))
+        return images.permute(0, 3, 1, 2), targets
 
     def _work(self, renderer: Renderer, task: _Task, slot: np.ndarray) -> _Targets:
         """Render a task's images into `slot`, return their targets."""
@@ -149,18 +170,25 @@ class TrainLoader:
         count = len(task.indices)
         images = slot[: 3 * count * side**2].reshape(count, side, side, 3)
         # All plans first, then all pixels: each finds its own code and tables still in cache.
-        plans = [self._stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
-        planned = [self._stream.labels(plan, side) for plan in plans]
+        plans, labels = self._plan(task)
         for image, plan in zip(images, plans, strict=True):
-            renderer.pixels(plan, self._store, self._refs, image)
+            renderer.pixels(plan, self._store, self._refs, image, self._cutouts)
+        return self._targets(labels)
+
+    def _plan(self, task: _Task) -> tuple[list[AugmentPlan], _Labels]:
+        plans = [self._stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
+        return plans, [self._stream.labels(plan, self._store.imgsz) for plan in plans]
+
+    def _targets(self, planned: _Labels) -> _Targets:
+        """Join the labels of a task whose images are rendered: which are broken is known then."""
         found = [without_broken(labels, self._store.broken) for labels in planned]
-        boxes = np.concatenate([boxes for boxes, _ in found]) / np.float32(side)
+        boxes = np.concatenate([boxes for boxes, _ in found]) / np.float32(self._store.imgsz)
         return _Targets(
             np.concatenate(
                 ((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), axis=1
             ),
             np.concatenate([labels for _, labels in found]),
-            np.repeat(np.arange(count), [len(labels) for _, labels in found]),
+            np.repeat(np.arange(len(found)), [len(labels) for _, labels in found]),
         )
 
     def close(self) -> None:
@@ -286,13 +314,3 @@ def _empty(count: int, side: int, pin_memory: bool) -> Tensor:
     if pin_memory:
         return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=True)
     return torch.from_numpy(np.empty((count, side, side, 3), np.uint8))
-
-
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield what an iterable gives, made one item ahead in a thread."""
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1, thread_name_prefix="hsrloop-loader") as thread:
-        due = thread.submit(next, source, end)
-        while (item := due.result()) is not end:
-            due = thread.submit(next, source, end)
-            yield item  # type: ignore[misc]

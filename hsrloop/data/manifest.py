@@ -74,22 +74,26 @@ class _Loader(yaml.SafeLoader):
             )
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def yaml_file(path: str | Path) -> Path:
+    """Return the data.yaml that a path means; a folder stands for the one in it."""
+    file = expanded(str(path)).absolute()  # not resolved: labels lie beside a link
+    return file / "data.yaml" if file.is_dir() else file
+
+
+def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest:
     """Read data.yaml; a folder stands for the data.yaml in it.
 
     Raises:
         DatasetError: nothing can be made of the file. Smaller things are `faults` of the manifest.
     """
-    file = expanded(str(path)).absolute()  # not resolved: labels lie beside a link
-    if file.is_dir():
-        file = file / "data.yaml"
+    file = yaml_file(path)
     data, lines = _parse(file)
     notes = _Notes(file)
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     names = _names(notes, data)
     splits = {split: _entries(notes, split, data.get(split)) for split in SPLITS}
-    if not splits["train"] and data.get("train") in (None, "", []):
+    if not (splits["train"] or train_optional) and data.get("train") in (None, "", []):
         notes.fault("no 'train'; add the folder of training images, e.g. train: images/train")
     _compare_names(notes, names, lines)
     root = _root(notes, data.get("path"))
@@ -280,8 +284,12 @@ def _root(notes: _Notes, value: Any) -> Path:
     return found
 
 
-def list_images(manifest: Manifest, split: str) -> Listing:
-    """Return the image files of a split; `faults` when an entry is missing, or all are empty."""
+def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Listing:
+    """Return the image files of a split; `faults` when an entry is missing, or all are empty.
+
+    Args:
+        optional: no image at all is an answer too.
+    """
     files: dict[Path, None] = {}
     folders: list[Path] = []
     notes = _Notes(manifest.yaml)
@@ -301,7 +309,7 @@ def list_images(manifest: Manifest, split: str) -> Listing:
             files[place] = None
         else:
             notes.fault(f"{split}: {place} is neither a folder, a .txt list nor an image")
-    if not files and not notes.faults:
+    if not (files or optional or notes.faults):
         where = ", ".join(manifest.splits[split])
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         notes.fault(f"no images in {split} ({where[:200]}). Known kinds: {kinds}")

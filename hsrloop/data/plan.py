@@ -60,14 +60,30 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Paste:
+    """One cut-out put over everything below it."""
+
+    cutout: int  # index into the cut-outs
+    affine: Affine  # row-major 2 x 3: cut-out units (see `Cutout`) to output units
+    label: int  # class; -1: a distractor, without a label
+    alpha: int  # which edge: 0 hard, 1 feathered, 2 Gaussian
+    gains: tuple[float, float, float]  # RGB factors that match it to its place
+    shadow: tuple[float, float, float]  # dx, dy in output units, opacity in [0, 1]; 0: none
+
+
+@dataclass(frozen=True, slots=True)
 class AugmentPlan:
-    """Everything random about one training image; no pixels."""
+    """Everything random about one training image; no pixels.
+
+    Drawn in this order: layers, pastes, the mixup partner, HSV gains.
+    """
 
     layers: tuple[Layer, ...]  # later ones lie on top; in a mosaic they only touch
     zoom: float
     hsv_gains: tuple[float, float, float] | None = None  # hue shift, saturation and value change
     mix: AugmentPlan | None = None
     mix_weight: float = 1.0  # of this plan; the partner has the rest
+    pastes: tuple[Paste, ...] = ()  # later ones lie on top
 
 
 def draw_plan(
@@ -88,14 +104,7 @@ def draw_plan(
     up, left = sample_rng(*place, "flip").random(2).tolist()
     flips = (left < settings.fliplr, up < settings.flipud)
     layers, zoom = _draw_layers(place, "", index, refs, settings, flips, mosaic)
-    gains, mix, weight = None, None, 1.0
-    if settings.hsv_h or settings.hsv_s or settings.hsv_v:
-        h, s, v = sample_rng(*place, "hsv").random(3).tolist()
-        gains = (
-            (2 * h - 1) * settings.hsv_h,
-            (2 * s - 1) * settings.hsv_s,
-            (2 * v - 1) * settings.hsv_v,
-        )
+    gains, mix, weight = draw_hsv(place, settings), None, 1.0
     if mosaic and settings.mixup:
         rng = sample_rng(*place, "mixup")
         if rng.random() < settings.mixup:
@@ -105,6 +114,20 @@ def draw_plan(
                 *_draw_layers(place, "mixup.", partner, refs, settings, flips, mosaic)
             )
     return AugmentPlan(layers, zoom, gains, mix, weight)
+
+
+def draw_hsv(
+    place: tuple[int, int, int], settings: AugmentSettings
+) -> tuple[float, float, float] | None:
+    """Draw hue shift, saturation and value change; None when all are off."""
+    if not (settings.hsv_h or settings.hsv_s or settings.hsv_v):
+        return None
+    h, s, v = sample_rng(*place, "hsv").random(3).tolist()
+    return (
+        (2 * h - 1) * settings.hsv_h,
+        (2 * s - 1) * settings.hsv_s,
+        (2 * v - 1) * settings.hsv_v,
+    )
 
 
 def _draw_layers(
@@ -117,14 +140,14 @@ def _draw_layers(
     mosaic: bool,
 ) -> tuple[tuple[Layer, ...], float]:
     """Draw a mosaic or a single image under a random map, and its zoom."""
-    sources, offsets, canvas = [first], [(0.0, 0.0)], _extent(refs[first])
+    sources, offsets, canvas = [first], [(0.0, 0.0)], extent(refs[first])
     limit = canvas
     if mosaic and settings.mosaic:
         chance, x, y, *others = sample_rng(*place, prefix + "mosaic").random(6).tolist()
         if chance < settings.mosaic:
             cx, cy = 0.5 + x, 0.5 + y
             sources += [int(other * len(refs)) for other in others]
-            extents = [_extent(refs[source]) for source in sources]
+            extents = [extent(refs[source]) for source in sources]
             corners = ((0, 0), (0, 1), (1, 0), (1, 1))
             offsets = [
                 (cx if right else cx - w, cy if low else cy - h)
@@ -135,13 +158,13 @@ def _draw_layers(
     (a, b, c, d, e, f), zoom = _affine(draws, settings, canvas, flips)
     layers = []
     for source, (x, y) in zip(sources, offsets, strict=True):
-        w, h = _extent(refs[source])
+        w, h = extent(refs[source])
         visible = (max(0.0, -x), max(0.0, -y), min(w, limit[0] - x), min(h, limit[1] - y))
         layers.append(Layer(source, (a, b, a * x + b * y + c, d, e, d * x + e * y + f), visible))
     return tuple(layers), zoom
 
 
-def _extent(ref: ImageRef) -> tuple[float, float]:
+def extent(ref: ImageRef) -> tuple[float, float]:
     """Return (width, height) with the long side at 1."""
     longest = max(ref.height, ref.width)
     return ref.width / longest, ref.height / longest
@@ -196,7 +219,7 @@ def _plan_labels(
     layers = plan.layers
     owners = [refs[layer.source] for layer in layers]
     which = np.repeat(np.arange(len(layers)), [len(ref.labels) for ref in owners])  # (n,)
-    numbers = [(*_extent(r), *x.visible, *x.affine) for r, x in zip(owners, layers, strict=True)]
+    numbers = [(*extent(r), *x.visible, *x.affine) for r, x in zip(owners, layers, strict=True)]
     w, h, left, top, right, bottom, a, b, c, d, e, f = np.array(numbers).T[:, which]
     cx, cy, wide, high = np.concatenate([ref.boxes_cxcywh for ref in owners]).astype(np.float64).T
     x0, x1 = _within(w * (cx - wide / 2), w * (cx + wide / 2), left, right)
@@ -237,7 +260,7 @@ def _tighten(
         matrix = np.array(layer.affine).reshape(2, 3)
         for polygon in ref.polygons:
             if polygon is not None:
-                points = polygon * np.array(_extent(ref))
+                points = polygon * np.array(extent(ref))
                 boxes[row] = polygon_extent(points, np.array(layer.visible), matrix)
                 share[row] = KEPT_AREA_POLYGON
             row += 1

@@ -12,7 +12,10 @@ from collections.abc import Collection, Sequence
 import cv2
 import numpy as np
 
+from hsrloop.data.cutouts import CutoutStore
 from hsrloop.data.dataset import ImageRef
+from hsrloop.data.geometry import Box, Matrix, between_pixels, bounds, inverse
+from hsrloop.data.paste import draw_paste
 from hsrloop.data.plan import AugmentPlan, Layer, plan_labels
 from hsrloop.data.store import GREY, ImageStore
 from hsrloop.records import Sample
@@ -63,13 +66,14 @@ class Renderer:
         store: ImageStore,
         refs: Sequence[ImageRef],
         out: np.ndarray,
+        cutouts: CutoutStore | None = None,
     ) -> None:
-        """Render a plan's pixels into `out` (S, S, 3) uint8 RGB."""
-        self._compose(self._canvas, plan, store, refs)
+        """Render a plan's pixels into `out` (S, S, 3) uint8 RGB; pastes need their cut-outs."""
+        self._compose(self._canvas, plan, store, refs, cutouts)
         if plan.mix is not None:
             if not self._partner.size:
                 self._partner = np.empty_like(self._canvas)
-            self._compose(self._partner, plan.mix, store, refs)
+            self._compose(self._partner, plan.mix, store, refs, cutouts)
             weight = plan.mix_weight
             cv2.addWeighted(self._canvas, weight, self._partner, 1 - weight, 0, dst=self._canvas)
         if plan.hsv_gains is None:
@@ -78,13 +82,21 @@ class Renderer:
             self._recolour(out, plan.hsv_gains)
 
     def _compose(
-        self, canvas: np.ndarray, plan: AugmentPlan, store: ImageStore, refs: Sequence[ImageRef]
+        self,
+        canvas: np.ndarray,
+        plan: AugmentPlan,
+        store: ImageStore,
+        refs: Sequence[ImageRef],
+        cutouts: CutoutStore | None,
     ) -> None:
         canvas.fill(GREY)
         for layer in plan.layers:
-            self._paste(canvas, layer, store, refs[layer.source])
+            self._lay(canvas, layer, store, refs[layer.source])
+        for paste in plan.pastes:
+            assert cutouts is not None
+            draw_paste(canvas, paste, cutouts)
 
-    def _paste(self, canvas: np.ndarray, layer: Layer, store: ImageStore, ref: ImageRef) -> None:
+    def _lay(self, canvas: np.ndarray, layer: Layer, store: ImageStore, ref: ImageRef) -> None:
         """Warp the part of one source that shows into its place on the canvas."""
         longest = max(ref.height, ref.width)
         pixels = store[layer.source]
@@ -96,10 +108,10 @@ class Renderer:
         visible = _rounded(layer.visible, per_x, per_y, width, height)
         a, b, c, d, e, f = (value * self.imgsz for value in layer.affine)
         matrix = (a * per_x, b * per_y, c, d * per_x, e * per_y, f)  # source px to output px
-        place = _bounds(matrix, visible, (0, 0, self.imgsz, self.imgsz), margin=0)
+        place = bounds(matrix, visible, (0, 0, self.imgsz, self.imgsz), margin=0)
         if place is None:
             return
-        part = _bounds(_inverse(matrix), place, visible, margin=2)
+        part = bounds(inverse(matrix), place, visible, margin=2)
         if part is None:
             return
         padded = self._pad(pixels[part[1] : part[3], part[0] : part[2]])
@@ -107,7 +119,7 @@ class Renderer:
         warped, mask = self._warped[:h, :w], self._mask[:h, :w]
         cv2.warpAffine(
             padded,
-            _between_pixels(matrix, (part[0] - RING, part[1] - RING), (x, y)),
+            between_pixels(matrix, (part[0] - RING, part[1] - RING), (x, y)),
             (w, h),
             dst=warped,
             flags=cv2.INTER_LINEAR,
@@ -165,10 +177,6 @@ def _turn(hue: np.ndarray, steps: int) -> None:
     hue -= around
 
 
-Matrix = tuple[float, float, float, float, float, float]
-Box = tuple[int, int, int, int]
-
-
 def _rounded(
     visible: tuple[float, float, float, float], per_x: float, per_y: float, width: int, height: int
 ) -> Box:
@@ -179,46 +187,6 @@ def _rounded(
         max(0, round(y0 / per_y)),
         min(width, round(x1 / per_x)),
         min(height, round(y1 / per_y)),
-    )
-
-
-def _bounds(matrix: Matrix, box: Box, limit: Box, *, margin: int) -> Box | None:
-    """Return the pixels that a mapped box can touch, within `limit`; None without any."""
-    a, b, c, d, e, f = matrix
-    x0, y0, x1, y1 = box
-    if x0 >= x1 or y0 >= y1:
-        return None
-    cx, cy, hw, hh = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
-    x, y = a * cx + b * cy + c, d * cx + e * cy + f
-    rx, ry = abs(a) * hw + abs(b) * hh + margin, abs(d) * hw + abs(e) * hh + margin
-    found = (
-        max(limit[0], math.floor(x - rx)),
-        max(limit[1], math.floor(y - ry)),
-        min(limit[2], math.ceil(x + rx)),
-        min(limit[3], math.ceil(y + ry)),
-    )
-    return found if found[0] < found[2] and found[1] < found[3] else None
-
-
-def _inverse(matrix: Matrix) -> Matrix:
-    a, b, c, d, e, f = matrix
-    determinant = a * e - b * d
-    a, b, d, e = e / determinant, -b / determinant, -d / determinant, a / determinant
-    return a, b, -(a * c + b * f), d, e, -(d * c + e * f)
-
-
-def _between_pixels(matrix: Matrix, source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
-    """Return the (2, 3) map between pixel indices of two windows, whose corners are given.
-
-    OpenCV puts pixel i at i, geometry at i + 0.5.
-    """
-    a, b, c, d, e, f = matrix
-    x, y = source[0] + 0.5, source[1] + 0.5
-    return np.array(
-        [
-            [a, b, a * x + b * y + c - target[0] - 0.5],
-            [d, e, d * x + e * y + f - target[1] - 0.5],
-        ]
     )
 
 

@@ -105,6 +105,16 @@ class ImageStore:
         return pixels
 
     @property
+    def sizes(self) -> np.ndarray:
+        """Return (height, width) of every stored image; (n, 2) int64."""
+        return np.array(self._shapes, np.int64).reshape(-1, 2)
+
+    @property
+    def bytes(self) -> int:
+        """Return how many bytes all images take, cached or not."""
+        return int(self._starts[-1])
+
+    @property
     def cached_bytes(self) -> int:
         """Return how many bytes the cached images take."""
         return int(self._starts[self.cached_images])

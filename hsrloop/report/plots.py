@@ -32,6 +32,26 @@ def draw_predictions(image: Image, detections: NDArray[np.float32], names: Seque
     return canvas
 
 
+def draw_boxes(
+    image: Image, boxes: NDArray[np.float32], labels: NDArray[np.int64], names: Sequence[str]
+) -> Image:
+    """Return a copy of an image with the box and the name of each label.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (n, 4) xyxy px; n may be 0.
+        labels: (n,) classes.
+        names: of the classes.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+        colour = class_colour(int(label), len(names))
+        corner = (round(float(x1)), round(float(y1)))
+        cv2.rectangle(canvas, corner, (round(float(x2)), round(float(y2))), colour, 1)
+        _write(canvas, names[int(label)], corner, colour)
+    return canvas
+
+
 def contact_sheet(images: Sequence[Image], *, columns: int) -> Image:
     """Return images of one size side by side, row by row; the last row is filled with white."""
     blank = np.full_like(images[0], 255)

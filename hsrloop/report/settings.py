@@ -11,13 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 # Settings whose machinery does not exist yet; giving one of them explicitly warns.
-NOT_YET = (
-    "dynamic_synthetic",
-    "backgrounds_dir",
-    "annotated_dir",
-    "synthetic_ratio",
-    "oom_recovery",
-)
+NOT_YET = ("oom_recovery",)
 
 
 def settings_table(config: Mapping[str, Any], sources: Mapping[str, str]) -> RenderableType:

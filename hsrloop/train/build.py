@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,22 @@ from hsrloop.config import (
     Resolved,
     TrainConfig,
 )
-from hsrloop.data.dataset import DatasetSpec, ImageRef
+from hsrloop.data.cutouts import CutoutStore
+from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.data.scene import Scenes
 from hsrloop.data.store import ImageStore
+from hsrloop.data.synthesis import Synthesis, find_folders, load_synthesis
 from hsrloop.errors import WeightsError
-from hsrloop.events import Event, Note, Progress
+from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores
+from hsrloop.hardware.probe import torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
 from hsrloop.records import DeviceInfo
+from hsrloop.train.images import train_images, val_image_store
 from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
 
@@ -51,6 +55,17 @@ class Loaders:
         self.val.close()
         for store in self.stores:
             store.close()
+
+
+def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis]:
+    """Return the data set and what is synthesised beside it.
+
+    Raises:
+        DatasetError: either cannot be used.
+    """
+    folders = find_folders(config, dataset)
+    spec = load_dataset(dataset, seed=config.seed, train_optional=folders.suffice)
+    return spec, load_synthesis(config, folders, spec, threads=usable_cores())
 
 
 def load_model(
@@ -154,32 +169,49 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
 
 
 def build_loaders(
-    resolved: Resolved, spec: DatasetSpec, info: DeviceInfo, *, micro_batch: int, emit: Emit
+    resolved: Resolved,
+    spec: DatasetSpec,
+    scenes: Scenes | None,
+    info: DeviceInfo,
+    *,
+    micro_batch: int,
+    emit: Emit,
 ) -> Loaders:
-    """Decode what fits into the cache and return both loaders."""
+    """Decode what fits into the caches and return both loaders.
+
+    Raises:
+        DeviceError: augmentation is to run on a GPU, and training does not.
+    """
     config = resolved.config
+    cutouts = None
+    if scenes is not None:
+        cutouts = CutoutStore(scenes.cutouts, imgsz=config.imgsz, threads=usable_cores())
     budget = cache_budget(host_memory().free_bytes)
-    train_store = _store(config, spec.train, budget, "caching training images", emit)
+    made = train_images(
+        config,
+        (*spec.train, *scenes.backgrounds) if scenes else spec.train,
+        cutouts,
+        torch.device(torch_device(info)),
+        micro_batch=micro_batch,
+        budget_bytes=budget,
+        emit=emit,
+    )
     val_store = val_image_store(
-        config, spec.val, budget_bytes=max(0, budget - train_store.cached_bytes), emit=emit
+        config, spec.val, budget_bytes=max(0, budget - made.store.cached_bytes), emit=emit
     )
     train = TrainLoader(
         spec.train,
-        train_store,
+        made.store,
         config,
         micro_batch=micro_batch,
         workers=worker_count(resolved, info),
         pin_memory=info.kind == "cuda",
+        scenes=scenes,
+        cutouts=cutouts,
+        renderer=made.renderer,
     )
     val = ValLoader(spec.val, val_store, batch=micro_batch, pin_memory=info.kind == "cuda")
-    return Loaders(train, val, (train_store, val_store))
-
-
-def val_image_store(
-    config: TrainConfig, refs: tuple[ImageRef, ...], *, budget_bytes: int, emit: Emit
-) -> ImageStore:
-    """Return validation images resized as Ultralytics does, so that metrics agree with its own."""
-    return _store(config, refs, budget_bytes, "caching validation images", emit, "linear")
+    return Loaders(train, val, (made.store, val_store))
 
 
 def worker_count(resolved: Resolved, info: DeviceInfo) -> int:
@@ -188,28 +220,3 @@ def worker_count(resolved: Resolved, info: DeviceInfo) -> int:
     if info.kind == "cpu" and resolved.sources["workers"] == "default":
         return 0  # measured: on two cores a worker takes time from the network
     return max(0, min(config.workers, info.cores - 1))
-
-
-def cache_folder() -> Path:
-    """Return the folder for decoded images: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsrloop"
-
-
-def _store(
-    config: TrainConfig,
-    refs: tuple[ImageRef, ...],
-    budget_bytes: int,
-    task: str,
-    emit: Emit,
-    interpolation: str = "area",
-) -> ImageStore:
-    return ImageStore(
-        refs,
-        imgsz=config.imgsz,
-        cache=config.cache,
-        budget_bytes=None if config.cache == "disk" else budget_bytes,
-        interpolation=interpolation,
-        cache_dir=cache_folder(),
-        threads=usable_cores(),
-        progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
-    )

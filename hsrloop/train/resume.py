@@ -15,6 +15,8 @@ from hsrloop.train.checkpoint import RunIdentity, Saved, versions
 # What may change when a run goes on; everything else was decided when it started.
 CHANGEABLE = frozenset(
     {"epochs", "patience", "micro_batch", "workers", "cache", "device", "output", "dataset"}
+    | {"augment_device"}
+    | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
     | {"save_period", "tensorboard", "tensorboard_port", "export"}
     | {"trust_checkpoint", "oom_recovery"}
 )
@@ -75,8 +77,9 @@ def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) ->
         )
     if before.fingerprint != now.fingerprint:
         raise CheckpointError(
-            f"the images or labels of {now.config.dataset} changed since {saved.path} was written. "
-            "Restore them, or start a new run with --model on the new set."
+            f"the images or labels of {now.config.dataset}, its cut-outs or backgrounds, changed "
+            f"since {saved.path} was written. Restore them, or start a new run with --model on "
+            "the new set."
         )
     differences = [
         f"{name} {value} then, {now.versions.get(name)} now"

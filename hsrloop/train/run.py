@@ -13,6 +13,7 @@ import torch
 from hsrloop.config import Resolved
 from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import ValLoader
+from hsrloop.data.synthesis import Synthesis
 from hsrloop.errors import ConfigError
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
@@ -26,10 +27,17 @@ from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
 from hsrloop.train import checkpoint, folder
-from hsrloop.train.build import build_loaders, build_state, load_model, locate, val_image_store
+from hsrloop.train.build import (
+    build_loaders,
+    build_state,
+    load_data,
+    load_model,
+    locate,
+)
 from hsrloop.train.checkpoint import KEY, RunIdentity, Saved
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.hub import Hub
+from hsrloop.train.images import val_image_store
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
 from hsrloop.train.resume import check_same, current_versions, resumed_settings
@@ -82,7 +90,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
-    spec = load_dataset(_dataset(resolved), seed=config.seed)
+    spec, synthesis = _data(resolved, hub)
     run_dir = folder.of_checkpoint(saved.path) if saved else None
     folder.check_writable(run_dir or Path(config.output))
     if saved is None:
@@ -91,7 +99,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
     fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
-    identity = _identity(resolved, spec, fresh_share)
+    identity = _identity(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
     state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
@@ -101,7 +109,9 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         if config.epochs != saved.identity.config.epochs:
             state.epochs_skipped = 0  # another plan, with another tail
     folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
-    loaders = build_loaders(resolved, spec, info, micro_batch=state.micro_batch, emit=hub.emit)
+    loaders = build_loaders(
+        resolved, spec, synthesis.scenes, info, micro_batch=state.micro_batch, emit=hub.emit
+    )
     with contextlib.ExitStack() as closing:
         if run_dir is None:
             run_dir = folder.make_run_folder(Path(config.output))
@@ -211,17 +221,29 @@ def _started(
     )
 
 
-def _identity(resolved: Resolved, spec: DatasetSpec, fresh_share: float | None) -> RunIdentity:
+def _identity(
+    resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis, fresh_share: float | None
+) -> RunIdentity:
     found, threads = current_versions()
     return RunIdentity(
         config=resolved.config,
         sources=resolved.sources,
         names=spec.names,
-        fingerprint=spec.fingerprint,
+        fingerprint=spec.fingerprint + synthesis.digest,
         versions=found,
         threads=threads,
         fresh_share=fresh_share,
     )
+
+
+def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
+    """Load what to train on, and say what is synthesised; a folder given in vain is a warning."""
+    config = resolved.config
+    spec, synthesis = load_data(config, _dataset(resolved))
+    given = config.annotated_dir or config.backgrounds_dir or config.distractors_dir
+    vain = given is not None and synthesis.scenes is None
+    hub.emit(Note(text=synthesis.text, level="warning" if vain else "info"))
+    return spec, synthesis
 
 
 def _fresh_share(base: BaseModel) -> float | None:
@@ -273,7 +295,7 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
     as_trained = {k: v for k, v in trained.items() if resolved.sources[k] == "default"}
     config = config.replace(**as_trained)  # the same seed holds out the same images
     hub.emit(Note(text=f"validating {path} at {config.imgsz} px"))
-    spec = load_dataset(_dataset(resolved), seed=config.seed)
+    spec = load_dataset(_dataset(resolved), seed=config.seed, train_optional=True)
     base = load_base(path, names=spec.names, seed=config.seed, trust=config.trust_checkpoint)
     unknown = [n for n, fresh in zip(spec.names, base.fresh_classes, strict=True) if fresh]
     if unknown:

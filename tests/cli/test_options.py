@@ -9,24 +9,26 @@ import sys
 import click
 import pytest
 
-from hsrloop.cli.main import check, main, train, validate
+from hsrloop.cli.main import check, main, preview, train, validate
 from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
 TRAIN = {
-    "--amp", "--annotated-dir", "--auto-scale", "--backgrounds-dir", "--batch", "--cache",
+    "--amp", "--annotated-dir", "--augment-device", "--auto-scale", "--backgrounds-dir", "--batch",
+    "--cache",
     "--close-mosaic", "--config", "--cos-lr", "--dataset", "--degrees", "--deterministic",
-    "--device", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs", "--export",
-    "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale", "--help",
-    "--hsv-h", "--hsv-s", "--hsv-v", "--imgsz", "--llrd", "--llrd-decay-rate", "--lr0", "--lrf",
-    "--micro-batch", "--mixup", "--model", "--momentum", "--mosaic", "--no-amp",
-    "--no-auto-scale", "--no-cos-lr", "--no-deterministic", "--no-dynamic-synthetic",
-    "--no-llrd", "--no-oom-recovery", "--no-tensorboard", "--no-trust-checkpoint",
-    "--oom-recovery", "--optimizer", "--output", "--patience",
-    "--pretrained-lr-scale", "--resume", "--save-period",
-    "--scale", "--seed", "--set", "--shear", "--synthetic-ratio", "--tensorboard",
-    "--tensorboard-port", "--translate", "--trust-checkpoint", "--validate-only",
-    "--warmup-epochs", "--weight-decay", "--workers", "-d", "-h", "-m", "-o",
+    "--device", "--distractors-dir", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs",
+    "--export", "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale",
+    "--help", "--hsv-h", "--hsv-s", "--hsv-v", "--imgsz", "--llrd", "--llrd-decay-rate", "--lr0",
+    "--lrf", "--max-objects", "--max-occlusion", "--micro-batch", "--mixup", "--model",
+    "--momentum", "--mosaic", "--negative-share", "--no-amp", "--no-auto-scale", "--no-cos-lr",
+    "--no-deterministic", "--no-dynamic-synthetic", "--no-llrd", "--no-oom-recovery",
+    "--no-tensorboard", "--no-trust-checkpoint", "--object-degrees", "--object-scale-max",
+    "--object-scale-min", "--oom-recovery", "--optimizer", "--output", "--patience",
+    "--pretrained-lr-scale", "--resume", "--save-period", "--scale", "--seed", "--set", "--shear",
+    "--synthetic-images", "--synthetic-ratio", "--tensorboard", "--tensorboard-port", "--translate",
+    "--trust-checkpoint", "--validate-only", "--warmup-epochs", "--weight-decay", "--workers", "-d",
+    "-h", "-m", "-o",
 }  # fmt: skip
 VALIDATE = {
     "--batch", "--config", "--dataset", "--device", "--help", "--imgsz", "--json", "--model",
@@ -34,6 +36,13 @@ VALIDATE = {
     "-d", "-h", "-m", "-o",
 }  # fmt: skip
 CHECK = {"--dataset", "--help", "--imgsz", "--json", "--plot", "-d", "-h"}
+PREVIEW = {
+    "--annotated-dir", "--backgrounds-dir", "--config", "--dataset", "--degrees",
+    "--distractors-dir", "--fliplr", "--flipud", "--help", "--hsv-h", "--hsv-s", "--hsv-v",
+    "--images", "--imgsz", "--max-objects", "--max-occlusion", "--mixup", "--mosaic",
+    "--negative-share", "--object-degrees", "--object-scale-max", "--object-scale-min",
+    "--output", "--scale", "--seed", "--set", "--shear", "--translate", "-d", "-h", "-o",
+}  # fmt: skip
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -46,14 +55,17 @@ def options_of(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "frozen"), [(train, TRAIN), (validate, VALIDATE), (check, CHECK)]
+    ("command", "frozen"),
+    [(train, TRAIN), (validate, VALIDATE), (check, CHECK), (preview, PREVIEW)],
 )
 def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> None:
     assert options_of(command) == frozen
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(main.commands) == {"train", "validate", "check", "weights", "tensorboard", "demo"}
+    assert set(main.commands) == {
+        "train", "validate", "check", "preview", "weights", "tensorboard", "demo",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", fields())

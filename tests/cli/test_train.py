@@ -69,15 +69,15 @@ def test_a_runs_own_config_file_gives_the_same_run_without_warnings(
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--no-oom-recovery"],
-        ["--dynamic-synthetic"],
-        ["--synthetic-ratio", "3"],
-        ["--set", "backgrounds_dir=photos"],
-    ],
-)
+def test_folders_are_kept_as_absolute_paths(invoke: Invoke, calls: Calls) -> None:
+    invoke("train", "-d", "d.yaml", "--annotated-dir", "cut", "--set", "backgrounds_dir=photos")
+    config = calls.resolved.config
+    assert config.annotated_dir == str(Path("cut").absolute())
+    assert config.backgrounds_dir == str(Path("photos").absolute())
+    assert config.distractors_dir is None
+
+
+@pytest.mark.parametrize("arguments", [["--no-oom-recovery"], ["--set", "oom_recovery=false"]])
 def test_what_is_not_there_yet_warns(invoke: Invoke, calls: Calls, arguments: list[str]) -> None:
     result = invoke("train", "-d", "d.yaml", *arguments)
     assert result.exit_code == 0

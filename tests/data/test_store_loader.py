@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from hsrloop.config import TrainConfig
+from hsrloop.data.bank import Bank, DeviceBank, Sources, TileBank
 from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
+from hsrloop.data.render_torch import TorchRenderer
 from hsrloop.data.store import ImageStore, stored_size
 from hsrloop.errors import OutputError
 from hsrloop.records import Batch, Position
@@ -138,6 +141,33 @@ def test_one_stream_for_any_batch_and_cache(spec: DatasetSpec, batch: int, cache
     found = list(loader.batches(Position(4, 0)))
     assert_same(found, list(reference.batches(Position(4, 0))))
     assert len(loader) == len(found) == -(-8 // batch)
+
+
+@pytest.mark.parametrize("kind", [DeviceBank, TileBank])
+def test_rendered_by_torch_it_is_the_same_stream(
+    spec: DatasetSpec, kind: Callable[..., Bank]
+) -> None:
+    """Order, labels and positions are equal; pixels, of noise and with seams, nearly."""
+    spec.train[1].path.write_bytes(b"gone")
+    store, device = ImageStore(spec.train, imgsz=SIDE, cache="ram"), torch.device("cpu")
+    renderer = TorchRenderer(
+        kind(Sources(store), device),
+        spec.train,
+        imgsz=SIDE,
+        device=device,
+    )
+    by_cv2 = TrainLoader(spec.train, store, config(batch=5), micro_batch=2)
+    by_torch = TrainLoader(spec.train, store, config(batch=5), micro_batch=2, renderer=renderer)
+    for position in (Position(0, 0), Position(1, 5)):
+        pairs = zip(by_cv2.batches(position), by_torch.batches(position), strict=True)
+        for a, b in pairs:
+            assert torch.equal(a.boxes_cxcywh, b.boxes_cxcywh) and torch.equal(a.labels, b.labels)
+            assert torch.equal(a.image_index, b.image_index)
+            assert (a.after, a.ends_step) == (b.after, b.ends_step)
+            assert b.images.is_contiguous(memory_format=torch.channels_last)
+            assert b.images.shape == a.images.shape and b.images.dtype == torch.uint8
+            assert (a.images.float() - b.images.float()).abs().mean() <= 1
+    next(by_torch.batches(Position(2, 0)))  # left half-way
 
 
 def test_positions_steps_and_micro_batches(spec: DatasetSpec) -> None:

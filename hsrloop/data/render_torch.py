@@ -1,0 +1,175 @@
+"""Turn plans into pixels with torch, on the device that trains: a batch at a time.
+
+For each output pixel the source that covers it is found first, by the inverse maps of all layers;
+then one bilinear interpolation reads it from the bank. Nothing is drawn twice but cut-outs, each
+within its window, and no canvas is larger than the output. The plans' numbers travel in one copy,
+and shapes depend on the host's numbers alone, so nothing waits for the device.
+
+The same plans give the same pixels as `render` up to rounding, except at the edge of a source.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrloop.data.bank import Bank, Tiles
+from hsrloop.data.colour_torch import Recolour, colour_gains
+from hsrloop.data.dataset import ImageRef
+from hsrloop.data.layout_torch import LayerLayout, Slot, StampLayout
+from hsrloop.data.pixels_torch import blend, compose, stamp, unpack
+from hsrloop.data.plan import AugmentPlan
+
+SCRATCH_BYTES = 256 * 2**20  # for temporaries; less means more, smaller kernels (a guess)
+SCRATCH_PER_PIXEL = 112  # bytes an output pixel takes at most while it is rendered (measured)
+TILES_PER_FRAME = 8  # tiles as large as the output that a frame needs at most (a guess)
+
+
+def gpu_bytes(imgsz: int, batch: int, scratch_bytes: int = SCRATCH_BYTES) -> int:
+    """Return what rendering takes on the GPU beside the bank: temporaries, tiles, three batches."""
+    frames = _frames_at_once(imgsz, scratch_bytes)
+    return int(scratch_bytes + (4 * TILES_PER_FRAME * frames + 9 * batch) * imgsz**2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Consecutive images that are rendered together: their own frames first, then partners'."""
+
+    images: slice
+    layers: slice  # of the layer table: frames
+    stamps: slice  # of the stamp table
+    slots: Sequence[Slot]  # counted from the first of `stamps`
+    mixes: Sequence[tuple[int, int, float]]  # image, its partner's frame, weight of the image
+    tiles: Tiles
+
+
+class TorchRenderer:
+    """Renders batches of plans at one size on one device; one per thread.
+
+    Args:
+        bank: sources on, or for, the same device.
+        images: what `Layer.source` counts in; those of the bank.
+        scratch_bytes: bound of temporaries; at least one image with its mixup partner is rendered.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        images: Sequence[ImageRef],
+        *,
+        imgsz: int,
+        device: torch.device,
+        scratch_bytes: int = SCRATCH_BYTES,
+    ) -> None:
+        self.bank = bank
+        self.device = device
+        self.imgsz = imgsz
+        self._frames_at_once = _frames_at_once(imgsz, scratch_bytes)
+        self._layers = LayerLayout(bank, images, imgsz)
+        self._stamps = StampLayout(bank, imgsz)
+        index = torch.arange(imgsz, dtype=torch.float32, device=device)
+        self._x, self._y = index.view(1, 1, -1), index.view(1, -1, 1)
+        self._recolour = Recolour(device)
+
+    @torch.no_grad()
+    def pixels(self, plans: Sequence[AugmentPlan]) -> Tensor:
+        """Return (B, 3, S, S) uint8 RGB, channels_last, on the device; made on its current stream.
+
+        Every image of a batch has HSV gains, or none has.
+        """
+        side, x, y = self.imgsz, self._x, self._y
+        chunks, layers, stamps = self._lay_out(plans)
+        recolours = plans[0].hsv_gains is not None
+        assert all((plan.hsv_gains is not None) == recolours for plan in plans)
+        gains = np.array([colour_gains(p.hsv_gains or (0.0, 0.0, 0.0)) for p in plans], np.float32)
+        layer_table, stamp_table, colours = self._send(layers, stamps, gains)
+        out = torch.empty((len(plans), side, side, 3), dtype=torch.uint8, device=self.device)
+        for chunk in chunks:
+            source = self.bank.fetch(chunk.tiles)
+            frames = compose(layer_table[chunk.layers], source, x, y)
+            rows = stamp_table[chunk.stamps]
+            for slot in chunk.slots:
+                stamp(frames, rows[slot.rows], source, x, y, slot.window)
+            for image, partner, weight in chunk.mixes:
+                blend(frames[image], frames[partner], weight)
+            images = out[chunk.images]
+            if recolours:
+                self._recolour(frames[: len(images)], colours[chunk.images], images)
+            else:
+                unpack(frames[: len(images)], images)
+        return out.permute(0, 3, 1, 2)
+
+    def _send(self, *tables: np.ndarray) -> list[Tensor]:
+        """Return float32 tables on the device, sent in one copy.
+
+        Page-locked memory comes from torch's cache, which hands it out again only once the copy is
+        done.
+        """
+        ends = list(itertools.accumulate(table.size for table in tables))
+        on_gpu = self.device.type == "cuda"
+        host = torch.empty(ends[-1], dtype=torch.float32, pin_memory=on_gpu)
+        for table, end in zip(tables, ends, strict=True):
+            # As integers: a copy as floats may alter bits that are not meant as a float.
+            host.numpy()[end - table.size : end].view(np.int32)[:] = table.ravel().view(np.int32)
+        sent = host.to(self.device, non_blocking=True)
+        return [
+            sent[end - table.size : end].view(table.shape)
+            for table, end in zip(tables, ends, strict=True)
+        ]
+
+    def _lay_out(self, plans: Sequence[AugmentPlan]) -> tuple[list[_Chunk], np.ndarray, np.ndarray]:
+        """Return how to go about a batch: chunks and the tables of layers and stamps."""
+        groups = list(_grouped(plans, self._frames_at_once))
+        framed = [_frames(plans[group]) for group in groups]
+        slots = max(len(frame.layers) for frames in framed for frame in frames)
+        chunks, layers, stamps = [], [], []
+        first_layer = first_stamp = 0
+        for group, frames in zip(groups, framed, strict=True):
+            wanted, layer_tiles = self._layers.find(frames)
+            pasted, stamp_tiles = self._stamps.find(frames)
+            tiles = layer_tiles + stamp_tiles
+            firsts, steps = self.bank.arrange(tiles)
+            count = len(layer_tiles.sources)
+            layers.append(
+                self._layers.table(wanted, firsts[:count], steps[:count], len(frames), slots)
+            )
+            rows, spread = self._stamps.table(pasted, firsts[count:], steps[count:])
+            stamps.append(rows)
+            layer_rows = slice(first_layer, first_layer + len(frames))
+            stamp_rows = slice(first_stamp, first_stamp + len(rows))
+            chunks.append(
+                _Chunk(group, layer_rows, stamp_rows, spread, _mixes(plans[group]), tiles)
+            )
+            first_layer, first_stamp = layer_rows.stop, stamp_rows.stop
+        return chunks, np.concatenate(layers), np.concatenate(stamps)
+
+
+def _frames_at_once(imgsz: int, scratch_bytes: int) -> int:
+    return max(2, scratch_bytes // (SCRATCH_PER_PIXEL * imgsz**2))
+
+
+def _frames(plans: Sequence[AugmentPlan]) -> list[AugmentPlan]:
+    """Return the plans of one chunk, then their mixup partners."""
+    return [*plans, *(plan.mix for plan in plans if plan.mix is not None)]
+
+
+def _mixes(plans: Sequence[AugmentPlan]) -> list[tuple[int, int, float]]:
+    """Return which images are mixed with which of `_frames`, and their weights."""
+    mixed = [(image, plan.mix_weight) for image, plan in enumerate(plans) if plan.mix is not None]
+    return [(image, len(plans) + i, weight) for i, (image, weight) in enumerate(mixed)]
+
+
+def _grouped(plans: Sequence[AugmentPlan], frames_at_once: int) -> Iterator[slice]:
+    """Yield runs of plans that make at most so many frames, and at least one plan."""
+    frames = [1 if plan.mix is None else 2 for plan in plans]
+    start, total = 0, 0
+    for stop, more in enumerate(itertools.chain(frames, [frames_at_once + 1])):
+        if total and total + more > frames_at_once:
+            yield slice(start, stop)
+            start, total = stop, 0
+        total += more

@@ -1,0 +1,198 @@
+"""Gather what synthetic images are made of: cut-outs, backgrounds, distractors."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.cutout_files import (
+    LAYOUT,
+    Source,
+    annotated_sources,
+    distractor_sources,
+    read_all,
+)
+from hsrloop.data.cutouts import Cutout
+from hsrloop.data.dataset import DatasetSpec, ImageRef
+from hsrloop.data.manifest import yaml_file
+from hsrloop.data.palette import small_versions
+from hsrloop.data.places import images_below, summary
+from hsrloop.data.same_picture import also_in
+from hsrloop.data.scan import Unreadable, image_size
+from hsrloop.data.scene import Scenes, SceneSettings, odds_of, usual_sizes
+from hsrloop.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """Where the material lies; None: nowhere."""
+
+    annotated: Path | None = None
+    backgrounds: Path | None = None
+    distractors: Path | None = None
+
+    @property
+    def suffice(self) -> bool:
+        """Return whether training can do without real images."""
+        return self.annotated is not None and self.backgrounds is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesis:
+    """The scenes of a run, if there are any, and what to say about them."""
+
+    scenes: Scenes | None
+    text: str  # one line: what there is, or why there is none
+    digest: str = ""  # of all files used and how they count
+
+
+def find_folders(config: TrainConfig, dataset: str | Path) -> Folders:
+    """Return the folders given, and of those not given the ones beside data.yaml.
+
+    Raises:
+        DatasetError: a folder given does not exist.
+    """
+    if not config.dynamic_synthetic:
+        return Folders()
+    beside = yaml_file(dataset).parent
+    found: dict[str, Path] = {}
+    for name in Folders.__dataclass_fields__:
+        given = getattr(config, f"{name}_dir")
+        place = Path(given).expanduser().absolute() if given is not None else beside / name
+        if place.is_dir():
+            found[name] = place
+        elif given is not None:
+            option = f"--{name}-dir"
+            raise DatasetError(f"{option} {given} is no folder. Give {LAYOUT}, or drop {option}.")
+    return Folders(**found)
+
+
+def load_synthesis(
+    config: TrainConfig, folders: Folders, spec: DatasetSpec, *, threads: int = 1
+) -> Synthesis:
+    """Read cut-outs and backgrounds; what validation also holds is left out with a warning.
+
+    Raises:
+        DatasetError: a class folder is unknown, or nothing usable is left of what was given.
+    """
+    real = len(spec.train)
+    count = round(config.synthetic_ratio * real) if real else config.synthetic_images
+    why = _why_off(config, folders, count)
+    sources = (
+        [] if why or folders.annotated is None else annotated_sources(folders.annotated, spec.names)
+    )
+    if not why and not sources:
+        why = f"{folders.annotated} holds no images"
+    if why:
+        if not real:
+            raise DatasetError(f"{spec.yaml}: no training images, and no synthetic ones: {why}.")
+        return Synthesis(scenes=None, text=f"no synthetic images: {why}")
+    if folders.distractors is not None:
+        sources += distractor_sources(folders.distractors, spec.names)
+    backgrounds = list(images_below(folders.backgrounds)) if folders.backgrounds else []
+    sources, backgrounds = _without_leaks(sources, sorted(backgrounds), spec, threads)
+    cutouts = read_all(sources, threads=threads)
+    labelled = [cutout for cutout in cutouts if cutout.label >= 0]
+    if not labelled:
+        raise DatasetError(f"{folders.annotated}: no cut-out is left to train on.")
+    refs = _background_refs(backgrounds)
+    if not refs and not real:
+        raise DatasetError(f"{spec.yaml}: no training images, and no background can be used.")
+    seen = np.bincount(
+        np.concatenate([np.zeros(0, np.int64), *(ref.labels for ref in spec.train)]),
+        minlength=spec.nc,
+    )
+    below = refs or spec.train
+    scenes = Scenes(
+        cutouts=tuple(cutouts),
+        backgrounds=refs,
+        palette=small_versions([ref.path for ref in below], threads=max(1, threads)),
+        odds=odds_of(cutouts, seen),
+        sizes=usual_sizes(cutouts),
+        settings=SceneSettings.from_config(config),
+        count=count,
+        distractors=len(cutouts) - len(labelled),
+    )
+    return Synthesis(scenes=scenes, text=_describe(scenes, spec), digest=_digest(scenes, folders))
+
+
+def _why_off(config: TrainConfig, folders: Folders, count: int) -> str:
+    """Return why there are no synthetic images; empty when there are."""
+    if not config.dynamic_synthetic:
+        return "--no-dynamic-synthetic"
+    if count == 0:
+        return f"synthetic_ratio is {config.synthetic_ratio:g}"
+    if folders.annotated is None:
+        return "no cut-outs (no annotated/ beside data.yaml; give --annotated-dir)"
+    return ""
+
+
+def _without_leaks(
+    sources: list[Source], backgrounds: list[Path], spec: DatasetSpec, threads: int
+) -> tuple[list[Source], list[Path]]:
+    """Leave out cut-outs' photographs and backgrounds that are validation images."""
+    held = [ref.path for ref in spec.val]
+    leaks = also_in([*(s.path for s in sources), *backgrounds], held, threads=threads)
+    if leaks:
+        lines = [f"{path} is {twin}" for path, twin in leaks.items()]
+        title = f"{len(leaks)} pictures left out of synthesis: validation holds them too"
+        logger.warning("%s", summary(title, lines))
+    return (
+        [source for source in sources if source.path not in leaks],
+        [path for path in backgrounds if path not in leaks],
+    )
+
+
+def _background_refs(paths: Sequence[Path]) -> tuple[ImageRef, ...]:
+    """Return photographs as images without objects."""
+    boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    refs, problems = [], []
+    for path in paths:
+        try:
+            refs.append(ImageRef(path, *image_size(path), boxes, labels, ()))
+        except Unreadable as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        logger.warning("%s", summary(f"{len(problems)} bad backgrounds left out", problems))
+    return tuple(refs)
+
+
+def _describe(scenes: Scenes, spec: DatasetSpec) -> str:
+    classes = len({cutout.label for cutout in scenes.cutouts if cutout.label >= 0})
+    objects = len(scenes.cutouts) - scenes.distractors
+    ground = f"{len(scenes.backgrounds)} backgrounds" if scenes.backgrounds else "training images"
+    more = f" and {scenes.distractors} distractors" if scenes.distractors else ""
+    return (
+        f"{scenes.count} synthetic images an epoch beside {len(spec.train)} real ones: {objects} "
+        f"cut-outs of {classes} of {spec.nc} classes{more}, on {ground}; none from validation"
+    )
+
+
+def _digest(scenes: Scenes, folders: Folders) -> str:
+    """Return a digest of all files used, by content and by path below their folder."""
+    digest = hashlib.sha256()
+    cutouts: Sequence[Cutout] = scenes.cutouts
+    for cutout in cutouts:
+        digest.update(f"\ncutout {cutout.label} ".encode())
+        top = folders.annotated if cutout.label >= 0 else folders.distractors
+        _add(digest, cutout.path, top)
+        if cutout.mask is not None:
+            _add(digest, cutout.mask, top)
+    for ref in scenes.backgrounds:
+        digest.update(b"\nbackground ")
+        _add(digest, ref.path, folders.backgrounds)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, path: Path, top: Path | None) -> None:
+    relative = Path(os.path.relpath(path, top)).as_posix()
+    digest.update(relative.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

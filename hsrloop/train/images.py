@@ -1,0 +1,170 @@
+"""Decide where decoded images lie and who renders the training stream, and set both up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.bank import Bank, BankPlace, DeviceBank, Sources, TileBank, bank_place
+from hsrloop.data.cutouts import CutoutStore
+from hsrloop.data.dataset import ImageRef
+from hsrloop.data.render_torch import TorchRenderer, gpu_bytes
+from hsrloop.data.store import ImageStore
+from hsrloop.errors import DeviceError
+from hsrloop.events import Event, Note, Progress
+from hsrloop.hardware.memory import GIB, usable_cores
+
+Emit = Callable[[Event], None]
+SCRATCH_SHARE = 1 / 24  # of the free GPU memory for the renderer's temporaries (a guess)
+SCRATCH_LIMITS = (64 * 2**20, 2**30)  # more than the upper one is not faster (a guess)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainImages:
+    """Training images, and what renders them on the GPU; None: the host does."""
+
+    store: ImageStore
+    renderer: TorchRenderer | None
+
+
+def train_images(
+    config: TrainConfig,
+    images: Sequence[ImageRef],
+    cutouts: CutoutStore | None,
+    device: torch.device,
+    *,
+    micro_batch: int,
+    budget_bytes: int,
+    emit: Emit,
+) -> TrainImages:
+    """Decode the training images to where they fit.
+
+    Args:
+        images: what `Layer.source` counts in.
+        budget_bytes: what a cache in RAM may take.
+
+    Raises:
+        DeviceError: `config.augment_device` asks for a GPU and `device` is none.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    scratch = int(min(max(free * SCRATCH_SHARE, SCRATCH_LIMITS[0]), SCRATCH_LIMITS[1]))
+    sources = Sources(ImageStore(images, imgsz=config.imgsz), cutouts)
+    place = render_place(
+        config,
+        device.type,
+        sources,
+        scratch_bytes=gpu_bytes(config.imgsz, micro_batch, scratch),
+        gpu_free_bytes=free,
+        ram_free_bytes=budget_bytes,
+    )
+    _say(config, device.type, place, sources, emit)
+    task = "caching training images"
+    if place == "device" and config.cache != "disk":
+        store = sources.images  # decoded once, for the bank
+    else:
+        store = image_store(config, images, budget_bytes=budget_bytes, task=task, emit=emit)
+    if place == "cv2":
+        return TrainImages(store, None)
+    bank: Bank
+    if place == "device":
+        progress = _progress("loading training images onto the GPU", emit)
+        sources = Sources(store, cutouts)
+        bank = DeviceBank(sources, device, threads=usable_cores(), progress=progress)
+    else:
+        bank = TileBank(Sources(store, cutouts), device)
+    renderer = TorchRenderer(bank, images, imgsz=config.imgsz, device=device, scratch_bytes=scratch)
+    return TrainImages(store, renderer)
+
+
+def render_place(
+    config: TrainConfig,
+    kind: str,
+    sources: Sources,
+    *,
+    scratch_bytes: int,
+    gpu_free_bytes: int,
+    ram_free_bytes: int,
+) -> BankPlace:
+    """Return who renders, and from where.
+
+    Args:
+        kind: of the training device, "cuda" or "cpu".
+        scratch_bytes, gpu_free_bytes, ram_free_bytes: as for `bank_place`.
+
+    Raises:
+        DeviceError: see `train_images`.
+    """
+    if kind == "cpu" and config.augment_device == "gpu":
+        raise DeviceError(
+            "augment_device is gpu, but training runs on the CPU. Use --augment-device auto, or "
+            "train on a GPU with --device cuda."
+        )
+    if kind == "cpu" or config.augment_device == "cpu":
+        return "cv2"
+    return bank_place(
+        bank_bytes=sources.bytes,
+        scratch_bytes=scratch_bytes,
+        gpu_free_bytes=gpu_free_bytes,
+        ram_bytes=0 if config.cache == "disk" else sources.images.bytes,
+        ram_free_bytes=ram_free_bytes if config.cache else 0,
+    )
+
+
+def image_store(
+    config: TrainConfig,
+    refs: Sequence[ImageRef],
+    *,
+    budget_bytes: int,
+    task: str,
+    emit: Emit,
+    interpolation: str = "area",
+) -> ImageStore:
+    """Return images cached as the configuration asks; `task` names the progress."""
+    return ImageStore(
+        refs,
+        imgsz=config.imgsz,
+        cache=config.cache,
+        budget_bytes=None if config.cache == "disk" else budget_bytes,
+        interpolation=interpolation,
+        cache_dir=cache_folder(),
+        threads=usable_cores(),
+        progress=_progress(task, emit),
+    )
+
+
+def val_image_store(
+    config: TrainConfig, refs: Sequence[ImageRef], *, budget_bytes: int, emit: Emit
+) -> ImageStore:
+    """Return validation images resized as Ultralytics does, so that metrics agree with its own."""
+    task = "caching validation images"
+    return image_store(
+        config, refs, budget_bytes=budget_bytes, task=task, emit=emit, interpolation="linear"
+    )
+
+
+def cache_folder() -> Path:
+    """Return the folder for decoded images: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsrloop"
+
+
+def _progress(task: str, emit: Emit) -> Callable[[int, int], None]:
+    return lambda done, total: emit(Progress(task=task, done=done, total=total))
+
+
+def _say(config: TrainConfig, kind: str, place: BankPlace, sources: Sources, emit: Emit) -> None:
+    """Tell where images are augmented, as a warning where a wish for the GPU is not met."""
+    if kind == "cpu" or config.augment_device == "cpu":
+        return
+    size = f"{sources.bytes / GIB:.2f} GiB"
+    texts: dict[BankPlace, str] = {
+        "device": f"augmenting on the GPU, with all images in its memory ({size})",
+        "pinned": f"augmenting on the GPU; the images ({size}) stay in RAM, too large for the GPU",
+        "cv2": "augmenting on the CPU: GPU memory is short, or RAM for the image cache",
+    }
+    asked = config.augment_device == "gpu" and place == "cv2"
+    emit(Note(text=texts[place], level="warning" if asked else "info"))

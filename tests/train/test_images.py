@@ -1,0 +1,79 @@
+"""Who renders training images, and where they lie meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.data.bank import Sources
+from hsrloop.data.dataset import load_dataset
+from hsrloop.data.store import ImageStore
+from hsrloop.errors import ConfigError, DeviceError
+from hsrloop.train.images import render_place, train_images
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "gpu_gib", "place"),
+    [
+        ({}, "cpu", 0, "cv2"),
+        ({}, "cuda", 8, "device"),
+        ({}, "cuda", 1, "pinned"),
+        ({}, "cuda", 0, "cv2"),
+        ({"augment_device": "gpu"}, "cuda", 8, "device"),
+        ({"augment_device": "cpu"}, "cuda", 8, "cv2"),
+        ({"augment_device": "cpu"}, "cpu", 0, "cv2"),
+        ({"cache": False}, "cuda", 8, "device"),
+        ({"cache": False}, "cuda", 1, "cv2"),  # the images would have to lie in RAM
+        ({"cache": "disk"}, "cuda", 1, "pinned"),
+    ],
+)
+def test_the_gpu_renders_when_it_trains(
+    tiny_dataset: Path, settings: dict[str, object], kind: str, gpu_gib: int, place: str
+) -> None:
+    config = TrainConfig.from_json({"imgsz": 64, **settings})
+    sources = Sources(ImageStore(load_dataset(tiny_dataset).train, imgsz=64))
+    found = render_place(
+        config,
+        kind,
+        sources,
+        scratch_bytes=GIB // 4,
+        gpu_free_bytes=gpu_gib * GIB,
+        ram_free_bytes=0 if config.cache == "disk" else GIB,
+    )
+    assert found == place
+
+
+def test_a_gpu_asked_for_and_absent_is_an_error(tiny_dataset: Path) -> None:
+    refs, device = load_dataset(tiny_dataset).train, torch.device("cpu")
+    with pytest.raises(DeviceError, match="augment_device is gpu, but training runs on the CPU"):
+        train_images(
+            TrainConfig(augment_device="gpu"),
+            refs,
+            None,
+            device,
+            micro_batch=2,
+            budget_bytes=GIB,
+            emit=lambda event: None,
+        )
+    with pytest.raises(ConfigError, match="augment_device is cuda; it must be one of auto"):
+        TrainConfig(augment_device="cuda")
+
+
+def test_on_the_cpu_images_are_cached_and_nothing_is_said(tiny_dataset: Path) -> None:
+    said: list[object] = []
+    made = train_images(
+        TrainConfig(imgsz=64),
+        load_dataset(tiny_dataset).train,
+        None,
+        torch.device("cpu"),
+        micro_batch=2,
+        budget_bytes=GIB,
+        emit=said.append,
+    )
+    assert made.renderer is None and made.store.cached_images == 8
+    assert {type(event).__name__ for event in said} == {"Progress"}

@@ -1,0 +1,99 @@
+"""Runs with synthetic images: exact resume, no real images, an untouched data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import pytest
+
+from hsrloop.config import resolve
+from hsrloop.errors import CheckpointError
+from hsrloop.events import Note
+from hsrloop.train.run import train
+from tests.conftest import write_material, write_tiny_dataset
+from tests.train.conftest import Recorder, run_settings
+from tests.train.test_resume import StopAfter, differences, rows, state_of
+
+QUICK = {"epochs": 2, "synthetic_ratio": 0.5, "close_mosaic": 1}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A set with annotated/ and backgrounds/ beside data.yaml."""
+    yaml = write_tiny_dataset(tmp_path / "tiny")
+    write_material(yaml.parent)
+    return yaml
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("questions", [1, 4])
+def test_stopped_mid_epoch_it_ends_the_same(dataset: Path, tmp_path: Path, questions: int) -> None:
+    before = contents(dataset.parent)
+    whole = train(run_settings(dataset, tmp_path / "whole", **QUICK))
+    stopped = train(
+        run_settings(dataset, tmp_path / "stopped", **QUICK, workers=1), stop=StopAfter(questions)
+    )
+    assert stopped.reason == "interrupted"
+    train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+    assert differences(state_of(whole.run_dir), state_of(stopped.run_dir)) == []
+    assert rows(whole.run_dir) == rows(stopped.run_dir)
+    assert contents(dataset.parent) == before
+
+
+def test_an_epoch_has_real_and_synthetic_samples(
+    dataset: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    outcome = train(run_settings(dataset, tmp_path / "runs", **QUICK), sinks=[recorder])
+    # Two epochs of 8 real and 4 synthetic images in batches of 4.
+    assert state_of(outcome.run_dir)["steps"] == 6
+    assert any(n.text.startswith("4 synthetic images an epoch") for n in recorder.of(Note))
+
+
+@pytest.mark.parametrize("changed", ["backgrounds/b1.jpg", "annotated/disc/masks/o0_mask.png"])
+def test_other_cutouts_or_backgrounds_are_refused(
+    dataset: Path, tmp_path: Path, changed: str
+) -> None:
+    stopped = train(run_settings(dataset, tmp_path / "runs", **QUICK), stop=StopAfter(1))
+    file = dataset.parent / changed
+    image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+    image[:40] = 0
+    cv2.imwrite(str(file), image)
+    with pytest.raises(CheckpointError, match="cut-outs or backgrounds, changed since"):
+        train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+
+
+def test_moved_material_goes_on(dataset: Path, tmp_path: Path) -> None:
+    material = tmp_path / "material"
+    for name in ("annotated", "backgrounds"):
+        material.mkdir(exist_ok=True)
+        (dataset.parent / name).rename(material / name)
+    given = {f"{name}_dir": str(material / name) for name in ("annotated", "backgrounds")}
+    stopped = train(run_settings(dataset, tmp_path / "runs", **QUICK, **given), stop=StopAfter(1))
+    moved = material.rename(tmp_path / "moved")
+    given = {f"{name}_dir": str(moved / name) for name in ("annotated", "backgrounds")}
+    last = stopped.run_dir / "weights" / "last.pt"
+    assert train(resolve([("command line", given)]), resume=last).reason == "completed"
+
+
+def test_without_real_images_it_trains(dataset: Path, tmp_path: Path) -> None:
+    dataset.write_text("train:\nval: images/val\nnames: [square, disc, bar]\n")
+    settings = run_settings(dataset, tmp_path / "runs", epochs=1, synthetic_images=6)
+    outcome = train(settings)
+    assert outcome.reason == "completed" and state_of(outcome.run_dir)["steps"] == 2
+
+
+def test_a_folder_given_in_vain_is_a_warning(
+    tiny_dataset: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    train(
+        run_settings(tiny_dataset, tmp_path / "runs", epochs=1, backgrounds_dir=str(photos)),
+        sinks=[recorder],
+    )
+    (note,) = [n for n in recorder.of(Note) if "no synthetic images: no cut-outs" in n.text]
+    assert note.level == "warning"
