@@ -16,7 +16,6 @@ NOT_YET = (
     "backgrounds_dir",
     "annotated_dir",
     "synthetic_ratio",
-    "oom_recovery",
 )
 
 

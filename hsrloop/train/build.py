@@ -27,7 +27,7 @@ from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
-from hsrloop.records import DeviceInfo
+from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
 
@@ -117,7 +117,6 @@ def build_state(
     )
     optimizer = build_optimizer(config.optimizer, groups, momentum=config.momentum)
     materialise_state(optimizer)
-    micro_batch = config.micro_batch or config.batch
     return TrainState(
         model=module,
         ema=Ema(module),
@@ -125,8 +124,20 @@ def build_state(
         scaler=torch.amp.GradScaler(device.type, enabled=amp),
         grad_scale=initial_grad_scale(config.batch) if amp else 1.0,
         batch=config.batch,
-        micro_batch=micro_batch,
+        rung=first_rung(config),
         loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
+    )
+
+
+def first_rung(config: TrainConfig) -> Rung:
+    """Return the settings that were asked for, as the ladder's first rung."""
+    micro_batch = config.micro_batch or config.batch
+    return Rung(
+        micro_batch=micro_batch,
+        imgsz=config.imgsz,
+        cache=config.cache,
+        workers=config.workers,
+        val_batch=micro_batch,
     )
 
 
@@ -154,24 +165,34 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
 
 
 def build_loaders(
-    resolved: Resolved, spec: DatasetSpec, info: DeviceInfo, *, micro_batch: int, emit: Emit
+    resolved: Resolved, spec: DatasetSpec, info: DeviceInfo, *, rung: Rung, emit: Emit
 ) -> Loaders:
-    """Decode what fits into the cache and return both loaders."""
-    config = resolved.config
+    """Decode what fits into the cache and return both loaders.
+
+    Args:
+        rung: replaces what the settings say; validation keeps their imgsz.
+    """
+    asked = resolved.config
+    config = asked.replace(
+        micro_batch=rung.micro_batch, imgsz=rung.imgsz, cache=rung.cache, workers=rung.workers
+    )
+    resolved = Resolved(config, resolved.sources)
     budget = cache_budget(host_memory().free_bytes)
     train_store = _store(config, spec.train, budget, "caching training images", emit)
     val_store = val_image_store(
-        config, spec.val, budget_bytes=max(0, budget - train_store.cached_bytes), emit=emit
+        config.replace(imgsz=asked.imgsz),
+        spec.val,
+        budget_bytes=max(0, budget - train_store.cached_bytes),
+        emit=emit,
     )
     train = TrainLoader(
         spec.train,
         train_store,
         config,
-        micro_batch=micro_batch,
         workers=worker_count(resolved, info),
         pin_memory=info.kind == "cuda",
     )
-    val = ValLoader(spec.val, val_store, batch=micro_batch, pin_memory=info.kind == "cuda")
+    val = ValLoader(spec.val, val_store, batch=rung.val_batch, pin_memory=info.kind == "cuda")
     return Loaders(train, val, (train_store, val_store))
 
 

@@ -1,171 +1,156 @@
-"""What to do when memory runs out: recognise it, and say which settings to try next.
+"""Go on at smaller settings when memory runs out, with the same samples, as if nothing had been.
 
-Both are pure. Who rebuilds the runtime and repeats the samples is `train.run`.
+Recovery happens outside the `except` block, when the exception, its frames and the graph are gone.
 """
 
 from __future__ import annotations
 
-import enum
-import errno
-from collections.abc import Callable, Iterator
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.loader import WorkerDied
+from hsrloop.errors import ResourceError
+from hsrloop.events import Event, Recovered
+from hsrloop.hardware.memory import gpu_neighbours
+from hsrloop.records import DeviceInfo, Rung
+from hsrloop.train.ladder import Cause, cause_of, describe_change, next_rung
+from hsrloop.train.state import TrainState
+from hsrloop.train.step import Transaction, finish_commit
 
-SIZES = (1280, 1024, 960, 800, 640, 512, 416, 320)
-"""Image sizes that recovery shrinks to; an image that is smaller already stays as it is."""
-
-SOUND_MICRO_BATCH = 4
-"""Smaller ones leave BatchNorm too few images, so a smaller image is tried first."""
-
-
-class Cause(enum.Enum):
-    """What ran out; the value is how it is called in messages."""
-
-    GPU_MEMORY = "GPU memory"
-    HOST_MEMORY = "main memory"
-    WORKER = "a loader process"
+logger = logging.getLogger(__name__)
 
 
-# As torch 2.11 to 2.15, cuBLAS, cuDNN, OpenCV and numpy spell it; lower case.
-_GPU = (
-    "cuda out of memory",
-    "cuda error: out of memory",
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-    "cusolver_status_alloc_failed",
-)
-# cuDNN says this when it finds no room for its workspace, and also when a call is wrong.
-_GPU_AFTER_FAILED_ALLOCATION = (
-    "cudnn_status_not_supported",
-    "cudnn_status_internal_error",
-    "cudnn_status_execution_failed",
-    "unable to find an engine to execute this computation",
-)
-_HOST = (
-    "defaultcpuallocator",
-    "not enough memory: you tried to allocate",
-    "insufficient memory",
-    "unable to allocate",
-    "cannot allocate memory",
-    "memoryerror",
-)
-_WORKER = (
-    "dataloader worker",
-    "pin memory thread exited",
-    "bus error",
-    "unable to open shared memory object",
-    "/dev/shm",
-)
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What is remembered of an exception: nothing that keeps its frames alive."""
+
+    cause: Cause
+    reason: str
+    validating: bool
 
 
-def cause_of(error: BaseException, *, allocation_failed: bool = False) -> Cause | None:
-    """Return what ran out, or None when an error is of another kind.
+def with_recovery(
+    attempt: Callable[[], str],
+    state: TrainState,
+    transaction: Transaction,
+    *,
+    config: TrainConfig,
+    info: DeviceInfo,
+    emit: Callable[[Event], None],
+) -> str:
+    """Call `attempt` until it returns, stepping down the ladder each time memory runs out.
 
     Args:
-        error: as it was raised; the errors it was raised from are looked at too.
-        allocation_failed: whether the GPU's allocator had to refuse or retry since the last good
-            step; only then do cuDNN's vaguer errors count.
+        attempt: builds a runtime at the state's position and rung, and runs it to its end.
+        transaction: the one that steps are taken in.
+        info: the device, for the message when the ladder has ended.
+
+    Raises:
+        ResourceError: no smaller settings are left, or recovery is off.
     """
-    for link in _chain(error):
-        if isinstance(link, torch.OutOfMemoryError):
-            return Cause.GPU_MEMORY
-        if isinstance(link, WorkerDied):
-            return Cause.WORKER
-        if isinstance(link, MemoryError):
-            return Cause.HOST_MEMORY
-        if isinstance(link, OSError):
-            if link.errno == errno.ENOMEM:
-                return Cause.HOST_MEMORY
-            continue  # a full disk is no lack of memory
-        if isinstance(link, RuntimeError) or type(link).__module__.startswith("cv2"):
-            found = _by_text(str(link).lower(), allocation_failed)
-            if found is not None:
-                return found
-    return None
+    while True:
+        outcome = _outcome(attempt, state)
+        if isinstance(outcome, str):
+            return outcome
+        _free()
+        if state.commit is not None:
+            finish_commit(state, transaction)
+        _step_down(state, outcome, config, info, emit)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those it was raised from."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
+    refused = _refused_allocations()
+    try:
+        return attempt()
+    except Exception as error:
+        cause = cause_of(error, allocation_failed=_refused_allocations() > refused)
+        if cause is None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return _Failure(cause, reason, validating=len(state.history) < state.position.epoch)
 
 
-def _by_text(text: str, allocation_failed: bool) -> Cause | None:
-    gpu = _GPU + (_GPU_AFTER_FAILED_ALLOCATION if allocation_failed else ())
-    for cause, spellings in (
-        (Cause.GPU_MEMORY, gpu),
-        (Cause.WORKER, _WORKER),
-        (Cause.HOST_MEMORY, _HOST),
-    ):
-        if any(spelling in text for spelling in spellings):
-            return cause
-    return None
+def _refused_allocations() -> int:
+    """Return how often the GPU's allocator found no memory, or only after freeing its cache."""
+    if not torch.cuda.is_available():
+        return 0
+    stats = torch.cuda.memory_stats()
+    return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
 
 
-def next_rung(config: TrainConfig, cause: Cause) -> TrainConfig | None:
-    """Return the next configuration that needs less of what ran out, or None when none is left.
-
-    What costs the result least comes first. A smaller micro-batch costs nothing down to the size
-    that BatchNorm can stand, a smaller image costs small objects; giving up the cache and workers
-    costs time, and helps only against a lack of main memory and dying processes, which take those
-    two first.
-    """
-    image: tuple[_Step, ...] = (_halve_to_sound, _shrink, _halve)
-    host: tuple[_Step, ...] = (_drop_cache, _fewer_workers)
-    order = image if cause is Cause.GPU_MEMORY else host + image
-    for step in order:
-        smaller = step(config)
-        if smaller is not None:
-            return smaller
-    return None
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-_Step = Callable[[TrainConfig], TrainConfig | None]
+def _step_down(
+    state: TrainState,
+    failure: _Failure,
+    config: TrainConfig,
+    info: DeviceInfo,
+    emit: Callable[[Event], None],
+) -> None:
+    before = state.rung
+    after = _next(config, before, failure) if config.oom_recovery else None
+    if after is None:
+        raise ResourceError(_last_words(state, failure, config, info))
+    state.rung = after
+    event = Recovered(
+        cause=failure.cause.value,
+        change=describe_change(before, after),
+        rung=dataclasses.asdict(after),
+        epoch=len(state.history),
+        sample=state.position.sample,
+        reason=failure.reason,
+    )
+    state.recoveries.append(event.to_json())
+    emit(event)
 
 
-def _micro_batch(config: TrainConfig) -> int:
-    return config.micro_batch or config.batch
-
-
-def _halve_to_sound(config: TrainConfig) -> TrainConfig | None:
-    now = _micro_batch(config)
-    if now <= SOUND_MICRO_BATCH:
+def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
+    """Return the rung below; validation on the GPU gives way with its own batch first."""
+    if failure.validating and failure.cause is Cause.GPU_MEMORY and rung.val_batch > 1:
+        return dataclasses.replace(rung, val_batch=rung.val_batch // 2)
+    smaller = next_rung(at(config, rung), failure.cause)
+    if smaller is None:
         return None
-    return config.replace(micro_batch=max(SOUND_MICRO_BATCH, now // 2))
+    micro_batch = smaller.micro_batch or smaller.batch
+    return Rung(
+        micro_batch=micro_batch,
+        imgsz=smaller.imgsz,
+        cache=smaller.cache,
+        workers=smaller.workers,
+        val_batch=rung.val_batch,
+    )
 
 
-def _shrink(config: TrainConfig) -> TrainConfig | None:
-    smaller = next((size for size in SIZES if size < config.imgsz), None)
-    return None if smaller is None else config.replace(imgsz=smaller)
+def at(config: TrainConfig, rung: Rung) -> TrainConfig:
+    """Return a run's settings as they are on a rung."""
+    return config.replace(
+        micro_batch=rung.micro_batch, imgsz=rung.imgsz, cache=rung.cache, workers=rung.workers
+    )
 
 
-def _halve(config: TrainConfig) -> TrainConfig | None:
-    now = _micro_batch(config)
-    return None if now == 1 else config.replace(micro_batch=now // 2)
+def _last_words(state: TrainState, failure: _Failure, config: TrainConfig, info: DeviceInfo) -> str:
+    words = f"{failure.cause.value} ran out ({failure.reason})"
+    if not config.oom_recovery:
+        return f"{words}, and recovery is off. Use a smaller --micro-batch or --imgsz."
+    tried = ", ".join(str(row["change"]) for row in state.recoveries) or "nothing smaller exists"
+    words += f" and no smaller settings are left; tried: {tried}."
+    others = gpu_neighbours(info.uuid) if failure.cause is Cause.GPU_MEMORY else ()
+    if others:
+        held = ", ".join(f"process {pid} {size // 2**20} MiB" for pid, size in others)
+        words += f" Others hold memory on {info.name}: {held}; end them."
+    return f"{words} Use a smaller model (-m yolov8n.pt), or --device cpu."
 
 
-def _drop_cache(config: TrainConfig) -> TrainConfig | None:
-    return config.replace(cache=False) if config.cache == "ram" else None
-
-
-def _fewer_workers(config: TrainConfig) -> TrainConfig | None:
-    return config.replace(workers=config.workers // 2) if config.workers else None
-
-
-def describe_change(before: TrainConfig, after: TrainConfig) -> str:
-    """Return what a rung changes, in words: "micro_batch 8 -> 4"."""
-    fields = ("micro_batch", "imgsz", "cache", "workers")
-    values = [
-        (name, _micro_batch(before), _micro_batch(after))
-        if name == "micro_batch"
-        else (name, getattr(before, name), getattr(after, name))
-        for name in fields
-    ]
-    return ", ".join(f"{name} {old} -> {new}" for name, old, new in values if old != new)
+def sizes_trained(config: TrainConfig, state: TrainState) -> list[int]:
+    """Return the image sizes a run was trained at, the one asked for first."""
+    sizes = [config.imgsz, *(int(row["rung"]["imgsz"]) for row in state.recoveries)]
+    return list(dict.fromkeys(sizes))

@@ -26,15 +26,23 @@ from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
 from hsrloop.train import checkpoint, folder
-from hsrloop.train.build import build_loaders, build_state, load_model, locate, val_image_store
+from hsrloop.train.build import (
+    Loaders,
+    build_loaders,
+    build_state,
+    load_model,
+    locate,
+    val_image_store,
+)
 from hsrloop.train.checkpoint import KEY, RunIdentity, Saved
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.hub import Hub
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
-from hsrloop.train.resume import check_same, current_versions, resumed_settings
+from hsrloop.train.recovery import sizes_trained, with_recovery
+from hsrloop.train.resume import check_same, current_versions, resumed_rung, resumed_settings
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings
+from hsrloop.train.step import StepSettings, Transaction
 
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # weights, average and two moments in float32, half weights
 CHECKPOINTS_ON_DISK = 3  # last, the one being written, best
@@ -98,10 +106,10 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
+        state.rung = resumed_rung(state.rung, saved.identity.config, config)
         if config.epochs != saved.identity.config.epochs:
             state.epochs_skipped = 0  # another plan, with another tail
     folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
-    loaders = build_loaders(resolved, spec, info, micro_batch=state.micro_batch, emit=hub.emit)
     with contextlib.ExitStack() as closing:
         if run_dir is None:
             run_dir = folder.make_run_folder(Path(config.output))
@@ -110,30 +118,39 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         server = _open_reports(hub, run_dir, resolved, state)
         if server is not None:
             closing.callback(server.close)
-        closing.enter_context(loaders)  # closed first: workers hold the server's pipe open
         hub.emit(_started(run_dir, resolved, state, spec, info, resumed=saved is not None))
         governor = SpinGovernor() if device.type == "cpu" else None
         if governor is not None:
             closing.callback(governor.close)
-        runtime = Runtime(
-            config=config,
-            identity=identity,
-            run_dir=run_dir,
-            train_loader=loaders.train,
-            val_loader=loaders.val,
-            settings=StepSettings(
-                device=device,
-                strides=strides(base.module),
-                reg_max=reg_max(base.module),
-                amp=amp,
-                ema_decay=config.ema_decay,
-                ema_tau=config.ema_tau,
-            ),
-            emit=hub.emit,
-            stop=stop,
-            governor=governor,
+        transaction = Transaction(state)
+        settings = StepSettings(
+            device=device,
+            strides=strides(base.module),
+            reg_max=reg_max(base.module),
+            amp=amp,
+            ema_decay=config.ema_decay,
+            ema_tau=config.ema_tau,
         )
-        reason = run_to_end(state, runtime)
+
+        def runtime(loaders: Loaders) -> Runtime:
+            return Runtime(
+                config=config,
+                identity=identity,
+                run_dir=run_dir,
+                train_loader=loaders.train,
+                val_loader=loaders.val,
+                settings=settings,
+                transaction=transaction,
+                emit=hub.emit,
+                stop=stop,
+                governor=governor,
+            )
+
+        def attempt() -> str:
+            with build_loaders(resolved, spec, info, rung=state.rung, emit=hub.emit) as loaders:
+                return run_to_end(state, runtime(loaders))
+
+        reason = with_recovery(attempt, state, transaction, config=config, info=info, emit=hub.emit)
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
@@ -160,6 +177,8 @@ def _finish(
         "training_time_minutes": round(state.elapsed_s / 60, 3),
         "epochs_completed": len(state.history),
         "stopped_by": reason,
+        "recoveries": state.recoveries,
+        "imgsz_trained": sizes_trained(resolved.config, state),
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),
     }

@@ -10,7 +10,7 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import WorkerDied
-from hsrloop.train.recovery import SIZES, SOUND_MICRO_BATCH, Cause, cause_of, next_rung
+from hsrloop.train.ladder import SIZES, SOUND_MICRO_BATCH, Cause, cause_of, next_rung
 
 GRID = [
     TrainConfig(batch=batch, micro_batch=micro, imgsz=imgsz, cache=cache, workers=workers)
