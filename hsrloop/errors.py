@@ -7,6 +7,7 @@ HsrloopError              one clear line on stderr and exit code 2
 |- CheckpointError        a run that cannot be resumed
 |- DeviceError            the device asked for is absent or unusable
 |- OutputError            the output folder or its disk
+|- ResourceError          memory ran out, and no smaller settings are left
 `- DependencyError        a library that an option needs is not installed
 
 Only the command line turns these into exit code 2; anything else is a defect of hsrloop and keeps
@@ -42,6 +43,10 @@ class DeviceError(HsrloopError):
 
 class OutputError(HsrloopError):
     """The output folder cannot be written, or its disk is too full."""
+
+
+class ResourceError(HsrloopError):
+    """Memory ran out, and there is nothing smaller to try."""
 
 
 class DependencyError(HsrloopError):

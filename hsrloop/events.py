@@ -89,6 +89,8 @@ class EpochDone(Event):
     train_s: float
     val_s: float
     skipped_steps: int  # by the GradScaler, in this epoch
+    micro_batch: int  # at the epoch's end, as is imgsz
+    imgsz: int
     best: bool
 
 
@@ -98,6 +100,18 @@ class Note(Event):
 
     text: str
     level: str = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered(Event):
+    """Memory ran out; the run goes on at smaller settings, from the sample where it stood."""
+
+    cause: str
+    change: str  # such as "micro_batch 8 -> 4"
+    rung: dict[str, Any]  # records.Rung, after the change
+    epoch: int  # epochs completed
+    sample: int  # samples of the next epoch already trained
+    reason: str  # the error's first line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +159,7 @@ _KINDS: Mapping[str, type[Event]] = {
         StepDone,
         EpochDone,
         Note,
+        Recovered,
         CheckpointSaved,
         RunStopped,
         RunFinished,

@@ -50,6 +50,18 @@ class Position:
     sample: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """Where on the ladder a run stands: the settings that recovery may change, as they are now."""
+
+    micro_batch: int
+    imgsz: int  # of training; validation keeps the size that was asked for
+    cache: bool | str
+    workers: int
+    val_batch: int
+    bank: str  # where a GPU renders images from: "device", "pinned" (RAM), or "cv2": not at all
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One image with its labels, as training or validation sees it before batching."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsrloop.cli.options import flag
 from hsrloop.config import (
     Resolved,
     TrainConfig,
@@ -18,7 +17,6 @@ from hsrloop.config import (
     resolve,
 )
 from hsrloop.errors import ConfigError
-from hsrloop.report.settings import NOT_YET
 
 _LOG = logging.getLogger(__name__)
 COMMAND_LINE = "command line"
@@ -130,9 +128,6 @@ def _check(asked: Resolved) -> None:
         )
     if meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
         _LOG.warning("--gpu-tier is ignored: auto-scaling is off.")
-    early = [flag(name) for name in NOT_YET if meant(name)]
-    if early:
-        _LOG.warning("Not yet there, without effect: %s.", ", ".join(early))
 
 
 def _machine_layers(request: Request, asked: Resolved) -> list[tuple[str, Mapping[str, Any]]]:

@@ -81,7 +81,7 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
     prepare()
 
     from hsrloop.train.folder import newest_best
-    from hsrloop.train.run import validate
+    from hsrloop.train.validation import validate
 
     if resolved.sources["model"] == "default":
         best = newest_best(Path(resolved.config.output))

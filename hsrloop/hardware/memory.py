@@ -56,6 +56,34 @@ def disk_free_bytes(path: Path | str) -> int:
     return shutil.disk_usage(place).free
 
 
+def gpu_neighbours(uuid: str) -> tuple[tuple[int, int], ...]:
+    """Return (pid, bytes held) of the other processes on a GPU, the largest first.
+
+    Args:
+        uuid: as NVML or as torch spells it, which leaves "GPU-" out.
+
+    Empty without a driver, or where it does not tell (in containers and under Windows).
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-" + uuid.removeprefix("GPU-"))
+        found = [
+            *pynvml.nvmlDeviceGetComputeRunningProcesses(handle),
+            *pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+        ]
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+    held = {p.pid: int(p.usedGpuMemory or 0) for p in found if p.pid != os.getpid()}
+    return tuple(sorted(held.items(), key=lambda item: -item[1]))
+
+
 def cache_budget(free_bytes: int, *, reserve_bytes: int = 2 * GIB, share: float = 0.6) -> int:
     """Return how many bytes of decoded images to keep in RAM.
 

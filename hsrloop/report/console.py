@@ -15,6 +15,7 @@ from hsrloop.events import (
     EpochDone,
     Event,
     Note,
+    Recovered,
     RunFinished,
     RunStarted,
     RunStopped,
@@ -65,6 +66,9 @@ class ConsoleSink:
                 self._epoch(event)
             case Note():
                 self._note(event)
+            case Recovered():
+                text = f"{event.cause} ran out: {event.change}. The same samples are tried again."
+                self._note(Note(text=text, level="warning"))
             case RunStopped():
                 self._hide_bar()
                 self._console.print(f"Stopped ({event.reason}). {event.text}", soft_wrap=True)

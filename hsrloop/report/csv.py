@@ -20,7 +20,7 @@ FIRST_COLUMNS = (
     "precision",
     "recall",
 )
-_LAST_COLUMNS = ("images_per_s", "skipped_steps", "train_s", "val_s")
+_LAST_COLUMNS = ("images_per_s", "skipped_steps", "micro_batch", "imgsz", "train_s", "val_s")
 
 
 class CsvSink:
@@ -89,5 +89,7 @@ def _cells(event: EpochDone) -> dict[str, str]:
     return {
         "epoch": str(event.epoch),
         "skipped_steps": str(event.skipped_steps),
+        "micro_batch": str(event.micro_batch),
+        "imgsz": str(event.imgsz),
         **{name: f"{value:.6g}" for name, value in numbers.items()},
     }

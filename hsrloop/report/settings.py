@@ -10,9 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-# Settings whose machinery does not exist yet; giving one of them explicitly warns.
-NOT_YET = ("oom_recovery",)
-
 
 def settings_table(config: Mapping[str, Any], sources: Mapping[str, str]) -> RenderableType:
     """Return what was chosen, with where it came from, above what was left at its default."""
@@ -21,8 +18,6 @@ def settings_table(config: Mapping[str, Any], sources: Mapping[str, str]) -> Ren
         chosen.add_column(title, overflow="fold")
     defaults: list[Text] = []
     for name, value in config.items():
-        if name in NOT_YET:
-            continue
         shown = spell(value)
         if sources.get(name, "default") == "default":
             defaults.append(Text.assemble((name, "dim"), " ", shown))
@@ -33,7 +28,6 @@ def settings_table(config: Mapping[str, Any], sources: Mapping[str, str]) -> Ren
         parts += [chosen, ""]
     if defaults:
         parts += [Text("defaults", style="bold"), Columns(defaults, padding=(0, 3), equal=True)]
-    parts.append(Text.assemble(("not yet there: ", "yellow"), ", ".join(NOT_YET)))
     return Group(*parts)
 
 

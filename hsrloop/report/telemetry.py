@@ -63,7 +63,7 @@ def _is_beyond(event: dict[str, Any], position: tuple[int, int]) -> bool:
     match event.get("event"):
         case "EpochDone":
             return bool(event["epoch"] > position[0])
-        case "CheckpointSaved":
+        case "CheckpointSaved" | "Recovered":
             return bool((event["epoch"], event["sample"]) > position)
         case "RunFinished":
             return True

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hsrloop.events import EpochDone, Event, Note, RunStarted
+from hsrloop.events import EpochDone, Event, Note, Recovered, RunStarted
 
 _LOG = logging.getLogger(__name__)
 _START_LIMIT_S = 30.0  # a guess; 3 s on an idle machine
@@ -51,6 +51,9 @@ class TensorBoardSink:
                 lines = [f"| {key} | {value} |" for key, value in sorted(event.config.items())]
                 table = "\n".join(["| setting | value |", "|---|---|", *lines])
                 self._text("run/settings", table, step=event.epoch - 1)
+            case Recovered():
+                text = f"{event.cause} ran out: {event.change} ({event.reason})"
+                self._text("run/recoveries", text, step=event.epoch)
             case Note(level="warning"):
                 self._text("run/warnings", event.text, step=0)
 

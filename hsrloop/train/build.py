@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from hsrloop.config import (
     Resolved,
     TrainConfig,
 )
+from hsrloop.data.bank import BankPlace
 from hsrloop.data.cutouts import CutoutStore
 from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.data.scene import Scenes
 from hsrloop.data.store import ImageStore
 from hsrloop.data.synthesis import Synthesis, find_folders, load_synthesis
-from hsrloop.errors import WeightsError
+from hsrloop.errors import ConfigError, WeightsError
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores
 from hsrloop.hardware.probe import torch_device
@@ -30,7 +31,7 @@ from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
-from hsrloop.records import DeviceInfo
+from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.images import train_images, val_image_store
 from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
@@ -45,6 +46,7 @@ class Loaders:
     train: TrainLoader
     val: ValLoader
     stores: tuple[ImageStore, ...]
+    bank: BankPlace  # where training images are rendered from
 
     def __enter__(self) -> Loaders:
         return self
@@ -55,6 +57,17 @@ class Loaders:
         self.val.close()
         for store in self.stores:
             store.close()
+
+
+def dataset_of(resolved: Resolved) -> str:
+    """Return the path of data.yaml.
+
+    Raises:
+        ConfigError: none is given.
+    """
+    if resolved.config.dataset is None:
+        raise ConfigError("no data set given. Use --dataset path/to/data.yaml.")
+    return resolved.config.dataset
 
 
 def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis]:
@@ -132,7 +145,6 @@ def build_state(
     )
     optimizer = build_optimizer(config.optimizer, groups, momentum=config.momentum)
     materialise_state(optimizer)
-    micro_batch = config.micro_batch or config.batch
     return TrainState(
         model=module,
         ema=Ema(module),
@@ -140,8 +152,28 @@ def build_state(
         scaler=torch.amp.GradScaler(device.type, enabled=amp),
         grad_scale=initial_grad_scale(config.batch) if amp else 1.0,
         batch=config.batch,
-        micro_batch=micro_batch,
+        rung=first_rung(config),
         loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
+    )
+
+
+def first_rung(config: TrainConfig) -> Rung:
+    """Return the settings that were asked for, as the ladder's first rung."""
+    micro_batch = config.micro_batch or config.batch
+    return Rung(
+        micro_batch=micro_batch,
+        imgsz=config.imgsz,
+        cache=config.cache,
+        workers=config.workers,
+        val_batch=micro_batch,
+        bank="device",
+    )
+
+
+def at(config: TrainConfig, rung: Rung) -> TrainConfig:
+    """Return a run's settings as they are on a rung."""
+    return config.replace(
+        micro_batch=rung.micro_batch, imgsz=rung.imgsz, cache=rung.cache, workers=rung.workers
     )
 
 
@@ -174,15 +206,19 @@ def build_loaders(
     scenes: Scenes | None,
     info: DeviceInfo,
     *,
-    micro_batch: int,
+    rung: Rung,
     emit: Emit,
 ) -> Loaders:
     """Decode what fits into the caches and return both loaders.
 
+    Args:
+        rung: replaces what the settings say; validation keeps their imgsz.
+
     Raises:
         DeviceError: augmentation is to run on a GPU, and training does not.
     """
-    config = resolved.config
+    asked = resolved.config
+    config = at(asked, rung)
     cutouts = None
     if scenes is not None:
         cutouts = CutoutStore(scenes.cutouts, imgsz=config.imgsz, threads=usable_cores())
@@ -192,31 +228,33 @@ def build_loaders(
         (*spec.train, *scenes.backgrounds) if scenes else spec.train,
         cutouts,
         torch.device(torch_device(info)),
-        micro_batch=micro_batch,
+        micro_batch=rung.micro_batch,
+        at_best=rung.bank,
         budget_bytes=budget,
         emit=emit,
     )
     val_store = val_image_store(
-        config, spec.val, budget_bytes=max(0, budget - made.store.cached_bytes), emit=emit
+        config.replace(imgsz=asked.imgsz),
+        spec.val,
+        budget_bytes=max(0, budget - made.store.cached_bytes),
+        emit=emit,
     )
     train = TrainLoader(
         spec.train,
         made.store,
         config,
-        micro_batch=micro_batch,
-        workers=worker_count(resolved, info),
+        workers=worker_count(config, resolved.sources, info),
         pin_memory=info.kind == "cuda",
         scenes=scenes,
         cutouts=cutouts,
         renderer=made.renderer,
     )
-    val = ValLoader(spec.val, val_store, batch=micro_batch, pin_memory=info.kind == "cuda")
-    return Loaders(train, val, (made.store, val_store))
+    val = ValLoader(spec.val, val_store, batch=rung.val_batch, pin_memory=info.kind == "cuda")
+    return Loaders(train, val, (made.store, val_store), made.place)
 
 
-def worker_count(resolved: Resolved, info: DeviceInfo) -> int:
+def worker_count(config: TrainConfig, sources: Mapping[str, str], info: DeviceInfo) -> int:
     """Return the loader processes: none on the CPU unless asked for, else at most cores - 1."""
-    config = resolved.config
-    if info.kind == "cpu" and resolved.sources["workers"] == "default":
+    if info.kind == "cpu" and sources["workers"] == "default":
         return 0  # measured: on two cores a worker takes time from the network
     return max(0, min(config.workers, info.cores - 1))

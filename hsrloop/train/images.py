@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -20,6 +21,7 @@ from hsrloop.events import Event, Note, Progress
 from hsrloop.hardware.memory import GIB, usable_cores
 
 Emit = Callable[[Event], None]
+_PLACES: tuple[BankPlace, ...] = ("device", "pinned", "cv2")  # from fast to frugal
 SCRATCH_SHARE = 1 / 24  # of the free GPU memory for the renderer's temporaries (a guess)
 SCRATCH_LIMITS = (64 * 2**20, 2**30)  # more than the upper one is not faster (a guess)
 
@@ -30,6 +32,7 @@ class TrainImages:
 
     store: ImageStore
     renderer: TorchRenderer | None
+    place: BankPlace
 
 
 def train_images(
@@ -39,6 +42,7 @@ def train_images(
     device: torch.device,
     *,
     micro_batch: int,
+    at_best: str = "device",
     budget_bytes: int,
     emit: Emit,
 ) -> TrainImages:
@@ -46,6 +50,7 @@ def train_images(
 
     Args:
         images: what `Layer.source` counts in.
+        at_best: "pinned" or "cv2" once memory ran out for what is faster.
         budget_bytes: what a cache in RAM may take.
 
     Raises:
@@ -62,6 +67,7 @@ def train_images(
         gpu_free_bytes=free,
         ram_free_bytes=budget_bytes,
     )
+    place = max(place, cast(BankPlace, at_best), key=_PLACES.index)
     _say(config, device.type, place, sources, emit)
     task = "caching training images"
     if place == "device" and config.cache != "disk":
@@ -69,7 +75,7 @@ def train_images(
     else:
         store = image_store(config, images, budget_bytes=budget_bytes, task=task, emit=emit)
     if place == "cv2":
-        return TrainImages(store, None)
+        return TrainImages(store, None, place)
     bank: Bank
     if place == "device":
         progress = _progress("loading training images onto the GPU", emit)
@@ -78,7 +84,23 @@ def train_images(
     else:
         bank = TileBank(Sources(store, cutouts), device)
     renderer = TorchRenderer(bank, images, imgsz=config.imgsz, device=device, scratch_bytes=scratch)
-    return TrainImages(store, renderer)
+    return TrainImages(store, renderer, place)
+
+
+def check_augment_device(config: TrainConfig, kind: str) -> None:
+    """Check that images can be augmented where the user wants it.
+
+    Args:
+        kind: of the training device, "cuda" or "cpu".
+
+    Raises:
+        DeviceError: on a GPU, and training runs on the CPU.
+    """
+    if kind == "cpu" and config.augment_device == "gpu":
+        raise DeviceError(
+            "augment_device is gpu, but training runs on the CPU. Use --augment-device auto, or "
+            "train on a GPU with --device cuda."
+        )
 
 
 def render_place(
@@ -99,11 +121,7 @@ def render_place(
     Raises:
         DeviceError: see `train_images`.
     """
-    if kind == "cpu" and config.augment_device == "gpu":
-        raise DeviceError(
-            "augment_device is gpu, but training runs on the CPU. Use --augment-device auto, or "
-            "train on a GPU with --device cuda."
-        )
+    check_augment_device(config, kind)
     if kind == "cpu" or config.augment_device == "cpu":
         return "cv2"
     return bank_place(

@@ -22,6 +22,7 @@ from hsrloop.records import Batch, Metrics
 from hsrloop.train import checkpoint
 from hsrloop.train.checkpoint import RunIdentity
 from hsrloop.train.evaluate import evaluate
+from hsrloop.train.ladder import SOUND_MICRO_BATCH
 from hsrloop.train.state import LOSS_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
@@ -39,6 +40,7 @@ class Runtime:
     train_loader: TrainLoader
     val_loader: ValLoader
     settings: StepSettings
+    transaction: Transaction
     emit: Callable[[Event], None]
     stop: Callable[[], bool]
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
@@ -81,6 +83,8 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     config = runtime.config
     while True:
         validated = len(state.history)
+        if not state.best_saved:  # memory or disk ran out when it was due
+            _save_best(state, runtime)
         if validated < state.position.epoch:
             if not validate_epoch(state, runtime):
                 return _interrupt(state, runtime)
@@ -97,8 +101,9 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
     planned = epoch + state.epochs_skipped
     if state.position.sample == 0:
         state.loss_sums.zero_()
-    set_train_mode(state.model, freeze=config.freeze)
-    transaction = Transaction(state)
+    small = state.rung.micro_batch < min(SOUND_MICRO_BATCH, config.micro_batch or config.batch)
+    set_train_mode(state.model, freeze=config.freeze, norms_eval=small)
+    transaction = runtime.transaction
     meter = _Meter(state, runtime)
     batches = loader.batches(state.position, mosaic=planned < config.epochs - tail_epochs(config))
     for micro_batches in by_step(batches):
@@ -110,7 +115,8 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
                 state, micro_batches, settings=runtime.settings, lr=lr, transaction=transaction
             )
         except BaseException:
-            transaction.roll_back()
+            if state.commit is None:  # else the weights have moved: the step is to be finished
+                transaction.roll_back()
             raise
         meter.count(samples)
         if runtime.governor is not None:
@@ -159,7 +165,8 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
     _append_history(state, metrics)
     if best:
         state.best_ap50_95, state.best_epoch = metrics.ap50_95, len(state.history)
-        _save(state, runtime, "best.pt")
+        state.best_saved = False
+        _save_best(state, runtime)
     if runtime.config.save_period and len(state.history) % runtime.config.save_period == 0:
         _save(state, runtime, f"epoch{len(state.history)}.pt")
     _apply_patience(state, runtime)
@@ -202,6 +209,8 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
         images_per_s=runtime.train_loader.n_samples / train_s if train_s else 0.0,
         train_s=train_s,
         val_s=val_s,
+        micro_batch=state.rung.micro_batch,
+        imgsz=state.rung.imgsz,
         best=best,
     )
 
@@ -209,6 +218,11 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
 def _interrupt(state: TrainState, runtime: Runtime) -> str:
     _save(state, runtime, "last.pt")
     return "interrupted"
+
+
+def _save_best(state: TrainState, runtime: Runtime) -> None:
+    _save(state, runtime, "best.pt")
+    state.best_saved = True
 
 
 def _save(state: TrainState, runtime: Runtime, name: str) -> None:

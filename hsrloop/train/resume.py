@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hsrloop.config import Resolved
+from hsrloop.config import Resolved, TrainConfig
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Event, Note
+from hsrloop.records import Rung
 from hsrloop.train.checkpoint import RunIdentity, Saved, versions
 
 # What may change when a run goes on; everything else was decided when it started.
@@ -61,6 +63,19 @@ def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None
             f"--epochs {changes['epochs']} is less than the {done} epochs this run has done."
         )
     return Resolved(config.replace(**changes), sources)
+
+
+def resumed_rung(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
+    """Return the rung a run stood on, with what the user set anew since."""
+    changed = {
+        name: getattr(now, name)
+        for name in ("micro_batch", "cache", "workers")
+        if getattr(now, name) != getattr(before, name)
+    }
+    if "micro_batch" in changed:
+        changed["micro_batch"] = now.micro_batch or now.batch
+        changed["val_batch"] = changed["micro_batch"]
+    return dataclasses.replace(rung, **changed)
 
 
 def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,15 @@ from typing import Any
 import torch
 
 from hsrloop.config import Resolved
-from hsrloop.data.dataset import DatasetSpec, load_dataset
-from hsrloop.data.loader import ValLoader
+from hsrloop.data.dataset import DatasetSpec
 from hsrloop.data.synthesis import Synthesis
-from hsrloop.errors import ConfigError
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
-from hsrloop.model.weights import read_checkpoint
 from hsrloop.model.yolo import reg_max, strides
-from hsrloop.records import DeviceInfo, Metrics
+from hsrloop.records import DeviceInfo
 from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
@@ -30,19 +28,19 @@ from hsrloop.train import checkpoint, folder
 from hsrloop.train.build import (
     build_loaders,
     build_state,
+    dataset_of,
     load_data,
     load_model,
-    locate,
 )
-from hsrloop.train.checkpoint import KEY, RunIdentity, Saved
-from hsrloop.train.evaluate import evaluate
+from hsrloop.train.checkpoint import RunIdentity, Saved
 from hsrloop.train.hub import Hub
-from hsrloop.train.images import val_image_store
+from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
-from hsrloop.train.resume import check_same, current_versions, resumed_settings
+from hsrloop.train.recovery import sizes_trained, with_recovery
+from hsrloop.train.resume import check_same, current_versions, resumed_rung, resumed_settings
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings
+from hsrloop.train.step import StepSettings, Transaction
 
 CHECKPOINT_BYTES_PER_PARAMETER = 20  # weights, average and two moments in float32, half weights
 CHECKPOINTS_ON_DISK = 3  # last, the one being written, best
@@ -85,13 +83,47 @@ def train(
         hub.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """What a run has before its folder is made: all that can be wrong was looked at."""
+
+    resolved: Resolved
+    spec: DatasetSpec
+    synthesis: Synthesis
+    info: DeviceInfo
+    identity: RunIdentity
+    state: TrainState
+    settings: StepSettings
+
+
 def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool]) -> Outcome:
+    run_dir = folder.of_checkpoint(saved.path) if saved else None
+    ready = _prepare(resolved, saved, run_dir, hub)
+    state, resolved = ready.state, ready.resolved
+    with contextlib.ExitStack() as closing:
+        if run_dir is None:
+            run_dir = folder.make_run_folder(Path(resolved.config.output))
+        else:
+            folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
+        server = _open_reports(hub, run_dir, resolved, state)
+        if server is not None:
+            closing.callback(server.close)
+        hub.emit(_started(run_dir, ready, resumed=saved is not None))
+        governor = SpinGovernor() if state.device.type == "cpu" else None
+        if governor is not None:
+            closing.callback(governor.close)
+        reason = _go(ready, run_dir, governor, hub, stop)
+    return _finish(state, resolved, run_dir, reason, server, hub)
+
+
+def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub: Hub) -> _Ready:
+    """Load data and model, check what can be checked, and stand at the position to start from."""
     config = resolved.config
     info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
+    check_augment_device(config, info.kind)
     spec, synthesis = _data(resolved, hub)
-    run_dir = folder.of_checkpoint(saved.path) if saved else None
     folder.check_writable(run_dir or Path(config.output))
     if saved is None:
         resolved, base = load_model(resolved, spec.names, hub.emit)
@@ -106,45 +138,61 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
+        state.rung = resumed_rung(state.rung, saved.identity.config, config)
         if config.epochs != saved.identity.config.epochs:
             state.epochs_skipped = 0  # another plan, with another tail
     folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
-    loaders = build_loaders(
-        resolved, spec, synthesis.scenes, info, micro_batch=state.micro_batch, emit=hub.emit
+    settings = StepSettings(
+        device=device,
+        strides=strides(base.module),
+        reg_max=reg_max(base.module),
+        amp=amp,
+        ema_decay=config.ema_decay,
+        ema_tau=config.ema_tau,
     )
-    with contextlib.ExitStack() as closing:
-        if run_dir is None:
-            run_dir = folder.make_run_folder(Path(config.output))
-        else:
-            folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
-        server = _open_reports(hub, run_dir, resolved, state)
-        if server is not None:
-            closing.callback(server.close)
-        closing.enter_context(loaders)  # closed first: workers hold the server's pipe open
-        hub.emit(_started(run_dir, resolved, state, spec, info, resumed=saved is not None))
-        governor = SpinGovernor() if device.type == "cpu" else None
-        if governor is not None:
-            closing.callback(governor.close)
-        runtime = Runtime(
-            config=config,
-            identity=identity,
-            run_dir=run_dir,
-            train_loader=loaders.train,
-            val_loader=loaders.val,
-            settings=StepSettings(
-                device=device,
-                strides=strides(base.module),
-                reg_max=reg_max(base.module),
-                amp=amp,
-                ema_decay=config.ema_decay,
-                ema_tau=config.ema_tau,
-            ),
-            emit=hub.emit,
-            stop=stop,
-            governor=governor,
-        )
-        reason = run_to_end(state, runtime)
-    return _finish(state, resolved, run_dir, reason, server, hub)
+    return _Ready(
+        resolved=resolved,
+        spec=spec,
+        synthesis=synthesis,
+        info=info,
+        identity=identity,
+        state=state,
+        settings=settings,
+    )
+
+
+def _go(
+    ready: _Ready,
+    run_dir: Path,
+    governor: SpinGovernor | None,
+    hub: Hub,
+    stop: Callable[[], bool],
+) -> str:
+    """Run to the end, on smaller settings where memory runs out; return how it ended."""
+    state, config = ready.state, ready.resolved.config
+    transaction = Transaction(state)
+
+    def attempt() -> str:
+        scenes = ready.synthesis.scenes
+        with build_loaders(
+            ready.resolved, ready.spec, scenes, ready.info, rung=state.rung, emit=hub.emit
+        ) as loaders:
+            state.rung = dataclasses.replace(state.rung, bank=loaders.bank)
+            runtime = Runtime(
+                config=config,
+                identity=ready.identity,
+                run_dir=run_dir,
+                train_loader=loaders.train,
+                val_loader=loaders.val,
+                settings=ready.settings,
+                transaction=transaction,
+                emit=hub.emit,
+                stop=stop,
+                governor=governor,
+            )
+            return run_to_end(state, runtime)
+
+    return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=hub.emit)
 
 
 def _finish(
@@ -170,6 +218,8 @@ def _finish(
         "training_time_minutes": round(state.elapsed_s / 60, 3),
         "epochs_completed": len(state.history),
         "stopped_by": reason,
+        "recoveries": state.recoveries,
+        "imgsz_trained": sizes_trained(resolved.config, state),
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),
     }
@@ -197,21 +247,14 @@ def _open_reports(hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState
     return server
 
 
-def _started(
-    run_dir: Path,
-    resolved: Resolved,
-    state: TrainState,
-    spec: DatasetSpec,
-    info: DeviceInfo,
-    *,
-    resumed: bool,
-) -> RunStarted:
+def _started(run_dir: Path, ready: _Ready, *, resumed: bool) -> RunStarted:
+    state, spec = ready.state, ready.spec
     return RunStarted(
         run_dir=str(run_dir),
-        config=resolved.config.to_json(),
-        sources=dict(resolved.sources),
+        config=ready.resolved.config.to_json(),
+        sources=dict(ready.resolved.sources),
         names=list(spec.names),
-        device=info.name,
+        device=ready.info.name,
         train_images=len(spec.train),
         val_images=len(spec.val),
         parameters=sum(p.numel() for p in state.model.parameters()),
@@ -239,7 +282,7 @@ def _identity(
 def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
     """Load what to train on, and say what is synthesised; a folder given in vain is a warning."""
     config = resolved.config
-    spec, synthesis = load_data(config, _dataset(resolved))
+    spec, synthesis = load_data(config, dataset_of(resolved))
     given = config.annotated_dir or config.backgrounds_dir or config.distractors_dir
     vain = given is not None and synthesis.scenes is None
     hub.emit(Note(text=synthesis.text, level="warning" if vain else "info"))
@@ -256,72 +299,3 @@ def _fresh_share(base: BaseModel) -> float | None:
 def _bytes_needed(state: TrainState) -> int:
     parameters = sum(p.numel() for p in state.model.parameters())
     return CHECKPOINTS_ON_DISK * CHECKPOINT_BYTES_PER_PARAMETER * parameters
-
-
-def _dataset(resolved: Resolved) -> str:
-    if resolved.config.dataset is None:
-        raise ConfigError("no data set given. Use --dataset path/to/data.yaml.")
-    return resolved.config.dataset
-
-
-def validate(
-    resolved: Resolved,
-    *,
-    sinks: Sequence[Sink] = (),
-    stop: Callable[[], bool] = lambda: False,
-) -> Metrics | None:
-    """Validate `config.model` on the data set's validation images.
-
-    Returns:
-        The metrics with every class, or None when `stop` ended it.
-
-    Raises:
-        HsrloopError: anything the user can mend.
-    """
-    hub = Hub(list(sinks))
-    try:
-        return _validate(resolved, hub, stop)
-    finally:
-        hub.close()
-
-
-def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics | None:
-    config = resolved.config
-    info = probe(config.device)
-    device = torch.device(torch_device(info))
-    set_kernels(device, deterministic=config.deterministic)
-    path = locate(resolved, hub.emit)
-    trained = _trained_settings(path, config.trust_checkpoint)
-    as_trained = {k: v for k, v in trained.items() if resolved.sources[k] == "default"}
-    config = config.replace(**as_trained)  # the same seed holds out the same images
-    hub.emit(Note(text=f"validating {path} at {config.imgsz} px"))
-    spec = load_dataset(_dataset(resolved), seed=config.seed, train_optional=True)
-    base = load_base(path, names=spec.names, seed=config.seed, trust=config.trust_checkpoint)
-    unknown = [n for n, fresh in zip(spec.names, base.fresh_classes, strict=True) if fresh]
-    if unknown:
-        text = f"{path} has never seen {', '.join(unknown)}: their AP says nothing"
-        hub.emit(Note(text=text, level="warning"))
-    store = val_image_store(config.replace(cache=False), spec.val, budget_bytes=0, emit=hub.emit)
-    loader = ValLoader(spec.val, store, batch=config.batch, pin_memory=info.kind == "cuda")
-    try:
-        return evaluate(
-            base.module,
-            loader,
-            names=spec.names,
-            device=device,
-            on_progress=hub.progress("validating"),
-            stop=stop,
-        )
-    finally:
-        loader.close()
-        store.close()
-
-
-def _trained_settings(path: Path, trust: bool) -> dict[str, int]:
-    """Return imgsz and seed that weights were trained with, as far as the file says."""
-    content = read_checkpoint(path, trust=trust)
-    ours = content.get(KEY)
-    said = ours["config"] if isinstance(ours, Mapping) else content.get("train_args")
-    if not isinstance(said, Mapping):
-        return {}
-    return {key: said[key] for key in ("imgsz", "seed") if isinstance(said.get(key), int)}

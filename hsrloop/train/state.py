@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,38 @@ from torch import Tensor, nn
 from hsrloop.errors import CheckpointError
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
-from hsrloop.records import Position
+from hsrloop.records import Position, Rung
 
+_COUNTERS = (
+    "grad_scale",
+    "steps",
+    "history",
+    "best_ap50_95",
+    "best_epoch",
+    "best_saved",
+    "epochs_skipped",
+    "recoveries",
+    "elapsed_s",
+    "epoch_s",
+    "val_s_per_epoch",
+)
 LOSS_NAMES = ("box_loss", "cls_loss", "dfl_loss")
+
+
+@dataclass(slots=True)
+class Commit:
+    """What is left to do of a step whose weights have moved; `done` counts what is done.
+
+    Each part allocates before it changes anything, so a part that fails can be done again.
+    """
+
+    samples: int
+    after: Position
+    totals: LossSums
+    normaliser: Tensor
+    skipped: Tensor | None
+    ema_decay: float
+    done: int = 0
 
 
 @dataclass(slots=True)
@@ -31,17 +61,20 @@ class TrainState:
     scaler: torch.amp.GradScaler
     grad_scale: float  # k: keeps un-normalised sums inside fp16's range
     batch: int
-    micro_batch: int
+    rung: Rung
     loss_sums: Tensor
     position: Position = Position(0, 0)
     steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per validated epoch
     best_ap50_95: float = -1.0
     best_epoch: int = 0  # from 1; 0: none yet
+    best_saved: bool = True  # False: best.pt is still to be written
     epochs_skipped: int = 0  # by early stopping: the schedule jumps over them to its tail
     elapsed_s: float = 0.0
     epoch_s: float = 0.0  # training time of the current epoch
     val_s_per_epoch: float = 0.0  # of the last validation: for the time left
+    recoveries: list[dict[str, Any]] = field(default_factory=list)  # events.Recovered as dicts
+    commit: Commit | None = None  # of a step in progress; never saved
 
     @property
     def amp(self) -> bool:
@@ -83,18 +116,10 @@ class TrainState:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "grad_scale": self.grad_scale,
-            "micro_batch": self.micro_batch,
+            "rung": dataclasses.asdict(self.rung),
             "loss_sums": self.loss_sums,
             "position": [self.position.epoch, self.position.sample],
-            "steps": self.steps,
-            "history": self.history,
-            "best_ap50_95": self.best_ap50_95,
-            "best_epoch": self.best_epoch,
-            "epochs_skipped": self.epochs_skipped,
-            "elapsed_s": self.elapsed_s,
-            "epoch_s": self.epoch_s,
-            "val_s_per_epoch": self.val_s_per_epoch,
+            **{name: getattr(self, name) for name in _COUNTERS},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -116,17 +141,8 @@ class TrainState:
             torch.set_rng_state(payload["torch_rng"].cpu())
             if payload["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(payload["cuda_rng"].cpu())
-            for name in (
-                "grad_scale",
-                "steps",
-                "history",
-                "best_ap50_95",
-                "best_epoch",
-                "epochs_skipped",
-                "elapsed_s",
-                "epoch_s",
-                "val_s_per_epoch",
-            ):
+            self.rung = Rung(**payload["rung"])
+            for name in _COUNTERS:
                 setattr(self, name, payload[name])
             if self.amp != bool(payload["scaler"]):  # from the CPU to a GPU, or back
                 self.grad_scale = initial_grad_scale(self.batch) if self.amp else 1.0

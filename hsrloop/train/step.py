@@ -9,7 +9,7 @@ BatchNorm's statistics and rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from hsrloop.model.yolo import forward_train
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch
-from hsrloop.train.state import TrainState
+from hsrloop.train.state import Commit, TrainState
 
 MAX_GRADIENT_NORM = 10.0  # Source: ultralytics@8.4.190, trainer's optimizer_step
 
@@ -109,18 +109,44 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    state.scaler.step(state.optimizer)  # the commit point
     skipped = ~torch.isfinite(norm) if settings.amp else None
-    if skipped is not None and transaction is not None:
-        transaction.undo_buffers(skipped)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.steps += 1
-    decay = ema_decay(state.steps, decay=settings.ema_decay, tau=settings.ema_tau)
-    state.ema.update(state.model, decay, skipped=skipped)
-    state.record_losses(totals, normaliser, skipped)
-    state.position = after
+    commit = Commit(
+        samples=samples,
+        after=after,
+        totals=totals,
+        normaliser=normaliser,
+        skipped=skipped,
+        ema_decay=ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau),
+    )
+    state.scaler.step(state.optimizer)  # the commit point
+    state.commit = commit
+    finish_commit(state, transaction)
     return samples
+
+
+def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
+    """Do what is left of `state.commit`, from where it stopped, and forget it."""
+    commit = state.commit
+    assert commit is not None, "no step is in progress"
+    skipped = commit.skipped
+
+    def restore_norms() -> None:
+        if skipped is not None and transaction is not None:
+            transaction.undo_buffers(skipped)
+
+    parts: tuple[Callable[[], None], ...] = (
+        restore_norms,
+        lambda: state.scaler.update(),
+        lambda: state.optimizer.zero_grad(set_to_none=True),
+        lambda: state.ema.update(state.model, commit.ema_decay, skipped=skipped),
+        lambda: state.record_losses(commit.totals, commit.normaliser, skipped),
+    )
+    for part in parts[commit.done :]:
+        part()
+        commit.done += 1
+    state.steps += 1
+    state.position = commit.after
+    state.commit = None
 
 
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:

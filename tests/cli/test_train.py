@@ -77,13 +77,6 @@ def test_folders_are_kept_as_absolute_paths(invoke: Invoke, calls: Calls) -> Non
     assert config.distractors_dir is None
 
 
-@pytest.mark.parametrize("arguments", [["--no-oom-recovery"], ["--set", "oom_recovery=false"]])
-def test_what_is_not_there_yet_warns(invoke: Invoke, calls: Calls, arguments: list[str]) -> None:
-    result = invoke("train", "-d", "d.yaml", *arguments)
-    assert result.exit_code == 0
-    assert result.stderr.count("Warning: Not yet there, without effect: --") == 1
-
-
 def test_a_tier_without_auto_scaling_warns(invoke: Invoke, calls: Calls) -> None:
     result = invoke("train", "-d", "d.yaml", "--gpu-tier", "low", "--no-auto-scale")
     assert "--gpu-tier is ignored" in result.stderr

@@ -34,7 +34,7 @@ def epoch_done() -> Callable[..., EpochDone]:
             "epoch": epoch, "epochs": 3, "box_loss": 1 / epoch, "cls_loss": 2.0, "dfl_loss": 1.5,
             "ap50": 0.5, "ap50_95": 0.25, "precision": 0.6, "recall": 0.4,
             "lr": {"weights": 1e-3, "biases": 2e-3}, "images_per_s": 12.5, "train_s": 61.0,
-            "val_s": 3.0, "skipped_steps": 0, "best": False,
+            "val_s": 3.0, "skipped_steps": 0, "micro_batch": 4, "imgsz": 64, "best": False,
         }  # fmt: skip
         return EpochDone(**{**values, **changes})
 

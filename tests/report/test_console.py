@@ -21,7 +21,6 @@ from hsrloop.events import (
     StepDone,
 )
 from hsrloop.report.console import ConsoleSink, duration
-from hsrloop.report.settings import NOT_YET
 
 Make = Callable[..., EpochDone]
 
@@ -52,11 +51,6 @@ def test_the_settings_table_names_each_value_and_its_origin(run_started: RunStar
     for name in run_started.config:
         assert name in shown
     assert "patience 10" in shown.partition("defaults")[2]
-
-
-def test_what_is_not_there_yet_is_called_so(run_started: RunStarted) -> None:
-    line = next(line for line in show(run_started).splitlines() if "not yet there" in line)
-    assert all(name in line for name in NOT_YET)
 
 
 def test_the_groups_table_shows_the_rate_of_each_group(run_started: RunStarted) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from hsrloop.config import Resolved, resolve
 from hsrloop.model.yolo import import_ultralytics
-from hsrloop.train.run import train, validate
+from hsrloop.train.run import train
+from hsrloop.train.validation import validate
 
 Settings = Callable[..., Resolved]
 

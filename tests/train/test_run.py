@@ -18,7 +18,8 @@ from hsrloop.errors import ConfigError, OutputError
 from hsrloop.events import EpochDone, Note, RunFinished, RunStarted
 from hsrloop.records import Metrics
 from hsrloop.train import checkpoint, folder, loop
-from hsrloop.train.run import train, validate
+from hsrloop.train.run import train
+from hsrloop.train.validation import validate
 
 Settings = Callable[..., Resolved]
 FIRST_COLUMNS = ["epoch", "box_loss", "cls_loss", "dfl_loss", "mAP50", "mAP50-95", "precision"]

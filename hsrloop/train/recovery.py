@@ -1,0 +1,154 @@
+"""Go on at smaller settings when memory runs out, with the same samples, as if nothing had been.
+
+Recovery happens outside the `except` block, when the exception, its frames and the graph are gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hsrloop.config import TrainConfig
+from hsrloop.errors import ResourceError
+from hsrloop.events import Event, Recovered
+from hsrloop.hardware.memory import gpu_neighbours
+from hsrloop.records import DeviceInfo, Rung
+from hsrloop.train.build import at
+from hsrloop.train.ladder import Cause, cause_of, describe_change, next_rung
+from hsrloop.train.state import TrainState
+from hsrloop.train.step import Transaction, finish_commit
+
+_MORE_FRUGAL = {"device": "pinned", "pinned": "cv2"}  # where images are rendered from
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What is remembered of an exception: nothing that keeps its frames alive."""
+
+    cause: Cause
+    reason: str
+    validating: bool
+
+
+def with_recovery(
+    attempt: Callable[[], str],
+    state: TrainState,
+    transaction: Transaction,
+    *,
+    config: TrainConfig,
+    info: DeviceInfo,
+    emit: Callable[[Event], None],
+) -> str:
+    """Call `attempt` until it returns, stepping down the ladder each time memory runs out.
+
+    Args:
+        attempt: builds a runtime at the state's position and rung, and runs it to its end.
+        transaction: the one that steps are taken in.
+        info: the device, for the message when the ladder has ended.
+
+    Raises:
+        ResourceError: no smaller settings are left, or recovery is off.
+    """
+    while True:
+        outcome = _outcome(attempt, state)
+        if isinstance(outcome, str):
+            return outcome
+        _free()
+        if state.commit is not None:
+            finish_commit(state, transaction)
+        _step_down(state, outcome, config, info, emit)
+
+
+def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
+    refused = _refused_allocations()
+    try:
+        return attempt()
+    except Exception as error:
+        cause = cause_of(error, allocation_failed=_refused_allocations() > refused)
+        if cause is None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return _Failure(cause, reason, validating=len(state.history) < state.position.epoch)
+
+
+def _refused_allocations() -> int:
+    """Return how often the GPU's allocator found no memory, or only after freeing its cache."""
+    if not torch.cuda.is_available():
+        return 0
+    stats = torch.cuda.memory_stats()
+    return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _step_down(
+    state: TrainState,
+    failure: _Failure,
+    config: TrainConfig,
+    info: DeviceInfo,
+    emit: Callable[[Event], None],
+) -> None:
+    before = state.rung
+    after = _next(config, before, failure) if config.oom_recovery else None
+    if after is None:
+        raise ResourceError(_last_words(state, failure, config, info))
+    state.rung = after
+    event = Recovered(
+        cause=failure.cause.value,
+        change=describe_change(before, after),
+        rung=dataclasses.asdict(after),
+        epoch=len(state.history),
+        sample=state.position.sample,
+        reason=failure.reason,
+    )
+    state.recoveries.append(event.to_json())
+    emit(event)
+
+
+def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
+    """Return the rung below.
+
+    On the GPU, what only buys speed goes first, and validation gives way with its own batch.
+    """
+    if failure.cause is Cause.GPU_MEMORY:
+        if rung.bank in _MORE_FRUGAL:
+            return dataclasses.replace(rung, bank=_MORE_FRUGAL[rung.bank])
+        if failure.validating and rung.val_batch > 1:
+            return dataclasses.replace(rung, val_batch=rung.val_batch // 2)
+    smaller = next_rung(at(config, rung), failure.cause)
+    if smaller is None:
+        return None
+    return dataclasses.replace(
+        rung,
+        micro_batch=smaller.micro_batch or smaller.batch,
+        imgsz=smaller.imgsz,
+        cache=smaller.cache,
+        workers=smaller.workers,
+    )
+
+
+def _last_words(state: TrainState, failure: _Failure, config: TrainConfig, info: DeviceInfo) -> str:
+    words = f"{failure.cause.value} ran out ({failure.reason})"
+    if not config.oom_recovery:
+        return f"{words}, and recovery is off. Use a smaller --micro-batch or --imgsz."
+    tried = ", ".join(str(row["change"]) for row in state.recoveries) or "nothing smaller exists"
+    words += f" and no smaller settings are left; tried: {tried}."
+    others = gpu_neighbours(info.uuid) if failure.cause is Cause.GPU_MEMORY else ()
+    if others:
+        held = ", ".join(f"process {pid} {size // 2**20} MiB" for pid, size in others)
+        words += f" Others hold memory on {info.name}: {held}; end them."
+    return f"{words} Use a smaller model (-m yolov8n.pt), or --device cpu."
+
+
+def sizes_trained(config: TrainConfig, state: TrainState) -> list[int]:
+    """Return the image sizes a run was trained at, the one asked for first."""
+    sizes = [config.imgsz, *(int(row["rung"]["imgsz"]) for row in state.recoveries)]
+    return list(dict.fromkeys(sizes))

@@ -1,0 +1,86 @@
+"""Validate weights on a data set, without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hsrloop.config import Resolved
+from hsrloop.data.dataset import load_dataset
+from hsrloop.data.loader import ValLoader
+from hsrloop.events import Note, Sink
+from hsrloop.hardware.probe import probe, torch_device
+from hsrloop.model.base import load_base
+from hsrloop.model.weights import read_checkpoint
+from hsrloop.records import Metrics
+from hsrloop.train.build import dataset_of, locate
+from hsrloop.train.checkpoint import KEY
+from hsrloop.train.evaluate import evaluate
+from hsrloop.train.hub import Hub
+from hsrloop.train.images import val_image_store
+from hsrloop.train.precision import set_kernels
+
+
+def validate(
+    resolved: Resolved,
+    *,
+    sinks: Sequence[Sink] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Metrics | None:
+    """Validate `config.model` on the data set's validation images.
+
+    Returns:
+        The metrics with every class, or None when `stop` ended it.
+
+    Raises:
+        HsrloopError: anything the user can mend.
+    """
+    hub = Hub(list(sinks))
+    try:
+        return _validate(resolved, hub, stop)
+    finally:
+        hub.close()
+
+
+def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics | None:
+    config = resolved.config
+    info = probe(config.device)
+    device = torch.device(torch_device(info))
+    set_kernels(device, deterministic=config.deterministic)
+    path = locate(resolved, hub.emit)
+    trained = _trained_settings(path, config.trust_checkpoint)
+    as_trained = {k: v for k, v in trained.items() if resolved.sources[k] == "default"}
+    config = config.replace(**as_trained)  # the same seed holds out the same images
+    hub.emit(Note(text=f"validating {path} at {config.imgsz} px"))
+    spec = load_dataset(dataset_of(resolved), seed=config.seed, train_optional=True)
+    base = load_base(path, names=spec.names, seed=config.seed, trust=config.trust_checkpoint)
+    unknown = [n for n, fresh in zip(spec.names, base.fresh_classes, strict=True) if fresh]
+    if unknown:
+        text = f"{path} has never seen {', '.join(unknown)}: their AP says nothing"
+        hub.emit(Note(text=text, level="warning"))
+    store = val_image_store(config.replace(cache=False), spec.val, budget_bytes=0, emit=hub.emit)
+    loader = ValLoader(spec.val, store, batch=config.batch, pin_memory=info.kind == "cuda")
+    try:
+        return evaluate(
+            base.module,
+            loader,
+            names=spec.names,
+            device=device,
+            on_progress=hub.progress("validating"),
+            stop=stop,
+        )
+    finally:
+        loader.close()
+        store.close()
+
+
+def _trained_settings(path: Path, trust: bool) -> dict[str, int]:
+    """Return imgsz and seed that weights were trained with, as far as the file says."""
+    content = read_checkpoint(path, trust=trust)
+    ours = content.get(KEY)
+    said = ours["config"] if isinstance(ours, Mapping) else content.get("train_args")
+    if not isinstance(said, Mapping):
+        return {}
+    return {key: said[key] for key in ("imgsz", "seed") if isinstance(said.get(key), int)}
