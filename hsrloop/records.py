@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,3 +104,74 @@ class Metrics:
     recall: float
     best_conf: float  # confidence of the best mean F1
     classes: tuple[ClassScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with one file of a data set; as text it is one line of a warning."""
+
+    kind: str  # of a finding; a word of its own for each
+    file: Path
+    text: str
+    line: int = 0  # from 1; 0 when it is no matter of a line
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else str(self.file)
+        return f"{place}: {self.text}" if self.text else place
+
+
+Severity = Literal["error", "warning", "note"]  # no training; a worse model; worth knowing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """All problems of one kind in one split, what they do to training, and what helps."""
+
+    kind: str
+    severity: Severity
+    split: str  # empty when it is a matter of the whole set
+    title: str
+    effect: str
+    remedy: str
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitCount:
+    """What one split holds; `images` counts the readable ones, backgrounds those without a box."""
+
+    split: str
+    images: int
+    backgrounds: int
+    unreadable: int
+    boxes: int
+    classes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassCount:
+    """Usable boxes of one class, and the images they are in, by split."""
+
+    name: str
+    boxes: dict[str, int]
+    images: dict[str, int]
+    median_px: float  # square root of a box's area at imgsz, over all splits; 0 without a box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CheckReport:
+    """What a look at a data set found; arrays cover the usable boxes of all splits."""
+
+    yaml: Path
+    root: Path
+    imgsz: int
+    splits: tuple[SplitCount, ...]
+    classes: tuple[ClassCount, ...]
+    findings: tuple[Finding, ...]  # worst first
+    boxes_cxcywh: np.ndarray  # (N, 4) float32, fractions of the image
+    sides_px: np.ndarray  # (N, 2) float32, width and height at imgsz
+
+    @property
+    def suffers(self) -> bool:
+        """Return whether training would fail or give a worse model than it could."""
+        return any(finding.severity != "note" for finding in self.findings)

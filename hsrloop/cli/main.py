@@ -149,6 +149,34 @@ def validate(
     click.get_current_context().exit(start_validation(request, json_file=json_file))
 
 
+@main.command()
+@click.option("--dataset", "-d", required=True, metavar="FILE", help="data.yaml, or its folder.")
+@click.option(
+    "--imgsz",
+    type=click.IntRange(min=32),
+    default=640,
+    show_default=True,
+    help="Size training would use; boxes are measured at it.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also draw classes, box sizes and box centres as one PNG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead.")
+def check(dataset: str, imgsz: int, plot: Path | None, as_json: bool) -> None:
+    """Look a data set over: counts, and what would hurt training.
+
+    The data set is only read. The exit code is 0 when it is ready, 1 when training would fail or
+    suffer.
+    """
+    from hsrloop.cli.check import run_check
+
+    code = run_check(dataset, imgsz=imgsz, plot=plot, as_json=as_json)
+    click.get_current_context().exit(code)
+
+
 @main.command(cls=SectionedCommand)
 @click.option(
     "--output",

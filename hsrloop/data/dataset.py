@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.labels import Labels, label_path, parse_labels
-from hsrloop.data.manifest import Manifest, images_of, read_manifest
+from hsrloop.data.labels import Labels, label_path, parse_labels, read_labels
+from hsrloop.data.manifest import Manifest, list_images, read_manifest
 from hsrloop.data.places import summary
-from hsrloop.data.scan import Unreadable, image_size
+from hsrloop.data.scan import Unreadable, image_size, quiet_pillow
 from hsrloop.data.split import hold_out
 from hsrloop.errors import DatasetError
+from hsrloop.records import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +62,27 @@ class DatasetSpec:
 
 
 @dataclass(slots=True)
-class _Scan:
+class SplitScan:
     """What one split's files gave."""
 
     refs: list[ImageRef] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    duplicates: int = 0
+    digests: list[bytes] = field(default_factory=list)  # of each ref: its part of the fingerprint
+    lines: list[tuple[int, ...]] = field(default_factory=list)  # of each ref: of its label rows
+    unreadable: list[Problem] = field(default_factory=list)
+    bad_rows: list[Problem] = field(default_factory=list)
+    duplicates: list[Problem] = field(default_factory=list)
+    unlabelled: list[Path] = field(default_factory=list)  # readable images without a label file
     label_files: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One image's header and labels."""
+
+    size: tuple[int, int]  # (height, width); zeros when it is unusable
+    content: bytes | None  # of the label file; None when there is none
+    labels: Labels
+    problem: Problem | None = None  # why the image is unusable
 
 
 def load_dataset(
@@ -92,20 +106,25 @@ def load_dataset(
         DatasetError: a file is missing or malformed, or nothing usable is left.
     """
     manifest = read_manifest(yaml_path, train_optional=train_optional)
-    scans = {
-        split: _scan(manifest, split, optional=train_optional and split == "train")
-        for split in splits
-        if manifest.splits[split]
-    }
-    if train_optional and "train" in scans and not scans["train"].refs:
-        del scans["train"]
+    _heed(manifest.remarks, manifest.faults)
+    scans: dict[str, SplitScan] = {}
+    for split in splits:
+        if manifest.splits[split]:
+            optional = train_optional and split == "train"
+            listing = list_images(manifest, split, optional=optional)
+            _heed(listing.remarks, listing.faults)
+            scan = scan_split(manifest, listing.paths)
+            _warn_of_losses(split, scan, listing.missing)
+            if scan.refs or not optional:
+                scans[split] = scan
     if train_optional and not scans:
         raise DatasetError(f"{manifest.yaml} has neither training nor validation images. Add val.")
     held_out = False
     if {"train", "val"} <= set(splits) and "train" in scans:
         held_out = _ensure_validation(manifest, scans, seed)
     for split, scan in scans.items():
-        _check_usable(manifest, split, scan)
+        if reason := why_unusable(split, scan):
+            raise DatasetError(f"{manifest.yaml}: {reason}.")
     if "train" in scans:
         _warn_about_classes(manifest, scans)
     refs = {split: tuple(scan.refs) for split, scan in scans.items()}
@@ -121,81 +140,102 @@ def load_dataset(
     )
 
 
-def _scan(manifest: Manifest, split: str, *, optional: bool = False) -> _Scan:
-    """Read images' headers and labels of one split, and warn of what is left out."""
-    paths = images_of(manifest, split, optional=optional)
-    scan = _Scan()
-    with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 4)) as pool:
-        for path, (size, text, labels, problem) in zip(
-            paths, pool.map(lambda path: _read(manifest, path), paths), strict=True
-        ):
-            scan.problems += labels.problems
-            scan.duplicates += labels.duplicates
-            scan.label_files += text is not None
-            if problem:
-                scan.dropped.append(f"{path}: {problem}")
-                continue
-            scan.refs.append(
-                ImageRef(path, *size, labels.boxes_cxcywh, labels.labels, labels.polygons)
-            )
-            relative = Path(os.path.relpath(path, manifest.root)).as_posix()
-            parts = (relative.encode(), text or b"", str(path.stat().st_size).encode())
-            scan.digests.append(hashlib.sha256(b"\0".join(parts)).digest())
-    if scan.dropped:
-        logger.warning(
-            "%s", summary(f"{split}: {len(scan.dropped)} unreadable images left out", scan.dropped)
-        )
-    if scan.problems:
-        logger.warning(
-            "%s", summary(f"{split}: {len(scan.problems)} bad label rows left out", scan.problems)
-        )
-    if scan.duplicates:
-        logger.warning("%s: %d duplicate label rows left out.", split, scan.duplicates)
+def _heed(remarks: Sequence[Problem], faults: Sequence[Problem]) -> None:
+    """Warn of what was worked around; raise the first of what cannot be."""
+    for remark in remarks:
+        logger.warning("%s.", remark)
+    if faults:
+        raise DatasetError(f"{faults[0]}.")
+
+
+def scan_split(
+    manifest: Manifest, paths: Sequence[Path], *, progress: Callable[[int, int], None] | None = None
+) -> SplitScan:
+    """Read the headers of images and their labels.
+
+    Args:
+        progress: called with (done, total).
+    """
+    scan = SplitScan()
+    threads = min(8, (os.cpu_count() or 1) + 4)
+    with quiet_pillow(), ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda path: _read(manifest, path), paths)
+        for done, (path, read) in enumerate(zip(paths, found, strict=True), 1):
+            _add(scan, manifest.root, path, read)
+            if progress:
+                progress(done, len(paths))
     return scan
 
 
-def _read(manifest: Manifest, path: Path) -> tuple[tuple[int, int], bytes | None, Labels, str]:
-    """Return one image's size, label bytes (None: no file), labels, and why it is unusable."""
+def _add(scan: SplitScan, root: Path, path: Path, read: _Read) -> None:
+    labels = read.labels
+    scan.bad_rows += labels.problems
+    scan.duplicates += labels.duplicates
+    scan.label_files += read.content is not None
+    if read.problem is not None:
+        scan.unreadable.append(read.problem)
+        return
+    if read.content is None:
+        scan.unlabelled.append(path)
+    scan.refs.append(
+        ImageRef(path, *read.size, labels.boxes_cxcywh, labels.labels, labels.polygons)
+    )
+    scan.lines.append(labels.lines)
+    relative = os.fsencode(Path(os.path.relpath(path, root)).as_posix())
+    parts = (relative, read.content or b"", str(path.stat().st_size).encode())
+    scan.digests.append(hashlib.sha256(b"\0".join(parts)).digest())
+
+
+def _read(manifest: Manifest, path: Path) -> _Read:
+    """Read one image's header and its labels."""
     source = label_path(path)
-    text: bytes | None = None
+    nc = len(manifest.names)
     try:
-        text = source.read_bytes()
-    except FileNotFoundError:
-        text = None
+        content, labels = read_labels(source, nc, manifest.keypoint_columns)
     except OSError as error:
-        return (
-            (0, 0),
-            None,
-            parse_labels("", source, 1),
-            f"its labels {source} cannot be read: {error.strerror}",
+        reason = f"its labels {source} cannot be read: {error.strerror}"
+        return _Read(
+            (0, 0), None, parse_labels("", source, nc), Problem("unreadable", path, reason)
         )
-    decoded = (text or b"").decode("utf-8-sig", errors="replace")
-    labels = parse_labels(decoded, source, len(manifest.names), manifest.keypoint_columns)
     try:
-        return image_size(path), text, labels, ""
+        return _Read(image_size(path), content, labels)
     except Unreadable as error:
-        return (0, 0), text, labels, str(error)
+        return _Read((0, 0), content, labels, Problem("unreadable", path, str(error)))
 
 
-def _check_usable(manifest: Manifest, split: str, scan: _Scan) -> None:
+def _warn_of_losses(split: str, scan: SplitScan, missing: Sequence[Problem]) -> None:
+    """Warn of what is left out of a split, with places."""
+    for count, what, problems in (
+        (len(missing), "listed images left out", missing),
+        (len(scan.unreadable), "unreadable images left out", scan.unreadable),
+        (len(scan.bad_rows), "bad label rows left out", scan.bad_rows),
+    ):
+        if count:
+            logger.warning("%s", summary(f"{split}: {count} {what}", problems))
+    if scan.duplicates:
+        logger.warning("%s: %d duplicate label rows left out.", split, len(scan.duplicates))
+
+
+def why_unusable(split: str, scan: SplitScan) -> str:
+    """Return why nothing in a split can be trained or validated on; empty when something can."""
     if not scan.refs:
-        raise DatasetError(
-            f"{manifest.yaml}: none of the {len(scan.dropped)} images in {split} can be read. "
-            f"The first: {scan.dropped[0]}."
+        return (
+            f"none of the {len(scan.unreadable)} images in {split} can be read. "
+            f"The first: {scan.unreadable[0]}"
         )
     if any(len(ref.labels) for ref in scan.refs):
-        return
+        return ""
     example = label_path(scan.refs[0].path)
-    if scan.problems:
-        why = f"all {len(scan.problems)} label rows are bad. The first: {scan.problems[0]}"
+    if scan.bad_rows:
+        why = f"all {len(scan.bad_rows)} label rows are bad. The first: {scan.bad_rows[0]}"
     elif scan.label_files:
         why = f"all {scan.label_files} label files are empty"
     else:
         why = f"there is no label file; for {scan.refs[0].path.name} it would be {example}"
-    raise DatasetError(f"{manifest.yaml}: no usable box in {split}: {why}.")
+    return f"no usable box in {split}: {why}"
 
 
-def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -> bool:
+def _ensure_validation(manifest: Manifest, scans: dict[str, SplitScan], seed: int) -> bool:
     """Hold out a tenth of train when val is missing or the same; return whether it was done."""
     train, val = scans["train"], scans.get("val")
     if val is not None:
@@ -216,17 +256,14 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -
         )
         scans["val"] = train
         return True
-    kept, held = _Scan(), _Scan()
+    kept, held = SplitScan(), SplitScan()
     for i, (ref, digest) in enumerate(zip(train.refs, train.digests, strict=True)):
         side = held if i in picked else kept
         side.refs.append(ref)
         side.digests.append(digest)
     for side in (kept, held):
-        side.label_files, side.problems, side.dropped = (
-            train.label_files,
-            train.problems,
-            train.dropped,
-        )
+        side.label_files = train.label_files
+        side.bad_rows, side.unreadable = train.bad_rows, train.unreadable
     scans["train"], scans["val"] = kept, held
     logger.warning(
         "%s: %s, so %d of %d images are held out for validation (seed %d) and not trained on. "
@@ -236,11 +273,12 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, _Scan], seed: int) -
     return True
 
 
-def _real(scan: _Scan) -> set[str]:
+def _real(scan: SplitScan) -> set[str]:
+    """Return the files behind the images, whatever links they were reached by."""
     return {os.path.realpath(ref.path) for ref in scan.refs}
 
 
-def _warn_about_classes(manifest: Manifest, scans: dict[str, _Scan]) -> None:
+def _warn_about_classes(manifest: Manifest, scans: dict[str, SplitScan]) -> None:
     present = {split: _classes(scan) for split, scan in scans.items()}
     absent = [name for i, name in enumerate(manifest.names) if i not in present["train"]]
     if absent:
@@ -251,7 +289,7 @@ def _warn_about_classes(manifest: Manifest, scans: dict[str, _Scan]) -> None:
             logger.warning("%d classes have no validation image: %s.", len(unseen), _few(unseen))
 
 
-def _classes(scan: _Scan) -> set[int]:
+def _classes(scan: SplitScan) -> set[int]:
     return {int(label) for ref in scan.refs for label in ref.labels}
 
 
@@ -260,7 +298,7 @@ def _few(names: list[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _fingerprint(names: tuple[str, ...], scans: dict[str, _Scan]) -> str:
+def _fingerprint(names: tuple[str, ...], scans: dict[str, SplitScan]) -> str:
     digest = hashlib.sha256("\0".join(names).encode())
     for split in sorted(scans):
         digest.update(f"\n{split}\n".encode())

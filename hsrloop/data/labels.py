@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 from dataclasses import dataclass
@@ -9,19 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
+from hsrloop.data.places import exists, read_regular
+from hsrloop.records import Problem
+
 TOLERANCE = 0.01  # coordinates this far outside [0, 1] are clipped, further ones are refused
 # Source: ultralytics@8.4.190, data/utils.py verify_image_label
+SMALLEST = 1e-6  # sides below this are no box: a hundredth of a pixel in 10,000
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The objects of one image; `problems` say what was left out, with file and line."""
+    """The objects of one image, and which rows were left out and why."""
 
     boxes_cxcywh: np.ndarray  # (n, 4) float32 in [0, 1]
     labels: np.ndarray  # (n,) int64
     polygons: tuple[np.ndarray | None, ...]  # (k, 2) float32 in [0, 1]; None for a box row
-    problems: tuple[str, ...] = ()
-    duplicates: int = 0
+    problems: tuple[Problem, ...] = ()
+    duplicates: tuple[Problem, ...] = ()  # rows that repeat another
+    lines: tuple[int, ...] = ()  # of each object, from 1
 
 
 def label_path(image: Path) -> Path:
@@ -35,7 +41,26 @@ def label_path(image: Path) -> Path:
     if not images:
         return beside
     mapped = Path(f"{head}{os.sep}labels{os.sep}{tail}")
-    return beside if beside.exists() and not mapped.exists() else mapped
+    return beside if exists(beside) and not exists(mapped) else mapped
+
+
+def read_labels(source: Path, nc: int, keypoint_columns: int = 0) -> tuple[bytes | None, Labels]:
+    """Read a label file; return its bytes, None when there is no file, and the objects in it.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        content: bytes | None = read_regular(source)
+    except FileNotFoundError:
+        content = None
+    return content, parse_labels(_decoded(content or b""), source, nc, keypoint_columns)
+
+
+def _decoded(content: bytes) -> str:
+    """Return the text of a file in UTF-8 or, with a byte order mark, UTF-16."""
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
 def parse_labels(text: str, source: Path, nc: int, keypoint_columns: int = 0) -> Labels:
@@ -49,9 +74,10 @@ def parse_labels(text: str, source: Path, nc: int, keypoint_columns: int = 0) ->
     boxes: list[tuple[float, ...]] = []
     labels: list[int] = []
     polygons: list[np.ndarray | None] = []
-    problems: list[str] = []
-    seen: set[tuple[float, ...]] = set()
-    duplicates = 0
+    lines: list[int] = []
+    problems: list[Problem] = []
+    duplicates: list[Problem] = []
+    seen: dict[tuple[float, ...], int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words:
@@ -59,25 +85,26 @@ def parse_labels(text: str, source: Path, nc: int, keypoint_columns: int = 0) ->
         if keypoint_columns and len(words) == 5 + keypoint_columns:
             words = words[:5]
         row = _numbers(words)
-        problem = _problem(words, row, nc)
-        if problem:
-            problems.append(f"{source}:{number}: {problem}")
+        kind, text = _problem(words, row, nc)
+        if kind:
+            problems.append(Problem(kind, source, text, number))
             continue
-        key = tuple(row)
-        if key in seen:
-            duplicates += 1
+        first = seen.setdefault(tuple(row), number)
+        if first != number:
+            duplicates.append(Problem("row-twice", source, f"the same as line {first}", number))
             continue
-        seen.add(key)
         polygon = _polygon(row) if len(row) > 5 else None
         boxes.append(_clipped(row[1:]) if polygon is None else _around(polygon))
         labels.append(int(row[0]))
         polygons.append(polygon)
+        lines.append(number)
     return Labels(
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),
         tuple(polygons),
         tuple(problems),
-        duplicates,
+        tuple(duplicates),
+        tuple(lines),
     )
 
 
@@ -89,26 +116,35 @@ def _numbers(words: list[str]) -> list[float]:
         return [math.nan] * len(words)
 
 
-def _problem(words: list[str], row: list[float], nc: int) -> str:
-    """Return why a row cannot be used, or an empty string."""
+def _problem(words: list[str], row: list[float], nc: int) -> tuple[str, str]:
+    """Return the kind of a row that cannot be used, and why; both empty for a good one."""
+    if any("," in word or ";" in word for word in words):
+        return "columns", f"'{_short(words)}' has commas; separate columns by spaces"
     if len(row) < 5 or len(row) == 6 or len(row) % 2 == 0:
-        return f"{len(row)} columns; a box has 5, a polygon 7, 9, 11, ..."
+        return "columns", f"{len(row)} columns; a box has 5, a polygon 7, 9, 11, ..."
     if not all(math.isfinite(value) for value in row):
-        return f"'{' '.join(words)[:60]}' is not all finite numbers"
+        return "not-numbers", f"'{_short(words)}' is not all finite numbers"
     if row[0] != int(row[0]):
-        return f"class {words[0]} is not a whole number"
+        return "class-fraction", f"class {words[0][:20]} is not a whole number"
     if not 0 <= row[0] < nc:
-        return (
-            f"class {int(row[0])}, but data.yaml names {nc} classes (0-{nc - 1}). "
+        return "class-unknown", (
+            f"class {row[0]:.15g}, but data.yaml names {nc} classes (0-{nc - 1}). "
             "Fix the label or add the class"
         )
     wrong = next((v for v in row[1:] if not -TOLERANCE <= v <= 1 + TOLERANCE), None)
     if wrong is not None:
-        return f"coordinate {wrong:g} is outside 0 to 1; write fractions of the image, not pixels"
+        text = f"coordinate {wrong:g} is outside 0 to 1; write fractions of the image, not pixels"
+        return "outside", text
     width, height = _extent(row)
-    if width <= 0 or height <= 0:
-        return f"a box of size {width:g} x {height:g}; both sides must be above 0"
-    return ""
+    if width <= SMALLEST or height <= SMALLEST:
+        return "no-area", f"a box of size {width:g} x {height:g}; both sides must be above 0"
+    return "", ""
+
+
+def _short(words: list[str]) -> str:
+    """Return the beginning of a row, safe to print."""
+    text = " ".join(words)[:60]
+    return text if text.isprintable() else text.encode("unicode_escape").decode()[:60]
 
 
 def _extent(row: list[float]) -> tuple[float, float]:

@@ -1,25 +1,25 @@
-"""Read data.yaml: class names, and the image files of each split.
+"""Understand data.yaml: names, splits, and where their images are; nothing in it is executed.
 
-A set that moved (another machine, a container, a Windows path) is found again beside its data.yaml.
-Nothing named in the file is ever executed or downloaded.
+What can be worked around is a remark; what training must refuse, though the rest can still be
+read, is a fault; only a file that says nothing raises.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hsrloop.data.places import SUFFIXES, images_below, moved, summary
+from hsrloop.data.places import SUFFIXES, exists, expanded, images_below, moved, read_regular
 from hsrloop.errors import DatasetError
-
-logger = logging.getLogger(__name__)
+from hsrloop.records import Problem
 
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 100_000  # a guess: beyond it, nc is a mistake that would fill the memory
+_MOST_KEYS = 200_000  # of one mapping once aliases are merged; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,52 @@ class Manifest:
     names: tuple[str, ...]
     splits: dict[str, tuple[str, ...]]
     keypoint_columns: int = 0  # of pose labels, to be dropped from each row
+    name_lines: tuple[int, ...] = ()  # of each name in the file, from 1; 0 when unknown
+    remarks: tuple[Problem, ...] = ()
+    faults: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The image files of a split, sorted, each once."""
+
+    paths: tuple[Path, ...]
+    folders: tuple[Path, ...] = ()  # that were searched for images
+    remarks: tuple[Problem, ...] = ()
+    missing: tuple[Problem, ...] = ()  # named in a .txt list
+    faults: tuple[Problem, ...] = ()
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What is noticed on the way through one file."""
+
+    file: Path
+    remarks: list[Problem] = field(default_factory=list)
+    faults: list[Problem] = field(default_factory=list)
+
+    def remark(self, kind: str, text: str, *, line: int = 0) -> None:
+        self.remarks.append(Problem(kind, self.file, text, line))
+
+    def fault(self, text: str, *, kind: str = "yaml") -> None:
+        self.faults.append(Problem(kind, self.file, text))
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader in which merged aliases cannot grow without bound."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge `<<` keys into a mapping."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(
+                None, None, "merged aliases grow without bound", node.start_mark
+            )
 
 
 def yaml_file(path: str | Path) -> Path:
     """Return the data.yaml that a path means; a folder stands for the one in it."""
-    file = Path(path).expanduser().absolute()  # not resolved: labels lie beside a link
+    file = expanded(str(path)).absolute()  # not resolved: labels lie beside a link
     return file / "data.yaml" if file.is_dir() else file
 
 
@@ -43,25 +84,60 @@ def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest
     """Read data.yaml; a folder stands for the data.yaml in it.
 
     Raises:
-        DatasetError: the file is missing, not YAML, or says something impossible.
+        DatasetError: nothing can be made of the file. Smaller things are `faults` of the manifest.
     """
     file = yaml_file(path)
-    data = _parse(file)
+    data, lines = _parse(file)
+    notes = _Notes(file)
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
-    names = _names(file, data)
-    splits = {split: _entries(file, split, data.get(split)) for split in SPLITS}
-    if not splits["train"] and not train_optional:
-        raise DatasetError(
-            f"{file} has no 'train'; add the folder of training images, e.g. train: images/train"
-        )
-    root = _root(file, data.get("path"))
-    return Manifest(file, root, names, splits, _keypoint_columns(data.get("kpt_shape")))
+    names = _names(notes, data)
+    splits = {split: _entries(notes, split, data.get(split)) for split in SPLITS}
+    if not (splits["train"] or train_optional) and data.get("train") in (None, "", []):
+        notes.fault("no 'train'; add the folder of training images, e.g. train: images/train")
+    _compare_names(notes, names, lines)
+    root = _root(notes, data.get("path"))
+    return Manifest(
+        yaml=file,
+        root=root,
+        names=names,
+        splits=splits,
+        keypoint_columns=_keypoint_columns(data.get("kpt_shape")),
+        name_lines=lines if len(lines) == len(names) else (0,) * len(names),
+        remarks=tuple(notes.remarks),
+        faults=tuple(notes.faults),
+    )
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def _parse(file: Path) -> tuple[dict[Any, Any], tuple[int, ...]]:
+    """Return the mapping in the file and the line of each value in its `names`."""
+    text = _text(file)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        hint = (
+            " Write Windows paths with forward slashes." if "escape" in str(error.problem) else ""
+        )
+        hint = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else hint
+        raise DatasetError(f"{file}:{line}: not valid YAML: {error.problem}.{hint}") from None
+    except RecursionError:
+        raise DatasetError(f"{file} is not valid YAML: nested too deeply.") from None
+    # A value that does not fit its tag, as in `2024-13-45` or `!!int ""`, raises any of the others.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise DatasetError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise DatasetError(
+            f"{file} holds {_kind(data)}; it must map train, val and names to values."
+        )
+    return data, _name_lines(node)
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_regular(file).decode("utf-8-sig")
     except FileNotFoundError:
         raise DatasetError(
             f"{file} does not exist. Give the path of a data.yaml with --dataset."
@@ -72,42 +148,38 @@ def _parse(file: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error.strerror}.") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = (
-            " Write Windows paths with forward slashes." if "escape" in str(error.problem) else ""
-        )
-        hint = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else hint
-        raise DatasetError(f"{file}:{line}: not valid YAML: {error.problem}.{hint}") from None
-    except yaml.YAMLError as error:
-        raise DatasetError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{file} holds {_kind(data)}; it must map train, val and names to values."
-        )
-    return data
 
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _names(file: Path, data: dict[str, Any]) -> tuple[str, ...]:
-    names, nc = data.get("names"), _nc(file, data.get("nc"))
+def _name_lines(node: yaml.Node | None) -> tuple[int, ...]:
+    """Return the line of each value of `names`, in the order written."""
+    assert isinstance(node, yaml.MappingNode), "it made a mapping"
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value == "names":
+            if isinstance(value, yaml.SequenceNode):
+                return tuple(item.start_mark.line + 1 for item in value.value)
+            if isinstance(value, yaml.MappingNode):
+                return tuple(item.start_mark.line + 1 for _, item in value.value)
+    return ()
+
+
+def _names(notes: _Notes, data: dict[Any, Any]) -> tuple[str, ...]:
+    file, names, nc = notes.file, data.get("names"), _nc(notes, data.get("nc"))
     if names is None:
         if nc is None:
             raise DatasetError(
                 f"{file} has neither 'names' nor 'nc'; add names: [first, second, ...]."
             )
-        logger.warning("%s has no 'names'; classes are called class_0 to class_%d.", file, nc - 1)
+        notes.remark("no-names", f"no 'names'; classes are called class_0 to class_{nc - 1}")
         return tuple(f"class_{i}" for i in range(nc))
     if isinstance(names, dict):
-        names = _ordered(file, names)
+        names = _ordered(notes, names)
     if not isinstance(names, list) or not names:
         raise DatasetError(
-            f"{file}: names is {names!r}; it must be a list or a map of class names."
+            f"{file}: names is {_brief(names)}; it must be a list or a map of class names."
         )
     for i, name in enumerate(names):
         if (
@@ -115,49 +187,66 @@ def _names(file: Path, data: dict[str, Any]) -> tuple[str, ...]:
             or not isinstance(name, str | int | float)
             or not str(name).strip()
         ):
-            raise DatasetError(
-                f"{file}: names[{i}] is {name!r}; it must be text. Put it in quotes."
-            )
+            notes.fault(f"names[{i}] is {_brief(name)}; it must be text. Put it in quotes")
     if nc is not None and nc != len(names):
-        raise DatasetError(
-            f"{file}: nc is {nc}, but names has {len(names)} entries; they must agree. Drop nc."
-        )
-    result = tuple(str(name) for name in names)
-    twice = sorted({name for name in result if result.count(name) > 1})
-    if twice:
-        logger.warning(
-            "%s names %s more than once; they are separate classes.", file, ", ".join(twice)
-        )
-    return result
+        notes.fault(f"nc is {nc}, but names has {len(names)} entries; they must agree. Drop nc")
+    return tuple(name if isinstance(name, str) else _brief(name) for name in names)
 
 
-def _ordered(file: Path, names: dict[Any, Any]) -> list[Any]:
-    """Return a map's values by class number, which must run from 0 without gaps."""
-    try:
-        numbers = {int(key): value for key, value in names.items()}
-    except (TypeError, ValueError):
-        wrong = next(key for key in names if not str(key).lstrip("-").isdigit())
-        raise DatasetError(
-            f"{file}: names has the key {wrong!r}; keys must be class numbers 0, 1, 2, ..."
-        ) from None
-    if sorted(numbers) != list(range(len(names))):
-        raise DatasetError(
-            f"{file}: names has the keys {sorted(numbers)}; "
-            f"they must be 0 to {len(names) - 1} without gaps."
-        )
-    return [numbers[i] for i in range(len(numbers))]
+def _compare_names(notes: _Notes, names: tuple[str, ...], lines: tuple[int, ...]) -> None:
+    """Remark on names that stand for several classes."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if first.setdefault(name, i) != i:
+            notes.remark(
+                "name-twice",
+                f"'{name}' is the name of class {first[name]} and of class {i}; "
+                "they are separate classes",
+                line=lines[i] if len(lines) == len(names) else 0,
+            )
 
 
-def _nc(file: Path, value: Any) -> int | None:
+def _brief(value: Any) -> str:
+    """Return a value as text of bounded length, however its aliases multiply it."""
+    if isinstance(value, int | float):
+        return str(value)[:80]
+    form = reprlib.Repr()
+    form.maxlevel, form.maxstring = 2, 60
+    return form.repr(value)
+
+
+def _ordered(notes: _Notes, names: dict[Any, Any]) -> list[Any]:
+    """Return a map's values by class number; one missing in between gets a name of its own."""
+    numbers: dict[int, Any] = {}
+    for key, value in names.items():
+        try:
+            numbers[int(key)] = value
+        except (TypeError, ValueError, OverflowError):
+            raise DatasetError(
+                f"{notes.file}: names has the key {_brief(key)}; "
+                "keys must be class numbers 0, 1, 2, ..."
+            ) from None
+    if sorted(numbers) == list(range(len(names))):
+        return [numbers[i] for i in range(len(numbers))]
+    notes.fault(
+        f"names has the keys {_brief(sorted(numbers))}; "
+        f"they must be 0 to {len(names) - 1} without gaps"
+    )
+    count = min(max(numbers, default=-1) + 1, MOST_CLASSES)
+    return [numbers.get(i, f"class_{i}") for i in range(count)]
+
+
+def _nc(notes: _Notes, value: Any) -> int | None:
     if value is None:
         return None
     try:
         nc = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         nc = 0.5
-    if isinstance(value, bool) or nc != int(nc) or nc < 1:
+    if isinstance(value, bool) or not 1 <= nc <= MOST_CLASSES or nc != int(nc):
         raise DatasetError(
-            f"{file}: nc is {value!r}; it must be a whole number of classes, at least 1."
+            f"{notes.file}: nc is {_brief(value)}; it must be a whole number of classes, "
+            f"1 to {MOST_CLASSES}."
         )
     return int(nc)
 
@@ -165,94 +254,104 @@ def _nc(file: Path, value: Any) -> int | None:
 def _keypoint_columns(shape: Any) -> int:
     """Return how many columns of keypoints follow each box in a pose set (kpt_shape: [17, 3])."""
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape):
-        return int(shape[0] * shape[1])
+        return max(0, int(shape[0] * shape[1]))
     return 0
 
 
-def _entries(file: Path, split: str, value: Any) -> tuple[str, ...]:
+def _entries(notes: _Notes, split: str, value: Any) -> tuple[str, ...]:
     if value is None or value == "" or value == []:
         return ()
     values = value if isinstance(value, list) else [value]
     for entry in values:
         if not isinstance(entry, str):
-            raise DatasetError(
-                f"{file}: {split} is {entry!r}; it must be a path or a list of paths."
-            )
-    return tuple(values)
+            notes.fault(f"{split} is {_brief(entry)}; it must be a path or a list of paths")
+    return tuple(entry for entry in values if isinstance(entry, str))
 
 
-def _root(file: Path, value: Any) -> Path:
+def _root(notes: _Notes, value: Any) -> Path:
     """Return the folder that entries are relative to."""
-    folder = file.parent
+    folder = notes.file.parent
     if value is None or value == "":
         return folder
     if not isinstance(value, str):
-        raise DatasetError(f"{file}: path is {value!r}; it must be a folder.")
-    declared = folder / Path(value).expanduser()
-    if declared.is_dir():
+        notes.fault(f"path is {_brief(value)}; it must be a folder")
+        return folder
+    declared = folder / expanded(value)
+    if exists(declared) and declared.is_dir():
         return declared
     found = moved(value, [folder, folder.parent]) or folder
-    logger.warning("%s: path %s does not exist here; using %s instead.", file, value, found)
+    notes.remark("moved", f"path {value[:200]} does not exist here; using {found} instead")
     return found
 
 
-def images_of(manifest: Manifest, split: str, *, optional: bool = False) -> list[Path]:
-    """Return the image files of a split, sorted, each once.
+def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Listing:
+    """Return the image files of a split; `faults` when an entry is missing, or all are empty.
 
     Args:
-        optional: none at all is an answer too.
-
-    Raises:
-        DatasetError: an entry does not exist, or there is no image in any of them.
+        optional: no image at all is an answer too.
     """
     files: dict[Path, None] = {}
+    folders: list[Path] = []
+    notes = _Notes(manifest.yaml)
+    missing: list[Problem] = []
     for entry in manifest.splits[split]:
-        place = _locate(manifest, split, entry)
+        place = _locate(manifest, notes, split, entry)
+        if place is None:
+            continue
         if place.is_dir():
+            folders.append(place)
             files.update(dict.fromkeys(images_below(place)))
         elif place.suffix.lower() == ".txt":
-            files.update(dict.fromkeys(_listed(manifest, place)))
+            listed, absent = _listed(manifest, notes, place)
+            files.update(dict.fromkeys(listed))
+            missing += absent
         elif place.suffix.lower() in SUFFIXES:
             files[place] = None
         else:
-            raise DatasetError(
-                f"{manifest.yaml}: {split}: {place} is neither a folder, a .txt list nor an image."
-            )
-    if not files and not optional:
+            notes.fault(f"{split}: {place} is neither a folder, a .txt list nor an image")
+    if not (files or optional or notes.faults):
         where = ", ".join(manifest.splits[split])
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise DatasetError(
-            f"{manifest.yaml}: no images in {split} ({where}). Known kinds: {kinds}."
-        )
-    return sorted(files)
+        notes.fault(f"no images in {split} ({where[:200]}). Known kinds: {kinds}")
+    return Listing(
+        tuple(sorted(files)),
+        tuple(folders),
+        tuple(notes.remarks),
+        tuple(missing),
+        tuple(notes.faults),
+    )
 
 
-def _locate(manifest: Manifest, split: str, entry: str) -> Path:
-    direct = manifest.root / Path(entry).expanduser()
-    if direct.exists():
+def _locate(manifest: Manifest, notes: _Notes, split: str, entry: str) -> Path | None:
+    direct = manifest.root / expanded(entry)
+    if exists(direct):
         return direct
     found = moved(entry, [manifest.root, manifest.yaml.parent])
     if found is None:
-        remedy = "" if split == "train" else f" Without a '{split}' line, "
+        remedy = "" if split == "train" else f". Without a '{split}' line, "
         remedy += {
             "train": "",
-            "val": "a tenth of train is held out.",
-            "test": "there is no test set.",
+            "val": "a tenth of train is held out",
+            "test": "there is no test set",
         }[split]
-        raise DatasetError(
-            f"{manifest.yaml}: {split}: {direct} does not exist. Paths are relative to 'path', "
-            f"which is relative to the folder of data.yaml.{remedy}"
+        notes.fault(
+            f"{split}: {str(direct)[:300]} does not exist. Paths are relative to 'path', "
+            f"which is relative to the folder of data.yaml{remedy}"
         )
-    logger.warning(
-        "%s: %s: %s does not exist here; using %s instead.", manifest.yaml, split, entry, found
-    )
+        return None
+    notes.remark("moved", f"{split}: {entry} does not exist here; using {found} instead")
     return found
 
 
-def _listed(manifest: Manifest, file: Path) -> Iterator[Path]:
-    """Yield the images that a .txt file names; missing ones are counted and located."""
-    missing: list[str] = []
-    text = file.read_bytes().decode("utf-8-sig", errors="replace")
+def _listed(manifest: Manifest, notes: _Notes, file: Path) -> tuple[list[Path], list[Problem]]:
+    """Return the images that a .txt file names, and those that are not there."""
+    found: list[Path] = []
+    missing: list[Problem] = []
+    try:
+        text = read_regular(file).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        notes.fault(f"the list {file} cannot be read: {error.strerror}")
+        return found, missing
     for number, line in enumerate(text.splitlines(), 1):
         entry = line.strip()
         if not entry or Path(entry).suffix.lower() not in SUFFIXES:
@@ -260,11 +359,11 @@ def _listed(manifest: Manifest, file: Path) -> Iterator[Path]:
         bases = (
             [file.parent, manifest.root] if entry.startswith("./") else [manifest.root, file.parent]
         )
-        direct = next((base / entry for base in bases if (base / entry).exists()), None)
-        found = direct or moved(entry, bases)
-        if found is None:
-            missing.append(f"{file}:{number}: {entry} does not exist")
+        direct = next((base / entry for base in bases if exists(base / entry)), None)
+        image = direct or moved(entry, bases)
+        if image is None:
+            text = f"{entry[:200]} does not exist"
+            missing.append(Problem("listed-missing", file, text, number))
         else:
-            yield found
-    if missing:
-        logger.warning("%s", summary(f"{len(missing)} listed images left out", missing))
+            found.append(image)
+    return found, missing

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 )
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is such a file; False too for a name that no file can have."""
+    try:
+        return path.exists()
+    except OSError:  # too long, or in a folder that may not be entered
+        return False
+
+
+def expanded(text: str) -> Path:
+    """Return a path with ~ replaced by the home folder where there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of no user
+        return Path(text)
+
+
+def read_regular(path: Path) -> bytes:
+    """Return a file's bytes; a pipe or a device, which might never end, is refused.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError(None, "not a regular file")
+    return path.read_bytes()
 
 
 def _parts(text: str) -> list[str]:
@@ -27,13 +55,18 @@ def moved(text: str, bases: list[Path]) -> Path | None:
     for start in range(len(parts)):
         for base in bases:
             candidate = base.joinpath(*parts[start:])
-            if candidate.exists():
+            if exists(candidate):
                 return candidate
     return None
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """Yield images below a folder, also through symlinks; each folder once, hidden ones never."""
+    """Yield images below a folder, as `files_below` finds them."""
+    return files_below(folder, SUFFIXES)
+
+
+def files_below(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+    """Yield files below a folder, also through symlinks; each folder once, hidden ones never."""
     seen: set[str] = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -43,11 +76,11 @@ def images_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield Path(where, name)
 
 
-def summary(title: str, problems: list[str], shown: int = 5) -> str:
+def summary(title: str, problems: Sequence[object], shown: int = 5) -> str:
     """Return a title, the first few problems, and a count of the rest, a line each."""
     lines = [f"{title}:", *(f"  {problem}" for problem in problems[:shown])]
     if len(problems) > shown:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -16,6 +22,8 @@ _DECODE = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+# What Pillow's readers raise on damaged files, beside what it documents (found by damaging files).
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError)
 
 
 class Unreadable(Exception):
@@ -31,23 +39,28 @@ def image_size(path: Path) -> tuple[int, int]:
         Unreadable: not an image, empty, truncated, or not allowed to be read.
     """
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("not a regular file")
+        if status.st_size == 0:
             raise Unreadable("the file is empty")
         with Image.open(path) as image:
             width, height = image.size
             kind = image.format or ""
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            if not _ends_well(path, kind):
+            # Pillow decodes all of a PNG to find its EXIF, which may come after the pixels.
+            chunks = _png_chunks(path) if kind == "PNG" else []
+            tag = 1 if kind == "PNG" else image.getexif().get(ORIENTATION, 1)
+            if not (chunks[-1:] == [b"IEND"] or _ends_well(path, kind)):
                 image.load()
     except (UnidentifiedImageError, ImportError):  # Ultralytics, if loaded, asks for a HEIF library
         raise Unreadable("not an image of a known kind") from None
     except Image.DecompressionBombError:
         raise Unreadable("more than 178 million pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (*_DAMAGED, struct.error, MemoryError) as error:
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from None
     if kind in ("JPEG", "MPO"):
-        return (width, height) if turned else (height, width)
-    if kind == "PNG" and not turned:
+        return (width, height) if tag in (5, 6, 7, 8) else (height, width)
+    if kind == "PNG" and b"eXIf" not in chunks:
         return height, width
     pixels = decode(path)
     return int(pixels.shape[0]), int(pixels.shape[1])
@@ -55,13 +68,26 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _ends_well(path: Path, kind: str) -> bool:
     """Return whether the file has its end marker; kinds without one count as suspicious."""
-    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
-    if marker is None:
+    if kind not in ("JPEG", "MPO"):
         return False
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         tail = file.read()
-    return marker in (tail[-2:] if kind == "JPEG" else tail)
+    return b"\xff\xd9" in (tail[-2:] if kind == "JPEG" else tail)
+
+
+def _png_chunks(path: Path) -> list[bytes]:
+    """Return the names of a PNG's chunks that are all there, up to IEND, skipping over them."""
+    names: list[bytes] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8 and names[-1:] != [b"IEND"]:
+            length, name = struct.unpack(">I4s", head)
+            if file.seek(length + 4, os.SEEK_CUR) > size:  # its data and checksum
+                break
+            names.append(name)
+    return names
 
 
 def decode(path: Path, *, shrink: int = 1) -> np.ndarray:
@@ -84,13 +110,23 @@ def decode(path: Path, *, shrink: int = 1) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def thumbnail(path: Path) -> np.ndarray:
-    """Return a small grey version of an image for comparing; a grey 9 x 8 when it is unreadable."""
-    try:
-        data = np.fromfile(path, np.uint8)
-        pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8) if data.size else None
-    except (OSError, cv2.error):
-        pixels = None
-    if pixels is None:
-        return np.full((8, 9), 114, np.uint8)
-    return cv2.resize(pixels, (9, 8), interpolation=cv2.INTER_AREA)
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's remarks on odd metadata and on large images from the terminal.
+
+    Warning filters belong to the process: enter it in the main thread, around those that read.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\..*")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def reduced(data: np.ndarray) -> np.ndarray | None:
+    """Decode an image file's bytes (n,) uint8 to grey, small if it can be; None if it cannot."""
+    for flag in (cv2.IMREAD_REDUCED_GRAYSCALE_8, cv2.IMREAD_GRAYSCALE):  # few pixels reduce to none
+        with contextlib.suppress(cv2.error):
+            pixels = cv2.imdecode(data, flag) if data.size else None
+            if pixels is not None:
+                return pixels
+    return None

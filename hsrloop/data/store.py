@@ -262,5 +262,5 @@ class ImageStore:
         for ref in self._refs[: self.cached_images]:
             status = ref.path.stat() if ref.path.exists() else None
             stamp = (status.st_mtime_ns, status.st_size) if status else (0, 0)
-            digest.update(f"\0{os.path.abspath(ref.path)} {stamp}".encode())
+            digest.update(os.fsencode(f"\0{os.path.abspath(ref.path)} {stamp}"))
         return digest.hexdigest()[:32]

@@ -21,10 +21,10 @@ from hsrloop.data.cutout_files import (
 )
 from hsrloop.data.cutouts import Cutout
 from hsrloop.data.dataset import DatasetSpec, ImageRef
-from hsrloop.data.leaks import also_in
 from hsrloop.data.manifest import yaml_file
 from hsrloop.data.palette import small_versions
 from hsrloop.data.places import images_below, summary
+from hsrloop.data.same_picture import also_in
 from hsrloop.data.scan import Unreadable, image_size
 from hsrloop.data.scene import Scenes, SceneSettings, odds_of, usual_sizes
 from hsrloop.errors import DatasetError

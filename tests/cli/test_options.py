@@ -9,7 +9,7 @@ import sys
 import click
 import pytest
 
-from hsrloop.cli.main import main, preview, train, validate
+from hsrloop.cli.main import check, main, preview, train, validate
 from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
@@ -35,6 +35,7 @@ VALIDATE = {
     "--no-trust-checkpoint", "--output", "--seed", "--set", "--trust-checkpoint",
     "-d", "-h", "-m", "-o",
 }  # fmt: skip
+CHECK = {"--dataset", "--help", "--imgsz", "--json", "--plot", "-d", "-h"}
 PREVIEW = {
     "--annotated-dir", "--backgrounds-dir", "--config", "--dataset", "--degrees",
     "--distractors-dir", "--fliplr", "--flipud", "--help", "--hsv-h", "--hsv-s", "--hsv-v",
@@ -54,14 +55,17 @@ def options_of(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "frozen"), [(train, TRAIN), (validate, VALIDATE), (preview, PREVIEW)]
+    ("command", "frozen"),
+    [(train, TRAIN), (validate, VALIDATE), (check, CHECK), (preview, PREVIEW)],
 )
 def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> None:
     assert options_of(command) == frozen
 
 
 def test_the_commands_are_frozen() -> None:
-    assert set(main.commands) == {"train", "validate", "preview", "weights", "tensorboard", "demo"}
+    assert set(main.commands) == {
+        "train", "validate", "check", "preview", "weights", "tensorboard", "demo",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", fields())
@@ -92,7 +96,9 @@ def test_given_values_have_their_fields_types() -> None:
     assert given == {"epochs": 3, "lr0": 0.001, "cache": False, "cos_lr": True}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["check", "--help"], ["--version"]]
+)
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     code = (
         "import sys\n"

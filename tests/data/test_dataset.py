@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
+from hsrloop.data.alike import group_alike
 from hsrloop.data.dataset import load_dataset
 from hsrloop.data.labels import label_path, parse_labels
-from hsrloop.data.split import group_alike, hold_out
+from hsrloop.data.split import hold_out
 from hsrloop.errors import DatasetError
 
 
@@ -120,7 +121,7 @@ def test_download_is_never_run(tiny_dataset: Path, tmp_path: Path) -> None:
         ("", "holds nothing; it must map train, val and names"),
         ("- a\n", "holds a list"),
         ("train: x\n", "has neither 'names' nor 'nc'"),
-        ("names: [a]\n", "has no 'train'; add the folder"),
+        ("names: [a]\n", "no 'train'; add the folder"),
         ("names: [a]\nnc: 2\ntrain: x\n", "nc is 2, but names has 1 entries"),
         ("nc: two\ntrain: x\n", "nc is 'two'; it must be a whole number"),
         ("names: {0: a, 2: b}\ntrain: x\n", "keys [0, 2]; they must be 0 to 1 without gaps"),
@@ -190,8 +191,8 @@ def test_row_faults_are_named() -> None:
     }
     for row, message in rows.items():
         found = parse_labels(row, Path("a.txt"), 2)
-        assert len(found.labels) == 0 and message in found.problems[0], row
-        assert found.problems[0].startswith("a.txt:1: ")
+        assert len(found.labels) == 0 and message in found.problems[0].text, row
+        assert str(found.problems[0]).startswith("a.txt:1: ")
     pose = parse_labels("0 .5 .5 .2 .2 .4 .4 2 .6 .6 2", Path("a.txt"), 1, keypoint_columns=6)
     assert pose.polygons == (None,) and not pose.problems
 

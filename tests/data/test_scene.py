@@ -306,7 +306,7 @@ def test_without_real_images_there_is_a_stream(yaml: Path) -> None:
     spec, made = synthesis(yaml, synthetic_images=7)
     assert spec.train == () and len(spec.val) == 4 and "beside 0 real ones" in made.text
     assert stream(yaml, synthetic_images=7).n_samples == 7
-    with pytest.raises(DatasetError, match="has no 'train'"):
+    with pytest.raises(DatasetError, match="no 'train'"):
         synthesis(yaml, dynamic_synthetic=False)
     empty = yaml.parent / "empty"
     empty.mkdir()

@@ -84,11 +84,11 @@ def test_it_learns_eight_images_by_heart(settings: Settings) -> None:
     scores and losses are next to zero: the losses rise first, and their peak is the measure."""
     calm = {"mosaic": 0.0, "mixup": 0.0, "degrees": 0.0, "scale": 0.0, "translate": 0.0}
     calm |= {"fliplr": 0.0, "hsv_s": 0.0, "hsv_v": 0.0}
-    outcome = train(settings(epochs=30, lr0=0.003, close_mosaic=0, ema_tau=20.0, **calm))
+    outcome = train(settings(epochs=60, batch=8, lr0=0.002, close_mosaic=0, ema_tau=20.0, **calm))
     history = checkpoint.read(outcome.run_dir / "weights" / "last.pt").state["history"]
     for name in ("box_loss", "cls_loss"):
         losses = [row[name] for row in history]
-        assert losses[-1] < 0.7 * max(losses), (name, losses)
+        assert losses[-1] < 0.5 * max(losses), (name, losses)
 
 
 def test_llrd_changes_the_rates_and_nothing_else(settings: Settings, recorder: Any) -> None:

@@ -1,0 +1,61 @@
+"""`hsrloop check`: look a data set over before anyone waits for a training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from hsrloop.data.check import check_dataset
+from hsrloop.data.manifest import Manifest, read_manifest
+from hsrloop.data.places import expanded
+from hsrloop.errors import OutputError
+from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean
+from hsrloop.report.console import make_console
+
+_INTERRUPTED = 130
+
+
+def run_check(dataset: str, *, imgsz: int, plot: Path | None, as_json: bool) -> int:
+    """Check a data set and say what was found; return 1 when training would suffer, else 0."""
+    manifest = read_manifest(dataset)
+    if plot is not None:
+        _check_place(plot, manifest)
+    try:
+        with CheckBar(Console(stderr=True)) as bar:
+            report = check_dataset(manifest, imgsz=imgsz, progress=bar)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    if plot is not None:
+        from hsrloop.report.sheet import save_sheet
+
+        save_sheet(report, plot)
+    if as_json:
+        click.echo(json.dumps(checkup_json(report), indent=2))
+        return 1 if report.suffers else 0
+    console = make_console()
+    console.print(clean(str(report.yaml)), soft_wrap=True, markup=False, style="bold")
+    console.print()
+    console.print(checkup(report))
+    if plot is not None:
+        console.print(f"Written: {clean(str(plot))}", soft_wrap=True, markup=False)
+    return 1 if report.suffers else 0
+
+
+def _check_place(plot: Path, manifest: Manifest) -> None:
+    """Refuse a place for the picture before the work: none, or one inside the data set."""
+    if plot.suffix.lower() != ".png":
+        raise OutputError(f"--plot {plot}: it must end in .png.")
+    if plot.is_dir():
+        raise OutputError(f"--plot {plot} is a folder. Give a file.")
+    if not plot.absolute().parent.is_dir():
+        raise OutputError(f"--plot {plot}: its folder does not exist. Make it first.")
+    entries = [entry for split in manifest.splits.values() for entry in split]
+    for place in (manifest.root, *(manifest.root / expanded(entry) for entry in entries)):
+        if plot.resolve().is_relative_to(place.resolve()):
+            raise OutputError(
+                f"--plot {plot} lies inside the data set {place}, which is never written to. "
+                "Choose another folder."
+            )
