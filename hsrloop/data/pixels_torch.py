@@ -71,7 +71,7 @@ def _topmost(layers: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _run(slope: Tensor, start: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return from where to where low <= slope * x + start <= high."""
-    slope = torch.where(slope.abs() < LEAST_SLOPE, LEAST_SLOPE, slope)
+    slope = slope.masked_fill(slope.abs() < LEAST_SLOPE, LEAST_SLOPE)
     ends = (low - start) / slope, (high - start) / slope
     rises = slope > 0
     return torch.where(rises, *ends), torch.where(rises, *ends[::-1])

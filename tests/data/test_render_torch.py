@@ -314,6 +314,21 @@ def test_painted_rectangles_lie_where_their_labels_say(tmp_path: Path, name: str
     assert checked >= 30
 
 
+def test_a_mosaic_leaves_no_gap_and_no_seam(tmp_path: Path) -> None:
+    """White sources, turned, show one white area: no grey line inside, nothing between."""
+    white = [np.full((*size, 3), 255, np.uint8) for size in SIZES[:3]]
+    refs, store = made_of(white, tmp_path)
+    plans = plans_of(refs, AugmentSettings(mosaic=1.0, degrees=20.0, scale=0.5), 40)
+    for image in by_torch(plans, refs, DeviceBank(Sources(store), torch.device("cpu"))):
+        assert set(np.unique(image)) <= {GREY, 255}
+        grey = (image[..., 0] == GREY).astype(np.uint8)
+        inside = cv2.morphologyEx(grey, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) < grey
+        _, _, stats, _ = cv2.connectedComponentsWithStats(inside.astype(np.uint8))
+        low, high = stats[1:, :2], stats[1:, :2] + stats[1:, 2:4]
+        at_frame = (low == 0).any(axis=1) | (high == SIDE).any(axis=1)  # a wedge of the outside
+        assert (at_frame | (stats[1:, cv2.CC_STAT_AREA] <= 3)).all()  # corners of it
+
+
 def test_a_plan_without_layers_is_grey(tmp_path: Path) -> None:
     refs, store = made_of([smooth(0, 40, 40)], tmp_path)
     for kind in (DeviceBank, TileBank):

@@ -13,13 +13,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.bank import Bank, DeviceBank, Sources, TileBank
-from hsrloop.data.dataset import DatasetSpec, load_dataset
+from hsrloop.data.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
 from hsrloop.data.render_torch import TorchRenderer
-from hsrloop.data.store import ImageStore, stored_size
+from hsrloop.data.scan import ORIENTATION, decode, image_size
+from hsrloop.data.store import ImageStore, decode_shrink, stored_size
 from hsrloop.errors import OutputError
 from hsrloop.records import Batch, Position
 
@@ -97,6 +99,50 @@ def test_a_disk_cache_inside_the_data_set_is_refused(spec: DatasetSpec, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "file" / "x")
+
+
+def photograph(path: Path, height: int, width: int, orientation: int) -> np.ndarray:
+    """Write a JPEG with an EXIF orientation; return its pixels as they are to be seen, RGB."""
+    y, x = np.mgrid[0:height, 0:width] / 100
+    waves = [np.sin(x * (1 + c)) * np.cos(y * (2 + c)) for c in range(3)]
+    noise = np.random.default_rng(0).normal(0, 6, (height, width, 1))
+    pixels = np.clip(127 + 100 * np.stack(waves, -1) + noise, 0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(pixels).save(path, quality=92, exif=exif.tobytes())
+    return np.asarray(ImageOps.exif_transpose(Image.open(path)))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("shape", [(600, 800), (1000, 332), (386, 512)])
+def test_large_jpegs_are_decoded_small_and_look_the_same(
+    tmp_path: Path, shape: tuple[int, int], orientation: int
+) -> None:
+    path = tmp_path / "a.JPG"
+    whole = photograph(path, *shape, orientation)
+    height, width = image_size(path)
+    assert (height, width) == whole.shape[:2]
+    none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ()
+    ref = ImageRef(path, height, width, *none)
+    assert decode_shrink(path, height, width, SIDE) == (2 if max(shape) < 768 else 4)
+    expected = cv2.resize(
+        decode(path), stored_size(height, width, SIDE)[::-1], interpolation=cv2.INTER_AREA
+    )
+    found = ImageStore([ref], imgsz=SIDE)[0]
+    assert found.shape == expected.shape
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.mean() <= 1 and np.quantile(difference, 0.999) <= 8
+    validated = ImageStore([ref], imgsz=SIDE, interpolation="linear")[0]
+    np.testing.assert_array_equal(
+        validated, cv2.resize(decode(path), found.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    )
+
+
+def test_only_large_jpegs_are_decoded_small() -> None:
+    shrinks = [decode_shrink(Path("a.jpg"), 480, px, 640) for px in (640, 2558, 2560, 5120, 12000)]
+    assert shrinks == [1, 1, 2, 4, 8]
+    assert decode_shrink(Path("a.jpg"), 482, 12000, 640) == 2  # 120.5 lines would be moved
+    assert decode_shrink(Path("a.png"), 480, 12000, 640) == 1
 
 
 @pytest.mark.parametrize("cache", [False, "ram"])

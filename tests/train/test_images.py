@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsrloop.config import TrainConfig
-from hsrloop.data.bank import Sources
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.data.bank import BankPlace, Sources
 from hsrloop.data.dataset import load_dataset
 from hsrloop.data.store import ImageStore
 from hsrloop.errors import ConfigError, DeviceError
+from hsrloop.events import Progress
+from hsrloop.train import images
 from hsrloop.train.images import render_place, train_images
+from hsrloop.train.run import train
+from tests.train.conftest import Recorder
 
 GIB = 2**30
 
@@ -77,3 +82,25 @@ def test_on_the_cpu_images_are_cached_and_nothing_is_said(tiny_dataset: Path) ->
     )
     assert made.renderer is None and made.store.cached_images == 8
     assert {type(event).__name__ for event in said} == {"Progress"}
+
+
+@pytest.mark.parametrize("place", ["device", "pinned"])
+def test_the_loop_does_not_care_who_renders(
+    settings: Callable[..., Resolved],
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    place: BankPlace,
+) -> None:
+    """A run on the CPU that takes its device for a GPU with room; left half-way and resumed."""
+    monkeypatch.setattr(images, "render_place", lambda *_, **__: place)
+    whole = train(settings(epochs=2), sinks=[recorder])
+    calls = iter([False, False, True])
+    part = train(settings(epochs=2), stop=lambda: next(calls))
+    train(settings(epochs=2), resume=part.run_dir / "weights" / "last.pt")
+    losses = [
+        (run.run_dir / "results.csv").read_text().splitlines()[2].split(",")[1:8]
+        for run in (whole, part)
+    ]
+    assert losses[0] == losses[1]
+    tasks = {event.task for event in recorder.of(Progress)}
+    assert ("loading training images onto the GPU" in tasks) == (place == "device")
