@@ -87,8 +87,9 @@ def odds_of(cutouts: Sequence[Cutout], seen: np.ndarray) -> np.ndarray:
     for label in np.unique(labels[labels >= 0]):
         own = labels == label
         weights[own] = 1 / min(10.0, math.sqrt(max(1.0, seen[label]))) / np.count_nonzero(own)
-    odds: np.ndarray = np.cumsum(weights)
-    return odds / odds[-1]  # ends at 1 exactly: every draw below 1 finds one
+    summed = np.cumsum(weights)
+    odds: np.ndarray = summed / summed[-1]  # ends at 1 exactly: every draw below 1 finds one
+    return odds
 
 
 def usual_sizes(cutouts: Sequence[Cutout]) -> np.ndarray:
