@@ -294,7 +294,9 @@ def test_why_it_is_off_is_said(tiny_dataset: Path) -> None:
     assert made.scenes is None and made.digest == ""
     assert made.text.startswith("no synthetic images: no cut-outs (no annotated/ beside data.yaml")
     (tiny_dataset.parent / "annotated").mkdir()
-    assert "holds no images" in synthesis(tiny_dataset)[1].text
+    assert "/annotated can be used" in synthesis(tiny_dataset)[1].text
+    write_object(tiny_dataset.parent / "annotated/disc/a.jpg", None, seed=0)
+    assert "/annotated can be used" in synthesis(tiny_dataset)[1].text
     write_material(tiny_dataset.parent)
     assert "synthetic_ratio is 0" in synthesis(tiny_dataset, synthetic_ratio=0)[1].text
     assert "--no-dynamic" in synthesis(tiny_dataset, dynamic_synthetic=False)[1].text
