@@ -43,6 +43,11 @@ def test_the_fast_preset() -> None:
     }
 
 
+def test_the_smallest_object_is_no_larger_than_the_largest() -> None:
+    with pytest.raises(ConfigError, match=r"object_scale_min is 0.6; .* object_scale_max \(0.5\)"):
+        TrainConfig(object_scale_min=0.6)
+
+
 def test_a_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().epochs = 3  # type: ignore[misc]

@@ -85,10 +85,6 @@ def read_all(sources: Sequence[Source], *, threads: int) -> list[Cutout]:
     problems = [result for result in results if isinstance(result, str)]
     if problems:
         logger.warning("%s", summary(f"{len(problems)} bad cut-outs left out", problems))
-    if problems and not found:
-        raise DatasetError(
-            f"none of the {len(problems)} cut-outs can be used. The first: {problems[0]}."
-        )
     return _without_cut(found)
 
 

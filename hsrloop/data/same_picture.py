@@ -46,7 +46,10 @@ def also_in(paths: Sequence[Path], held: Sequence[Path], *, threads: int = 4) ->
 
 
 def _digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return str(path).encode()  # like no other; whoever reads it says what is wrong
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
@@ -56,7 +59,11 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _grey(path: Path) -> np.ndarray:
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_2)
+    try:
+        data = np.fromfile(path, np.uint8)
+        pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_2) if data.size else None
+    except (OSError, cv2.error):
+        pixels = None
     if pixels is None:
         return np.zeros((GRID, GRID), np.float32)
     return cv2.resize(pixels, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float32)

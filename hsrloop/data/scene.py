@@ -87,7 +87,8 @@ def odds_of(cutouts: Sequence[Cutout], seen: np.ndarray) -> np.ndarray:
     for label in np.unique(labels[labels >= 0]):
         own = labels == label
         weights[own] = 1 / min(10.0, math.sqrt(max(1.0, seen[label]))) / np.count_nonzero(own)
-    odds: np.ndarray = np.cumsum(weights) / weights.sum()
+    summed = np.cumsum(weights)
+    odds: np.ndarray = summed / summed[-1]  # ends at 1 exactly: every draw below 1 finds one
     return odds
 
 
@@ -182,9 +183,7 @@ def _draw_pastes(
         which = _pick(scenes, objects[slot], first=slot == 0)
         cutout = scenes.cutouts[which]
         turn, grow, left, up = poses[slot]
-        long = size * scenes.sizes[which] * SPREAD ** (2 * grow - 1)
-        long = min(max(long, rules.object_scale_min), rules.object_scale_max)
-        long = min(long, max(cutout.height, cutout.width) / SHARP_PX)
+        long = _long_side(scenes, which, size * SPREAD ** (2 * grow - 1))
         linear = _turned(
             long * (1 + 2 * MARGIN),
             math.radians((2 * turn - 1) * rules.object_degrees),
@@ -210,6 +209,14 @@ def _pick(scenes: Scenes, draws: Sequence[float], *, first: bool) -> int:
     if scenes.distractors and not first and distract < DISTRACTORS:
         return len(scenes.cutouts) - scenes.distractors + int(other * scenes.distractors)
     return int(np.searchsorted(scenes.odds, which, side="right"))
+
+
+def _long_side(scenes: Scenes, which: int, size: float) -> float:
+    """Return an object's long side in output units: as its class usually looks, within limits."""
+    cutout, rules = scenes.cutouts[which], scenes.settings
+    long = size * float(scenes.sizes[which])
+    long = min(max(long, rules.object_scale_min), rules.object_scale_max)
+    return min(long, max(cutout.height, cutout.width) / SHARP_PX)
 
 
 def _turned(

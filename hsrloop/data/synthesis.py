@@ -82,47 +82,51 @@ def load_synthesis(
     """Read cut-outs and backgrounds; what validation also holds is left out with a warning.
 
     Raises:
-        DatasetError: a class folder is unknown, or nothing usable is left of what was given.
+        DatasetError: a class folder is unknown, or there is nothing at all to train on.
     """
     real = len(spec.train)
     count = round(config.synthetic_ratio * real) if real else config.synthetic_images
     why = _why_off(config, folders, count)
-    sources = (
-        [] if why or folders.annotated is None else annotated_sources(folders.annotated, spec.names)
-    )
-    if not why and not sources:
-        why = f"{folders.annotated} holds no images"
-    if why:
-        if not real:
-            raise DatasetError(f"{spec.yaml}: no training images, and no synthetic ones: {why}.")
-        return Synthesis(scenes=None, text=f"no synthetic images: {why}")
+    scenes = None if why else _scenes(config, folders, spec, count, max(1, threads))
+    if scenes is not None:
+        return Synthesis(
+            scenes=scenes, text=_describe(scenes, spec), digest=_digest(scenes, folders)
+        )
+    why = why or f"nothing in {folders.annotated} can be used"
+    if not real:
+        raise DatasetError(f"{spec.yaml}: no training images, and no synthetic ones: {why}.")
+    return Synthesis(scenes=None, text=f"no synthetic images: {why}")
+
+
+def _scenes(
+    config: TrainConfig, folders: Folders, spec: DatasetSpec, count: int, threads: int
+) -> Scenes | None:
+    """Read what scenes are made of; None when no cut-out of a class is left."""
+    assert folders.annotated is not None
+    sources = annotated_sources(folders.annotated, spec.names)
     if folders.distractors is not None:
         sources += distractor_sources(folders.distractors, spec.names)
-    backgrounds = list(images_below(folders.backgrounds)) if folders.backgrounds else []
-    sources, backgrounds = _without_leaks(sources, sorted(backgrounds), spec, threads)
+    backgrounds = sorted(images_below(folders.backgrounds)) if folders.backgrounds else []
+    sources, backgrounds = _without_leaks(sources, backgrounds, spec, threads)
     cutouts = read_all(sources, threads=threads)
-    labelled = [cutout for cutout in cutouts if cutout.label >= 0]
-    if not labelled:
-        raise DatasetError(f"{folders.annotated}: no cut-out is left to train on.")
+    distractors = sum(cutout.label < 0 for cutout in cutouts)
+    if len(cutouts) == distractors:
+        return None
     refs = _background_refs(backgrounds)
-    if not refs and not real:
-        raise DatasetError(f"{spec.yaml}: no training images, and no background can be used.")
-    seen = np.bincount(
-        np.concatenate([np.zeros(0, np.int64), *(ref.labels for ref in spec.train)]),
-        minlength=spec.nc,
-    )
     below = refs or spec.train
-    scenes = Scenes(
+    if not below:
+        raise DatasetError(f"{spec.yaml}: no training images, and no background can be used.")
+    rows = [np.zeros(0, np.int64), *(ref.labels for ref in spec.train)]
+    return Scenes(
         cutouts=tuple(cutouts),
         backgrounds=refs,
-        palette=small_versions([ref.path for ref in below], threads=max(1, threads)),
-        odds=odds_of(cutouts, seen),
+        palette=small_versions([ref.path for ref in below], threads=threads),
+        odds=odds_of(cutouts, np.bincount(np.concatenate(rows), minlength=spec.nc)),
         sizes=usual_sizes(cutouts),
         settings=SceneSettings.from_config(config),
         count=count,
-        distractors=len(cutouts) - len(labelled),
+        distractors=distractors,
     )
-    return Synthesis(scenes=scenes, text=_describe(scenes, spec), digest=_digest(scenes, folders))
 
 
 def _why_off(config: TrainConfig, folders: Folders, count: int) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -153,7 +154,11 @@ def read(path: Path, *, trust: bool = False) -> Saved:
 
 def versions() -> dict[str, str]:
     """Return the versions that exactness depends on."""
-    return {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
 
 
 def _sync_folder(folder: Path) -> None:

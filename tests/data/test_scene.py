@@ -277,12 +277,26 @@ def test_what_validation_holds_stays_out(yaml: Path, caplog: pytest.LogCaptureFi
     assert len(made.scenes.cutouts) == 4 and "none from validation" in made.text
 
 
+def test_bad_backgrounds_are_counted_and_located(
+    yaml: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (yaml.parent / "backgrounds/empty.jpg").touch()
+    (yaml.parent / "backgrounds/text.png").write_text("no image")
+    with caplog.at_level(logging.WARNING):
+        _, made = synthesis(yaml)
+    assert made.scenes is not None and len(made.scenes.backgrounds) == 3
+    assert "2 bad backgrounds left out" in caplog.text
+    assert "empty.jpg: the file is empty" in caplog.text and "text.png: not an" in caplog.text
+
+
 def test_why_it_is_off_is_said(tiny_dataset: Path) -> None:
     _, made = synthesis(tiny_dataset)
     assert made.scenes is None and made.digest == ""
     assert made.text.startswith("no synthetic images: no cut-outs (no annotated/ beside data.yaml")
     (tiny_dataset.parent / "annotated").mkdir()
-    assert "holds no images" in synthesis(tiny_dataset)[1].text
+    assert "/annotated can be used" in synthesis(tiny_dataset)[1].text
+    write_object(tiny_dataset.parent / "annotated/disc/a.jpg", None, seed=0)
+    assert "/annotated can be used" in synthesis(tiny_dataset)[1].text
     write_material(tiny_dataset.parent)
     assert "synthetic_ratio is 0" in synthesis(tiny_dataset, synthetic_ratio=0)[1].text
     assert "--no-dynamic" in synthesis(tiny_dataset, dynamic_synthetic=False)[1].text
