@@ -88,7 +88,7 @@ class TrainLoader:
         self._refs = self._stream.images
         self._store = store
         self._cutouts = cutouts
-        self._workers = workers
+        self.workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._renderer = renderer
@@ -142,7 +142,7 @@ class TrainLoader:
             for images, labels in rendered_ahead(self._renderer, planned):
                 yield images, self._targets(labels)
             return
-        if self._workers == 0:
+        if self.workers == 0:
             renderer = Renderer(self._store.imgsz)
             rendered = (self._inline(renderer, task) for task in tasks)
             yield from ahead(rendered) if self._prefetch else rendered
@@ -150,7 +150,7 @@ class TrainLoader:
         if self._pool is None:
             size = 3 * self._store.imgsz**2 * self.micro_batch
             work = functools.partial(self._work, Renderer(self._store.imgsz))
-            self._pool = WorkerPool(work, count=self._workers, slot_bytes=size)
+            self._pool = WorkerPool(work, count=self.workers, slot_bytes=size)
         for task, (targets, slot) in zip(tasks, self._pool.map(tasks), strict=True):
             images = self._images(len(task.indices))
             images.numpy()[:] = slot[: images.numel()].reshape(images.shape)

@@ -29,6 +29,7 @@ from hsrloop.train.build import (
     build_loaders,
     build_state,
     dataset_of,
+    first_rung,
     load_data,
     load_model,
 )
@@ -138,7 +139,10 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
-        state.rung = resumed_rung(state.rung, saved.identity.config, config)
+        if state.recoveries:
+            state.rung = resumed_rung(state.rung, saved.identity.config, config)
+        else:
+            state.rung = first_rung(config)  # another machine may have other cores
         if config.epochs != saved.identity.config.epochs:
             state.epochs_skipped = 0  # another plan, with another tail
     folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
@@ -177,7 +181,9 @@ def _go(
         with build_loaders(
             ready.resolved, ready.spec, scenes, ready.info, rung=state.rung, emit=hub.emit
         ) as loaders:
-            state.rung = dataclasses.replace(state.rung, bank=loaders.bank)
+            state.rung = dataclasses.replace(
+                state.rung, bank=loaders.bank, workers=loaders.train.workers
+            )
             runtime = Runtime(
                 config=config,
                 identity=ready.identity,
