@@ -38,8 +38,8 @@ PEER_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 SPEED_NOTES = """\
-Trainings in turn, the first epoch of each not counted; yolov8n, 320 px, batch 8. The peer's time over
-ours: median of the pairs (smallest to largest). As installed the peer computes with
+Trainings in turn, the first epoch of each not counted; yolov8n, 320 px, batch 8. The peer's time
+over ours: median of the pairs (smallest to largest). As installed the peer computes with
 min(8, cores - 1) threads and loads in one worker process. Its validation inside a training is
 rectangular, ours square, so it computes fewer pixels."""
 ACCURACY_NOTES = """\
