@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from hsrloop.data.manifest import Manifest, list_images, read_manifest
 from hsrloop.data.places import summary
 from hsrloop.data.scan import Unreadable, image_size, quiet_pillow
 from hsrloop.data.split import hold_out
+from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem
 
@@ -158,8 +158,8 @@ def scan_split(
     """
     scan = SplitScan()
     threads = min(8, (os.cpu_count() or 1) + 4)
-    with quiet_pillow(), ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda path: _read(manifest, path), paths)
+    with quiet_pillow():
+        found = in_threads(lambda path: _read(manifest, path), paths, threads=threads)
         for done, (path, read) in enumerate(zip(paths, found, strict=True), 1):
             _add(scan, manifest.root, path, read)
             if progress:

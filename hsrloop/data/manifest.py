@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from hsrloop.data.places import SUFFIXES, exists, expanded, images_below, moved, read_regular
+from hsrloop.data.places import SUFFIXES, images_below, moved, read_regular
 from hsrloop.errors import DatasetError
+from hsrloop.paths import exists, expanded, is_folder
 from hsrloop.records import Problem
 
 SPLITS = ("train", "val", "test")
@@ -76,8 +77,8 @@ class _Loader(yaml.SafeLoader):
 
 def yaml_file(path: str | Path) -> Path:
     """Return the data.yaml that a path means; a folder stands for the one in it."""
-    file = expanded(str(path)).absolute()  # not resolved: labels lie beside a link
-    return file / "data.yaml" if file.is_dir() else file
+    file = expanded(path).absolute()  # not resolved: labels lie beside a link
+    return file / "data.yaml" if is_folder(file) else file
 
 
 def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest:
@@ -277,7 +278,7 @@ def _root(notes: _Notes, value: Any) -> Path:
         notes.fault(f"path is {_brief(value)}; it must be a folder")
         return folder
     declared = folder / expanded(value)
-    if exists(declared) and declared.is_dir():
+    if is_folder(declared):
         return declared
     found = moved(value, [folder, folder.parent]) or folder
     notes.remark("moved", f"path {value[:200]} does not exist here; using {found} instead")
@@ -298,7 +299,7 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
         place = _locate(manifest, notes, split, entry)
         if place is None:
             continue
-        if place.is_dir():
+        if is_folder(place):
             folders.append(place)
             files.update(dict.fromkeys(images_below(place)))
         elif place.suffix.lower() == ".txt":

@@ -222,8 +222,25 @@ def set_train_mode(module: nn.Module, *, freeze: int = 0, norms_eval: bool = Fal
     frozen = [module] if norms_eval else list(layers(module)[:freeze])
     for part in frozen:
         for layer in part.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if _is_norm(layer):
                 layer.eval()
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
+@contextmanager
+def norms_in_eval(module: nn.Module, *, when: bool) -> Iterator[None]:
+    """Let BatchNorm use its running statistics meanwhile, if `when`, and leave them as they are."""
+    norms = [m for m in module.modules() if when and _is_norm(m) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def fuse_for_inference(module: nn.Module) -> nn.Module:
