@@ -51,7 +51,9 @@ def check_dataset(
     scans: dict[str, SplitScan] = {}
     albums: dict[str, Album] = {}
     for split, listing in listings.items():
-        notes.found += by_kind([*listing.remarks, *listing.missing, *listing.faults], split=split)
+        notes.found += by_kind(
+            [*listing.remarks, *listing.missing, *listing.unused, *listing.faults], split=split
+        )
         if not listing.paths:
             continue
         scan = scan_split(manifest, listing.paths, progress=_named(progress, f"{split} labels"))

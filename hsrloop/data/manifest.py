@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hsrloop.data.places import SUFFIXES, images_below, moved, read_regular
+from hsrloop.data.places import SUFFIXES, UNREAD_SUFFIXES, files_below, moved, read_regular
 from hsrloop.errors import DatasetError
 from hsrloop.paths import exists, expanded, is_folder
 from hsrloop.records import Problem
@@ -45,6 +45,7 @@ class Listing:
     folders: tuple[Path, ...] = ()  # that were searched for images
     remarks: tuple[Problem, ...] = ()
     missing: tuple[Problem, ...] = ()  # named in a .txt list
+    unused: tuple[Problem, ...] = ()  # pictures of a kind that is not read
     faults: tuple[Problem, ...] = ()
 
 
@@ -295,13 +296,15 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
     folders: list[Path] = []
     notes = _Notes(manifest.yaml)
     missing: list[Problem] = []
+    unused: dict[Path, None] = {}
     for entry in manifest.splits[split]:
         place = _locate(manifest, notes, split, entry)
         if place is None:
             continue
         if is_folder(place):
             folders.append(place)
-            files.update(dict.fromkeys(images_below(place)))
+            for path in files_below(place, SUFFIXES | UNREAD_SUFFIXES):
+                (files if path.suffix.lower() in SUFFIXES else unused)[path] = None
         elif place.suffix.lower() == ".txt":
             listed, absent = _listed(manifest, notes, place)
             files.update(dict.fromkeys(listed))
@@ -319,6 +322,7 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
         tuple(folders),
         tuple(notes.remarks),
         tuple(missing),
+        tuple(Problem("kind-unread", path, "") for path in sorted(unused)),
         tuple(notes.faults),
     )
 

@@ -13,6 +13,11 @@ SUFFIXES = frozenset(
     {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 )
 
+# Pictures too, as phones and cameras write them, but not read here.
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg"}
+)
+
 
 def read_regular(path: Path) -> bytes:
     """Return a file's bytes; a pipe or a device, which might never end, is refused.
