@@ -181,6 +181,11 @@ def _explain(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
         return _refusal(path, [named[1]])
+    if not zipfile.is_zipfile(path):
+        return (
+            f"{path} is damaged, no PyTorch checkpoint, or one in the format of torch before 1.6. "
+            "Get it again, or save it anew with a newer torch."
+        )
     if isinstance(error, pickle.UnpicklingError):
         return f"{path} is damaged, or no PyTorch checkpoint. Get it again, or give another file."
     reason = text.splitlines()[0][:120] if text else type(error).__name__

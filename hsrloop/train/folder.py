@@ -40,6 +40,12 @@ def check_writable(output: Path, needed_bytes: int = 0) -> None:
     Raises:
         OutputError: not a folder, not writable, or less than `needed_bytes` free.
     """
+    try:
+        output.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is there of it is looked at below
+    except OSError as error:
+        raise OutputError(f"{output}: {error.strerror}. Choose another --output.") from None
     existing = output.absolute()
     while not exists(existing) and existing != existing.parent:
         existing = existing.parent

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hsrloop.cli import run
-from hsrloop.config import TrainConfig
+from hsrloop.cli import demo, run
+from hsrloop.config import Resolved, TrainConfig
 from hsrloop.model import weights
 from hsrloop.train import run as train_run
 from tests.cli.conftest import Calls, Invoke
@@ -319,3 +320,24 @@ def test_nobody_reading_does_not_end_the_training(tiny_dataset: Path, tmp_path: 
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("Nobody reads the output any more") == 1
     assert list(tmp_path.glob("*/training_result.json"))
+
+
+def test_a_demo_leaves_nothing_in_the_temporary_folder(
+    invoke: Invoke, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(weights, "_open_within", no_network)
+    monkeypatch.setattr(demo, "write_data_set", lambda folder, **_: folder / "data.yaml")
+    monkeypatch.setattr(demo, "prepare", lambda: None)
+    seen: list[str] = []
+
+    def train(resolved: Resolved, **_: object) -> train_run.Outcome:
+        seen.append(resolved.config.model)
+        return train_run.Outcome(run_dir=tmp_path, reason="interrupted", result=None)
+
+    monkeypatch.setattr(train_run, "train", train)
+    invoke("demo", "-o", "out")
+    assert seen == ["yolov8n.yaml"] and not list((tmp_path / "temporary").iterdir())
+    assert invoke("demo", "-o", LONG).exit_code == 2
