@@ -27,6 +27,7 @@ except ImportError:  # no POSIX: two processes are not kept apart
 
 PREFIX = "competition_"
 RESULT = "training_result.json"
+ORPHANS_END_S = 3.0  # a micro-batch is made in less than a second (a guess for slow machines)
 
 
 def output_of(config: TrainConfig) -> Path:
@@ -170,14 +171,22 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _locked(descriptor: int) -> bool:
-    """Take the lock; False when another process has it."""
+    """Take the lock; False when another process has it.
+
+    Loader processes of a run that was killed end with their task, and have it until then.
+    """
+    until = time.monotonic() + ORPHANS_END_S
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.05)
     except (OSError, AttributeError):  # this disk, or this system, knows no locks
         return True
-    return True
 
 
 def _is_running(run_dir: Path) -> bool:
