@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -60,7 +61,7 @@ class Rule:
             if self.multiple_of and (value <= 0 or value % self.multiple_of):
                 return True
             too_low = value <= self.low if self.above else value < self.low
-            return too_low or value > self.high or math.isnan(value)
+            return too_low or value > self.high or not math.isfinite(value)
         return False
 
 
@@ -74,7 +75,7 @@ def _spell(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run, validated on construction.
+    """Everything that decides a run; each value is validated on construction.
 
     Raises:
         ConfigError: a value of the wrong type or outside its range.
@@ -218,6 +219,13 @@ class TrainConfig:
             if value is not None and rule.problem(value):
                 allowed, remedy = rule.describe(), _remedy(name, value)
                 raise ConfigError(f"{name} is {_spell(value)}; it must be {allowed}.{remedy}")
+
+    def check_together(self) -> TrainConfig:
+        """Return this config if its fields agree: a matter of the whole, not of one layer.
+
+        Raises:
+            ConfigError: two fields contradict each other.
+        """
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ConfigError(
                 f"micro_batch is {self.micro_batch}; it must be at most batch ({self.batch}). "
@@ -228,6 +236,7 @@ class TrainConfig:
                 f"object_scale_min is {self.object_scale_min:g}; it must be at most "
                 f"object_scale_max ({self.object_scale_max:g}). Lower it, or raise the other."
             )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain values that `from_json` turns back into an equal config."""
@@ -242,11 +251,11 @@ class TrainConfig:
         """
         for key in data:
             check_key(key)
-        return cls(**data)
+        return cls(**data).check_together()
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Return a copy with `changes`, validated like any other."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes).check_together()
 
 
 @functools.cache
@@ -296,7 +305,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if member is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if member is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return math.inf if abs(value) > sys.float_info.max else float(value)
         if member is str and isinstance(value, str):
             return value
     words = " or ".join(getattr(m, "__name__", str(m)).replace("NoneType", "null") for m in members)
@@ -343,11 +352,12 @@ class Resolved:
     sources: Mapping[str, str]
 
 
-def resolve(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Resolved:
+def resolve(layers: Iterable[tuple[str, Mapping[str, Any]]], *, complete: bool = True) -> Resolved:
     """Lay differences over the defaults, the later layer winning.
 
     Args:
         layers: (name, changes) in rising order, e.g. ("tier high", {...}), ("command line", {...}).
+        complete: False when more layers will be laid under these, so that fields need not agree.
 
     Raises:
         ConfigError: as `TrainConfig`, prefixed with the layer's name for an unknown key.
@@ -362,7 +372,10 @@ def resolve(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Resolved:
                 raise ConfigError(f"{name}: {error}") from None
             values[key] = value
             sources[key] = name
-    return Resolved(TrainConfig(**values), types.MappingProxyType(sources))
+    config = TrainConfig(**values)
+    if complete:
+        config.check_together()
+    return Resolved(config, types.MappingProxyType(sources))
 
 
 COMPETITION_CONFIG: Mapping[str, Any] = types.MappingProxyType(

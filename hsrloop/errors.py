@@ -8,6 +8,7 @@ HsrloopError              one clear line on stderr and exit code 2
 |- DeviceError            the device asked for is absent or unusable
 |- OutputError            the output folder or its disk
 |- ResourceError          memory ran out, and no smaller settings are left
+|- DivergedError          losses or weights are no numbers any more
 `- DependencyError        a library that an option needs is not installed
 
 Only the command line turns these into exit code 2; anything else is a defect of hsrloop and keeps
@@ -47,6 +48,10 @@ class OutputError(HsrloopError):
 
 class ResourceError(HsrloopError):
     """Memory ran out, and there is nothing smaller to try."""
+
+
+class DivergedError(HsrloopError):
+    """Training diverged: losses or weights are no finite numbers."""
 
 
 class DependencyError(HsrloopError):

@@ -45,7 +45,7 @@ def test_the_fast_preset() -> None:
 
 def test_the_smallest_object_is_no_larger_than_the_largest() -> None:
     with pytest.raises(ConfigError, match=r"object_scale_min is 0.6; .* object_scale_max \(0.5\)"):
-        TrainConfig(object_scale_min=0.6)
+        resolve([("command line", {"object_scale_min": 0.6})])
 
 
 def test_a_config_is_frozen() -> None:
@@ -103,7 +103,7 @@ def test_not_a_number_is_refused(name: str) -> None:
 )
 def test_messages_state_value_and_rule(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(**changes)  # type: ignore[arg-type]
+        TrainConfig.from_json(changes)
     assert str(caught.value).startswith(message)
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from hsrloop.data.check import check_dataset
 from hsrloop.data.manifest import Manifest, read_manifest
-from hsrloop.data.places import expanded
 from hsrloop.errors import OutputError
+from hsrloop.paths import expanded, is_folder
 from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean
 from hsrloop.report.console import make_console
 
@@ -48,9 +48,9 @@ def _check_place(plot: Path, manifest: Manifest) -> None:
     """Refuse a place for the picture before the work: none, or one inside the data set."""
     if plot.suffix.lower() != ".png":
         raise OutputError(f"--plot {plot}: it must end in .png.")
-    if plot.is_dir():
+    if is_folder(plot):
         raise OutputError(f"--plot {plot} is a folder. Give a file.")
-    if not plot.absolute().parent.is_dir():
+    if not is_folder(plot.absolute().parent):
         raise OutputError(f"--plot {plot}: its folder does not exist. Make it first.")
     entries = [entry for split in manifest.splits.values() for entry in split]
     for place in (manifest.root, *(manifest.root / expanded(entry) for entry in entries)):

@@ -55,15 +55,19 @@ def run_demo(output: Path, *, device: str, seed: int) -> int:
     stop.listen()
     begun = time.monotonic()
     console = make_console()
-    console.print("Painting a tabletop data set: 8 classes, with clutter and occlusion.")
-    dataset = write_data_set(output / "dataset", **_SCENES, seed=seed)
     prepare()
-    weights = _find_pretrained(console)
-    resolved = _settings(dataset, output, weights, device=device, seed=seed)
 
+    from hsrloop.train.folder import check_writable
     from hsrloop.train.run import train
 
-    outcome = train(resolved, sinks=[ConsoleSink(console)], stop=stop)
+    check_writable(output)
+    console.print("Painting a tabletop data set: 8 classes, with clutter and occlusion.")
+    dataset = write_data_set(output / "dataset", **_SCENES, seed=seed)
+    # What a late download still writes there once this is over is no matter.
+    with tempfile.TemporaryDirectory(prefix="hsrloop-demo-", ignore_cleanup_errors=True) as folder:
+        weights = _find_pretrained(console, Path(folder))
+        resolved = _settings(dataset, output, weights, device=device, seed=seed)
+        outcome = train(resolved, sinks=[ConsoleSink(console)], stop=stop)
     if outcome.result is None:
         return stop.exit_code
     best = outcome.run_dir / str(outcome.result["best_model_path"])
@@ -99,7 +103,7 @@ def _settings(
     )
 
 
-def _find_pretrained(console: Console) -> Path | None:
+def _find_pretrained(console: Console, folder: Path) -> Path | None:
     """Return yolov8n.pt from this machine, or from the network if that takes no time."""
     from hsrloop.model.weights import fetch, find_weights
 
@@ -107,7 +111,6 @@ def _find_pretrained(console: Console) -> Path | None:
         return find_weights(_MODEL, download=False)
     except WeightsError:
         console.print(f"No {_MODEL} on this machine; trying the network for a moment.")
-    folder = Path(tempfile.mkdtemp(prefix="hsrloop-demo-"))
     fetched = _within(_NETWORK_LIMIT_S, lambda: fetch([_MODEL], dest=folder)[0].path)
     if fetched is None:
         console.print(f"{_MODEL} is out of reach: training from scratch.")

@@ -48,12 +48,10 @@ def resolve_explicit(request: Request) -> Resolved:
     """Return what the user wrote over the defaults; all that resuming and validation need.
 
     Raises:
-        ConfigError: as `Request.explicit`, a value out of its range, or a setting that
-            contradicts another.
+        ConfigError: as `Request.explicit`, or a value out of its range. Whether settings agree is
+            known only over the tier, or over the run that goes on.
     """
-    resolved = resolve(request.explicit())
-    _check(resolved)
-    return resolved
+    return resolve(request.explicit(), complete=False)
 
 
 def add_machine(request: Request, asked: Resolved) -> Resolved:
@@ -62,9 +60,10 @@ def add_machine(request: Request, asked: Resolved) -> Resolved:
     Loads torch when the tier must be detected.
 
     Raises:
-        ConfigError: an unknown tier.
+        ConfigError: an unknown tier, or settings that contradict each other.
         DeviceError: the device asked for is absent or unusable.
     """
+    _check(asked)
     return resolve([*_machine_layers(request, asked), *request.explicit()])
 
 
@@ -80,7 +79,11 @@ def read_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A value that does not fit its tag raises ValueError or others, a deep nesting RecursionError.
+    except (
+        *(yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError),
+        *(RecursionError, OverflowError),
+    ) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise ConfigError(f"--config {path} is not valid YAML{line}.") from None

@@ -6,7 +6,10 @@ imports what it needs when it runs.
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,16 @@ from hsrloop.cli.options import (
     given_settings,
     setting_options,
 )
+from hsrloop.cli.stop import Interrupted
 from hsrloop.errors import HsrloopError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _NEWEST = "newest"
+_CTRL_C = 130
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
+    + (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+)
 
 _file_option = click.option(
     "--config",
@@ -48,7 +57,10 @@ class _OneLine(click.ClickException):
 
 
 class _Doors(click.Group):
-    """The group of commands; turns every HsrloopError into `_OneLine`."""
+    """The group of commands; turns every HsrloopError into `_OneLine`, and Ctrl-C into its code.
+
+    So too what the system refuses to do with a named file: it is for the user to mend.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -56,6 +68,13 @@ class _Doors(click.Group):
             return super().invoke(ctx)
         except HsrloopError as error:
             raise _OneLine(str(error)) from error
+        except KeyboardInterrupt as error:
+            click.echo(f"\n{error or 'Stopped.'}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, Interrupted) else _CTRL_C)
+        except OSError as error:
+            if error.filename is None or error.errno not in _REFUSALS:
+                raise
+            raise _OneLine(f"{error.filename}: {error.strerror}.") from error
 
 
 class _StderrHandler(logging.Handler):
@@ -69,6 +88,8 @@ class _StderrHandler(logging.Handler):
 @click.version_option(__version__, prog_name="hsrloop")
 def main() -> None:
     """Fine-tune YOLOv8 on a robot team's objects, before the match starts."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     log = logging.getLogger("hsrloop")
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler(logging.INFO))

@@ -21,7 +21,7 @@ def write_preview(request: Request, sheet: Path, *, images: int) -> int:
     Raises:
         HsrloopError: anything the user can mend.
     """
-    config = resolve_explicit(request).config
+    config = resolve_explicit(request).config.check_together()
     if config.dataset is None:
         raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
     prepare()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,9 @@ from hsrloop.cli.options import VALIDATION_SETTINGS
 from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
 from hsrloop.errors import CheckpointError, ConfigError, DependencyError, OutputError
+from hsrloop.paths import exists, expanded, has_folder, is_file, is_folder
 from hsrloop.report.console import ConsoleSink, make_console
+from hsrloop.report.files import SPELLED_OUT, json_text
 from hsrloop.report.scores import scores_json, scores_table
 
 _LOG = logging.getLogger(__name__)
@@ -44,12 +47,12 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
         resolved = add_machine(request, resolved)
     resolved = _from_anywhere(resolved)
 
-    from hsrloop.train.folder import newest_unfinished
+    from hsrloop.train.folder import newest_unfinished, output_of
     from hsrloop.train.run import train
 
     checkpoint: Path | None = None
     if resume is not None:
-        output = Path(resolved.config.output)
+        output = output_of(resolved.config)
         checkpoint = newest_unfinished(output) if newest else _checkpoint(Path(resume))
     console = make_console()
     outcome = train(resolved, resume=checkpoint, sinks=[ConsoleSink(console)], stop=stop)
@@ -76,27 +79,45 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
     ignored = [key for key in given if key not in VALIDATION_SETTINGS]
     if ignored:
         _LOG.warning("%s: ignored, nothing is trained.", ", ".join(ignored))
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OutputError(f"--json {json_file}: its folder does not exist. Make it first.")
+    if json_file is not None:
+        check_file_place(json_file, "--json")
     prepare()
 
-    from hsrloop.train.folder import newest_best
+    from hsrloop.train.folder import newest_best, output_of
     from hsrloop.train.validation import validate
 
     if resolved.sources["model"] == "default":
-        best = newest_best(Path(resolved.config.output))
+        best = newest_best(output_of(resolved.config))
         sources = {**resolved.sources, "model": "newest run"}
-        resolved = Resolved(resolved.config.replace(model=str(best)), sources)
+        resolved = Resolved(dataclasses.replace(resolved.config, model=str(best)), sources)
     console = make_console()
     metrics = validate(resolved, sinks=[ConsoleSink(console)], stop=stop)
     if metrics is None:
         return stop.exit_code
     console.print(scores_table(metrics))
     if json_file is not None:
-        text = json.dumps({"model": resolved.config.model, **scores_json(metrics)}, indent=2)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        text = json_text({"model": resolved.config.model, **scores_json(metrics)}, indent=2)
+        json_file.write_text(text + "\n", encoding="utf-8", errors=SPELLED_OUT)
         console.print(f"Written: {json_file}", soft_wrap=True)
     return 0
+
+
+def check_file_place(file: Path, option: str) -> None:
+    """Check that a file can be written, before anyone waits for what is to stand in it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    new = not exists(file)
+    try:
+        with file.open("ab"):
+            pass
+    except FileNotFoundError:
+        raise OutputError(f"{option} {file}: its folder does not exist. Make it first.") from None
+    except OSError as error:
+        raise OutputError(f"{option} {file} cannot be written ({error.strerror}).") from None
+    if new:
+        file.unlink()
 
 
 def check_export(form: str | None) -> None:
@@ -151,10 +172,14 @@ def prepare() -> None:
 
 
 def _from_anywhere(resolved: Resolved) -> Resolved:
-    """Return the settings with the data's paths absolute, so that --resume works anywhere."""
+    """Return the settings with paths to read absolute, so that --resume works anywhere."""
     given = {name: getattr(resolved.config, name) for name in DATA_PATHS}
-    absolute = {k: str(Path(v).expanduser().absolute()) for k, v in given.items() if v is not None}
-    return Resolved(resolved.config.replace(**absolute), resolved.sources)
+    absolute: dict[str, Any] = {
+        k: str(expanded(v).absolute()) for k, v in given.items() if v is not None
+    }
+    if has_folder(resolved.config.model):
+        absolute["model"] = str(expanded(resolved.config.model).absolute())
+    return Resolved(dataclasses.replace(resolved.config, **absolute), resolved.sources)
 
 
 def _need_dataset(resolved: Resolved) -> None:
@@ -163,8 +188,9 @@ def _need_dataset(resolved: Resolved) -> None:
 
 
 def _checkpoint(given: Path) -> Path:
-    path = given / "weights" / "last.pt" if given.is_dir() else given
-    if not path.is_file():
+    given = expanded(given)
+    path = given / "weights" / "last.pt" if is_folder(given) else given
+    if not is_file(path):
         raise CheckpointError(
             f"--resume {given}: no checkpoint there. Give RUN/weights/last.pt, or --resume alone "
             "for the newest unfinished run."

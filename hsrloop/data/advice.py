@@ -40,6 +40,10 @@ ADVICE: dict[str, _Advice] = {
         "warning", "listed image", "no such file", "Not used.",
         "Copy the images, or take their lines out of the list.",
     ),
+    "kind-unread": _Advice(
+        "warning", "picture", "of a kind that is not read", "Not used, nor are its labels.",
+        "Convert it to JPEG or PNG under the same name.",
+    ),
     "class-unknown": _Advice(
         "warning", "label row", "class beyond names", _LOST,
         "Correct the number, which counts from 0, or add the class to names in data.yaml.",

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from hsrloop.data.scan import reduced
+from hsrloop.data.threads import in_threads
 
 NEAR = 4  # of 64 bits: the same picture anywhere in the set; a guess
 BURST = 12  # of 64 bits: neighbours by file name; a guess
@@ -25,8 +25,7 @@ _COPY_MARK = re.compile(r"\.rf\.[0-9a-f]{8,}$")  # Roboflow's copies of one pict
 
 def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
     """Return groups of indices: near-duplicates, bursts, and Roboflow's copies of one picture."""
-    with ThreadPoolExecutor(threads) as pool:
-        hashes = np.array(list(pool.map(hash_of, paths)), dtype=np.uint64)
+    hashes = np.array(list(in_threads(hash_of, paths, threads=threads)), dtype=np.uint64)
     groups = Groups(len(paths))
     by_stem: dict[tuple[Path, str], int] = {}
     for i, apart in enumerate(distances(hashes)):

@@ -6,7 +6,6 @@ A pixel is one int32 of four bytes: one gather fetches it whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hsrloop.data.cutouts import LEVELS, CutoutStore
 from hsrloop.data.store import GREY, ImageStore
+from hsrloop.data.threads import in_threads
 
 BankPlace = Literal["device", "pinned", "cv2"]
 BYTES_PER_PIXEL = 4
@@ -162,10 +162,10 @@ class DeviceBank:
         count = sources.bytes // BYTES_PER_PIXEL
         self._pixels = torch.zeros(count, dtype=torch.int32, device=device)
         self._pixels[:MARGIN] = packed_grey()
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for done, _ in enumerate(pool.map(self._put, range(len(sources))), 1):
-                if progress:
-                    progress(done, len(sources))
+        made = in_threads(self._put, range(len(sources)), threads=threads)
+        for done, _ in enumerate(made, 1):
+            if progress:
+                progress(done, len(sources))
 
     def _put(self, index: int) -> None:
         height, width = self.sources.sizes[index].tolist()

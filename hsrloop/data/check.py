@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +19,7 @@ from hsrloop.data.leaks import Album, leaks, repeats
 from hsrloop.data.manifest import SPLITS, Manifest, list_images
 from hsrloop.data.names import name_findings
 from hsrloop.data.strays import labels_alone
+from hsrloop.data.threads import in_threads
 from hsrloop.records import CheckReport, ClassCount, Finding, Problem, SplitCount
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +51,9 @@ def check_dataset(
     scans: dict[str, SplitScan] = {}
     albums: dict[str, Album] = {}
     for split, listing in listings.items():
-        notes.found += by_kind([*listing.remarks, *listing.missing, *listing.faults], split=split)
+        notes.found += by_kind(
+            [*listing.remarks, *listing.missing, *listing.unused, *listing.faults], split=split
+        )
         if not listing.paths:
             continue
         scan = scan_split(manifest, listing.paths, progress=_named(progress, f"{split} labels"))
@@ -72,16 +74,15 @@ def _look(scan: SplitScan, progress: Callable[[int, int], None] | None) -> Album
     """Decode all images of a split, and move those that fail to its unreadable ones."""
     looks: list[Look] = []
     kept: list[int] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for i, look in enumerate(pool.map(look_at, [ref.path for ref in scan.refs])):
-            if look is None:
-                path = scan.refs[i].path
-                scan.unreadable.append(Problem("unreadable", path, "it cannot be decoded"))
-            else:
-                kept.append(i)
-                looks.append(look)
-            if progress:
-                progress(i + 1, len(scan.refs))
+    paths = [ref.path for ref in scan.refs]
+    for i, look in enumerate(in_threads(look_at, paths, threads=os.cpu_count() or 1)):
+        if look is None:
+            scan.unreadable.append(Problem("unreadable", paths[i], "it cannot be decoded"))
+        else:
+            kept.append(i)
+            looks.append(look)
+        if progress:
+            progress(i + 1, len(paths))
     gone = {problem.file for problem in scan.unreadable}
     scan.refs = [scan.refs[i] for i in kept]
     scan.lines = [scan.lines[i] for i in kept]

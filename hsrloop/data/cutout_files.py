@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsrloop.data.cutouts import Cutout, read_cutout
 from hsrloop.data.places import SUFFIXES, summary
 from hsrloop.data.scan import Unreadable
+from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ def read_all(sources: Sequence[Source], *, threads: int) -> list[Cutout]:
         except Unreadable as error:
             return f"{source.path}: {error}"
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        results = list(pool.map(read, sources))
+    results = list(in_threads(read, sources, threads=threads))
     found = [result for result in results if isinstance(result, Cutout)]
     problems = [result for result in results if isinstance(result, str)]
     if problems:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 
 from hsrloop.data.scan import Unreadable, decode
+from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 
 CHANNELS = 7  # R, G, B, alpha hard, alpha feathered, alpha Gaussian, shadow
@@ -139,8 +139,7 @@ class CutoutStore:
                 )
                 self.level(index, level)[:] = np.concatenate(tuple(small), axis=2)
 
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            list(pool.map(put, range(len(cutouts))))
+        list(in_threads(put, range(len(cutouts)), threads=threads))
         self._block.flags.writeable = False
 
     def __len__(self) -> int:

@@ -9,17 +9,17 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from hsrloop.data.labels import Labels, label_path, parse_labels, read_labels
-from hsrloop.data.manifest import Manifest, list_images, read_manifest
+from hsrloop.data.manifest import Listing, Manifest, list_images, read_manifest
 from hsrloop.data.places import summary
 from hsrloop.data.scan import Unreadable, image_size, quiet_pillow
 from hsrloop.data.split import hold_out
+from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem
 
@@ -114,7 +114,7 @@ def load_dataset(
             listing = list_images(manifest, split, optional=optional)
             _heed(listing.remarks, listing.faults)
             scan = scan_split(manifest, listing.paths)
-            _warn_of_losses(split, scan, listing.missing)
+            _warn_of_losses(split, scan, listing)
             if scan.refs or not optional:
                 scans[split] = scan
     if train_optional and not scans:
@@ -158,8 +158,8 @@ def scan_split(
     """
     scan = SplitScan()
     threads = min(8, (os.cpu_count() or 1) + 4)
-    with quiet_pillow(), ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda path: _read(manifest, path), paths)
+    with quiet_pillow():
+        found = in_threads(lambda path: _read(manifest, path), paths, threads=threads)
         for done, (path, read) in enumerate(zip(paths, found, strict=True), 1):
             _add(scan, manifest.root, path, read)
             if progress:
@@ -203,10 +203,11 @@ def _read(manifest: Manifest, path: Path) -> _Read:
         return _Read((0, 0), content, labels, Problem("unreadable", path, str(error)))
 
 
-def _warn_of_losses(split: str, scan: SplitScan, missing: Sequence[Problem]) -> None:
+def _warn_of_losses(split: str, scan: SplitScan, listing: Listing) -> None:
     """Warn of what is left out of a split, with places."""
     for count, what, problems in (
-        (len(missing), "listed images left out", missing),
+        (len(listing.missing), "listed images left out", listing.missing),
+        (len(listing.unused), "pictures of kinds that are not read left out", listing.unused),
         (len(scan.unreadable), "unreadable images left out", scan.unreadable),
         (len(scan.bad_rows), "bad label rows left out", scan.bad_rows),
     ):
@@ -250,10 +251,11 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, SplitScan], seed: in
     why = "no val in data.yaml" if val is None else "val is the same images as train"
     useful = [len(ref.labels) > 0 for ref in train.refs]
     picked = set(hold_out([ref.path for ref in train.refs], seed=seed, useful=useful))
-    if not picked:
+    if not any(use for i, use in enumerate(useful) if i not in picked):
         logger.warning(
-            "%s: %s and only %d image: it is used for both.", manifest.yaml, why, len(train.refs)
-        )
+            "%s: %s and too few pictures with objects to hold some out: all %d are used for both.",
+            manifest.yaml, why, len(train.refs),
+        )  # fmt: skip
         scans["val"] = train
         return True
     kept, held = SplitScan(), SplitScan()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.places import exists, read_regular
+from hsrloop.data.places import read_regular
+from hsrloop.paths import exists
 from hsrloop.records import Problem
 
 TOLERANCE = 0.01  # coordinates this far outside [0, 1] are clipped, further ones are refused

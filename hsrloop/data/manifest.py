@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from hsrloop.data.places import SUFFIXES, exists, expanded, images_below, moved, read_regular
+from hsrloop.data.places import SUFFIXES, UNREAD_SUFFIXES, files_below, moved, read_regular
 from hsrloop.errors import DatasetError
+from hsrloop.paths import exists, expanded, is_folder
 from hsrloop.records import Problem
 
 SPLITS = ("train", "val", "test")
@@ -44,6 +45,7 @@ class Listing:
     folders: tuple[Path, ...] = ()  # that were searched for images
     remarks: tuple[Problem, ...] = ()
     missing: tuple[Problem, ...] = ()  # named in a .txt list
+    unused: tuple[Problem, ...] = ()  # pictures of a kind that is not read
     faults: tuple[Problem, ...] = ()
 
 
@@ -76,8 +78,8 @@ class _Loader(yaml.SafeLoader):
 
 def yaml_file(path: str | Path) -> Path:
     """Return the data.yaml that a path means; a folder stands for the one in it."""
-    file = expanded(str(path)).absolute()  # not resolved: labels lie beside a link
-    return file / "data.yaml" if file.is_dir() else file
+    file = expanded(path).absolute()  # not resolved: labels lie beside a link
+    return file / "data.yaml" if is_folder(file) else file
 
 
 def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest:
@@ -277,7 +279,7 @@ def _root(notes: _Notes, value: Any) -> Path:
         notes.fault(f"path is {_brief(value)}; it must be a folder")
         return folder
     declared = folder / expanded(value)
-    if exists(declared) and declared.is_dir():
+    if is_folder(declared):
         return declared
     found = moved(value, [folder, folder.parent]) or folder
     notes.remark("moved", f"path {value[:200]} does not exist here; using {found} instead")
@@ -294,13 +296,15 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
     folders: list[Path] = []
     notes = _Notes(manifest.yaml)
     missing: list[Problem] = []
+    unused: dict[Path, None] = {}
     for entry in manifest.splits[split]:
         place = _locate(manifest, notes, split, entry)
         if place is None:
             continue
-        if place.is_dir():
+        if is_folder(place):
             folders.append(place)
-            files.update(dict.fromkeys(images_below(place)))
+            for path in files_below(place, SUFFIXES | UNREAD_SUFFIXES):
+                (files if path.suffix.lower() in SUFFIXES else unused)[path] = None
         elif place.suffix.lower() == ".txt":
             listed, absent = _listed(manifest, notes, place)
             files.update(dict.fromkeys(listed))
@@ -318,6 +322,7 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
         tuple(folders),
         tuple(notes.remarks),
         tuple(missing),
+        tuple(Problem("kind-unread", path, "") for path in sorted(unused)),
         tuple(notes.faults),
     )
 

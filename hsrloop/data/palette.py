@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from hsrloop.data.plan import Layer
+from hsrloop.data.threads import in_threads
 
 CELLS = 16
 LIGHTNESS = 0.5  # largest share of the difference in lightness that is made up; a guess
@@ -20,8 +20,7 @@ GAINS = (0.5, 1.7)  # bounds of a channel's factor; a guess
 
 def small_versions(paths: Sequence[Path], *, threads: int = 4) -> np.ndarray:
     """Return (n, 16, 16, 3) uint8 RGB, decoded at an eighth of the size; grey where unreadable."""
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(_small, paths))
+    found = list(in_threads(_small, paths, threads=threads))
     return np.array(found, np.uint8).reshape(-1, CELLS, CELLS, 3)
 
 

@@ -7,25 +7,16 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hsrloop.paths import exists
+
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 )
 
-
-def exists(path: Path) -> bool:
-    """Return whether there is such a file; False too for a name that no file can have."""
-    try:
-        return path.exists()
-    except OSError:  # too long, or in a folder that may not be entered
-        return False
-
-
-def expanded(text: str) -> Path:
-    """Return a path with ~ replaced by the home folder where there is one."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~name of no user
-        return Path(text)
+# Pictures too, as phones and cameras write them, but not read here.
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".gif", ".jfif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".svg"}
+)
 
 
 def read_regular(path: Path) -> bytes:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from hsrloop.data.alike import BURST, bit_counts, bits_apart, hash_of
+from hsrloop.data.threads import in_threads
 
 GRID = 32
 ALIKE = 0.9  # correlation of small grey versions. A guess; re-encoded copies reach 0.99
@@ -25,11 +25,10 @@ def also_in(paths: Sequence[Path], held: Sequence[Path], *, threads: int = 4) ->
     quality are. The hash alone would not do: dark pictures have similar ones by chance.
     """
     unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        digests = dict(zip(held, pool.map(_digest, held), strict=True))
-        own = list(pool.map(_digest, unique))
-        hashes = np.array(list(pool.map(hash_of, held)), np.uint64)
-        own_hashes = np.array(list(pool.map(hash_of, unique)), np.uint64)
+    digests = dict(zip(held, in_threads(_digest, held, threads=threads), strict=True))
+    own = list(in_threads(_digest, unique, threads=threads))
+    hashes = np.array(list(in_threads(hash_of, held, threads=threads)), np.uint64)
+    own_hashes = np.array(list(in_threads(hash_of, unique, threads=threads)), np.uint64)
     by_digest = {digest: path for path, digest in digests.items()}
     grey = functools.cache(_grey)
     found: dict[Path, Path] = {}

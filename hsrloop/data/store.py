@@ -14,7 +14,6 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -22,6 +21,7 @@ import numpy as np
 
 from hsrloop.data.dataset import ImageRef
 from hsrloop.data.scan import Unreadable, decode
+from hsrloop.data.threads import in_threads
 from hsrloop.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -189,10 +189,10 @@ class ImageStore:
         def put(index: int) -> None:
             self._slot(block, index)[:] = self._load(index)
 
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for done, _ in enumerate(pool.map(put, range(self.cached_images)), 1):
-                if progress:
-                    progress(done, self.cached_images)
+        made = in_threads(put, range(self.cached_images), threads=threads)
+        for done, _ in enumerate(made, 1):
+            if progress:
+                progress(done, self.cached_images)
 
     def _fill_disk(
         self, cache_dir: Path | None, threads: int, progress: Callable[[int, int], None] | None

@@ -28,6 +28,7 @@ from hsrloop.data.same_picture import also_in
 from hsrloop.data.scan import Unreadable, image_size
 from hsrloop.data.scene import Scenes, SceneSettings, odds_of, usual_sizes
 from hsrloop.errors import DatasetError
+from hsrloop.paths import expanded, is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def find_folders(config: TrainConfig, dataset: str | Path) -> Folders:
     found: dict[str, Path] = {}
     for name in Folders.__dataclass_fields__:
         given = getattr(config, f"{name}_dir")
-        place = Path(given).expanduser().absolute() if given is not None else beside / name
-        if place.is_dir():
+        place = expanded(given).absolute() if given is not None else beside / name
+        if is_folder(place):
             found[name] = place
         elif given is not None:
             option = f"--{name}-dir"

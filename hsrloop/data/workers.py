@@ -85,7 +85,7 @@ class WorkerPool(Generic[Task, Result]):
         for process in self._processes:
             process.join(timeout=1)
             if process.is_alive():
-                process.terminate()
+                process.kill()
                 process.join()
         self._connections, self._processes, self._slots, self._waiting = [], [], [], []
 
@@ -131,8 +131,10 @@ def _serve(
     """Answer tasks until the parent is gone; a copy of its pipe ends here would hide that."""
     for end in parents_ends:
         end.close()
+    # Both reach the whole process group. The parent still needs this epoch's batches: a worker ends
+    # when its pipe does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)  # its thread pool does not survive the fork
     while True:
         try:

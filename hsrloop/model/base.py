@@ -60,7 +60,7 @@ def load_base(
     if str(source).endswith((".yaml", ".yml")):
         if names is None:
             raise WeightsError(f"{source} has no classes of its own; give a data set.")
-        module = yolo.build(Path(source).name, names=names, seed=seed)
+        module = yolo.build(str(source), names=names, seed=seed)
         fresh = (True,) * len(names)
         scale = yolo.scale_of(module)
         return BaseModel(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from hsrloop.errors import WeightsError
+from hsrloop.paths import is_file
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class _Trusting(pickle.Unpickler):
 
 
 def _refusal(path: Path, unknown: list[str]) -> str:
+    if any(name.endswith(".getattr") for name in unknown):  # a method put in another's place
+        return f"{path} was fused for inference, without BatchNorm; give the unfused file."
     for pattern, kind in _KINDS:
         if any(re.search(pattern, name) for name in unknown):
             return f"{path} is {kind}; only YOLOv8 detection models can be fine-tuned here."
@@ -178,15 +181,20 @@ def _explain(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
         return _refusal(path, [named[1]])
+    if not zipfile.is_zipfile(path):
+        return (
+            f"{path} is damaged, no PyTorch checkpoint, or one in the format of torch before 1.6. "
+            "Get it again, or save it anew with a newer torch."
+        )
     if isinstance(error, pickle.UnpicklingError):
-        return _refusal(path, [text.split(".")[0]])
+        return f"{path} is damaged, or no PyTorch checkpoint. Get it again, or give another file."
     reason = text.splitlines()[0][:120] if text else type(error).__name__
     return f"{path} is damaged ({reason}). Get it again."
 
 
 def check_file(path: Path) -> None:
     """Raise WeightsError, saying what the file is, unless it looks like a PyTorch checkpoint."""
-    if not path.is_file():
+    if not is_file(path):
         raise WeightsError(f"{path} does not exist or is not a file.")
     try:
         with path.open("rb") as file:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
 import os
-import re
 import tempfile
 import threading
 import urllib.error
@@ -19,6 +19,7 @@ from typing import Any
 from hsrloop.errors import OutputError, WeightsError
 from hsrloop.model.safe_load import check_file, read_checkpoint
 from hsrloop.model.yolo import SCALES
+from hsrloop.paths import exists, expanded, has_folder, is_file, is_folder
 
 __all__ = ["OFFICIAL", "Fetched", "fetch", "find_weights", "largest_smaller", "read_checkpoint"]
 
@@ -62,9 +63,11 @@ def find_weights(name: str, *, download: bool = True) -> Path:
     Raises:
         WeightsError: found nowhere, with the places; or only found damaged, with the damage.
     """
-    if _is_path(name):
-        path = Path(name).expanduser()
-        if not path.is_file():
+    if has_folder(name):
+        path = expanded(name)
+        if is_folder(path):
+            raise WeightsError(f"{name} is a folder. Give a file in it, or a name: {_names()}.")
+        if not is_file(path):
             raise WeightsError(f"{name} does not exist. Give another path, or a name: {_names()}.")
         check_file(path)
         return path
@@ -77,10 +80,14 @@ def find_weights(name: str, *, download: bool = True) -> Path:
     if file not in OFFICIAL:
         reason = f"not one of the official names ({_names()})"
     elif download:
-        fetched = _get(file, DOWNLOADS, lambda done, total: None)
-        if fetched.path is not None:
-            return fetched.path
-        reason = fetched.message
+        try:
+            fetched = _get(file, DOWNLOADS, _mute)
+        except OutputError as error:
+            reason = f"not downloaded: {error}".rstrip(".")
+        else:
+            if fetched.path is not None:
+                return fetched.path
+            reason = fetched.message
     damaged = "".join(f" {fault}" for fault in path_or_faults)
     raise WeightsError(f"{file} was not found in {places}; {reason}.{damaged} {_HOW_OFFLINE}")
 
@@ -138,13 +145,9 @@ def _names() -> str:
     return ", ".join(OFFICIAL)
 
 
-def _is_path(name: str) -> bool:
-    return bool(re.search(r"[/\\]", name)) or name.startswith("~")
-
-
 def _places() -> list[Path]:
     own = os.environ.get("HSRLOOP_WEIGHTS_DIR")
-    return [*([Path(own)] if own else []), DOWNLOADS, Path("models/finetuned"), Path()]
+    return [*([expanded(own)] if own else []), DOWNLOADS, Path("models/finetuned"), Path()]
 
 
 def _look(file: str) -> Path | list[str]:
@@ -152,7 +155,7 @@ def _look(file: str) -> Path | list[str]:
     faults = []
     for place in _places():
         path = place / file
-        if not path.is_file():
+        if not is_file(path):
             continue
         try:
             check_file(path)
@@ -193,6 +196,7 @@ def _sha256(path: Path) -> str:
 
 def _get(name: str, dest: Path, report: Callable[[int, int], None]) -> Fetched:
     """Download one file next to its place, check it, and move it there."""
+    made = [place for place in (dest, *dest.parents) if not exists(place)]
     try:
         dest.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=dest)
@@ -217,6 +221,9 @@ def _get(name: str, dest: Path, report: Callable[[int, int], None]) -> Fetched:
         return _failed(name, f"{URL}{name} could not be reached ({_reason(error)})")
     finally:
         temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: it holds what was fetched
+            for place in made:
+                place.rmdir()
     return Fetched(
         name=name, path=dest / name, verified=verified, message="fetched" + _said(verified)
     )

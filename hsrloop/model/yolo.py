@@ -22,9 +22,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from hsrloop.errors import WeightsError
+from hsrloop.paths import expanded, has_folder, is_file
 from hsrloop.records import RawPredictions
 
 SCALES = ("n", "s", "m", "l", "x")
@@ -86,25 +88,57 @@ def build(yaml_name: str, *, names: Sequence[str], seed: int) -> nn.Module:
     """Build an untrained YOLOv8 detector on the CPU, float32, in train mode.
 
     Args:
-        yaml_name: "yolov8n.yaml", or another of the scales n, s, m, l, x.
+        yaml_name: "yolov8n.yaml", or another of the scales n, s, m, l, x; a path to such a file, as
+            long as it describes what the packaged one does.
         names: class names, in data.yaml's order; at least one.
         seed: the initial weights are a function of it alone; the global generator is untouched.
 
     Raises:
-        WeightsError: a name that is none of the five.
+        WeightsError: a name that is none of the five, no such file, or one of another network.
     """
+    own = yaml_name if has_folder(yaml_name) or is_file(yaml_name) else None
+    yaml_name = os.path.basename(yaml_name)
     known = [f"yolov8{scale}.yaml" for scale in SCALES]
     if yaml_name not in known:
         raise WeightsError(f"{yaml_name} is no model; for scratch use one of {', '.join(known)}.")
     import_ultralytics()
     tasks = importlib.import_module("ultralytics.nn.tasks")
+    described = _packaged(tasks)
+    if own is not None:
+        _compare(own, described)
+    described["scale"] = yaml_name[len("yolov8")]
+    described["yaml_file"] = yaml_name
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module: nn.Module = tasks.DetectionModel(yaml_name, ch=3, nc=len(names), verbose=False)
+        module: nn.Module = tasks.DetectionModel(described, ch=3, nc=len(names), verbose=False)
     # YOLOv8 activates this convolution; ultralytics 8.4.0 builds it without, 8.4.190 with.
     spp: Any = layers(module)[9]
     spp.cv1.act = nn.SiLU()
     return prepare(module, names)
+
+
+def _packaged(tasks: Any) -> dict[str, Any]:
+    """Return Ultralytics' own description of YOLOv8, never a file of that name found elsewhere."""
+    folder = os.path.dirname(importlib.import_module("ultralytics").__file__ or "")
+    described = tasks.yaml_model_load(os.path.join(folder, "cfg/models/v8/yolov8.yaml"))
+    assert isinstance(described, dict)
+    return described
+
+
+def _compare(own: str, described: dict[str, Any]) -> None:
+    """Refuse a file that describes another network: Ultralytics would run what stands in it."""
+    try:
+        content = yaml.safe_load(expanded(own).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{own} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise WeightsError(f"{own} is not valid YAML.") from None
+    parts = ("backbone", "head", "scales", "activation")
+    if not isinstance(content, dict) or any(content.get(p) != described.get(p) for p in parts):
+        raise WeightsError(
+            f"{own} describes another network than YOLOv8; only its own can be trained here. Use "
+            "the name alone, such as -m yolov8n.yaml."
+        )
 
 
 def prepare(module: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -222,8 +256,25 @@ def set_train_mode(module: nn.Module, *, freeze: int = 0, norms_eval: bool = Fal
     frozen = [module] if norms_eval else list(layers(module)[:freeze])
     for part in frozen:
         for layer in part.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if _is_norm(layer):
                 layer.eval()
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
+@contextmanager
+def norms_in_eval(module: nn.Module, *, when: bool) -> Iterator[None]:
+    """Let BatchNorm use its running statistics meanwhile, if `when`, and leave them as they are."""
+    norms = [m for m in module.modules() if when and _is_norm(m) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def fuse_for_inference(module: nn.Module) -> nn.Module:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +30,30 @@ from hsrloop.report.scores import class_scores, worst_first
 from hsrloop.report.settings import groups_table, settings_table
 
 # With the mark of the best epoch a row has 79 columns, so that it fits a terminal's 80.
+_LOG = logging.getLogger(__name__)
 _WIDTHS = (7, 6, 6, 6, 6, 8, 5, 5, 5, 5, 5)
 _TITLES = ("epoch", "box", "cls", "dfl", "mAP50", "mAP50-95", "P", "R", "img/s", "train", "val")
 _HEADER_EVERY = 20
 _SHOWN_WORST = 5
+_BAR_WIDTH, _SHORT_BAR = 12, 6
+
+
+class _PlainConsole(Console):
+    """Takes text as it is, and goes silent, rather than ending the run, when nobody reads it."""
+
+    def on_broken_pipe(self) -> None:
+        """Let what is printed from now on go nowhere."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        _LOG.warning("Nobody reads the output any more; the run goes on without it.")
 
 
 def make_console() -> Console:
     """Return a console on stdout; lines are not folded when it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    width = None if sys.stdout.isatty() else 120
+    return _PlainConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 class ConsoleSink:
@@ -48,6 +66,7 @@ class ConsoleSink:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or make_console()
         self._bar: Progress | None = None
+        self._blocks = BarColumn(bar_width=_BAR_WIDTH)
         self._tasks: dict[str, TaskID] = {}
         self._rows = 0
         self._told: set[str] = set()
@@ -112,19 +131,13 @@ class ConsoleSink:
         self._stepped = True
         if not self._console.is_terminal:
             return
-        memory = f"  GPU {event.memory_bytes / 2**30:.1f} GiB" if event.memory_bytes else ""
-        text = (
-            f"box {event.box_loss:.3f} cls {event.cls_loss:.3f} dfl {event.dfl_loss:.3f}  "
-            f"{event.images_per_s:.0f} img/s  {duration(event.epoch_left_s)} of "
-            f"{duration(event.run_left_s)} left{memory}"
-        )
+        label = f"{event.epoch}/{event.epochs}"
+        bar = self._show_bar()
+        text = _step_text(event, room=self._console.width - len(label) - 2)
+        left = self._console.width - len(label) - len(text) - 2
+        self._blocks.bar_width = max(1, min(_BAR_WIDTH, left))
         self._update(
-            self._show_bar(),
-            "epoch",
-            done=event.samples,
-            total=event.epoch_samples,
-            text=text,
-            label=f"{event.epoch}/{event.epochs}",
+            bar, "epoch", done=event.samples, total=event.epoch_samples, text=text, label=label
         )
 
     def _epoch(self, event: EpochDone) -> None:
@@ -149,6 +162,7 @@ class ConsoleSink:
     def _finish(self, event: RunFinished) -> None:
         result = event.result
         best = Path(event.run_dir) / str(result["best_model_path"])
+        shell = shlex.quote(str(best))
         why = ", no better result since" if event.reason == "patience" else ""
         self._print()
         self._print(
@@ -170,7 +184,7 @@ class ConsoleSink:
         conf = result.get("best_confidence")
         threshold = f", conf={conf:.2f}" if conf is not None else ""
         self._line(Text(f'    YOLO("{best}").predict("image.jpg"{threshold})', style="cyan"))
-        self._line(Text(f"By class, with thresholds: hsrloop validate -d DATA.yaml -m {best}"))
+        self._line(Text(f"By class, with thresholds: hsrloop validate -d DATA.yaml -m {shell}"))
 
     def _worst(self, event: RunFinished) -> None:
         scores = worst_first(class_scores(event.classes))[:_SHOWN_WORST]
@@ -187,9 +201,9 @@ class ConsoleSink:
     def _show_bar(self) -> Progress:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.description}", markup=False),
+                self._blocks,
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
@@ -215,6 +229,21 @@ class ConsoleSink:
             self._bar.stop()
             self._bar = None
             self._tasks.clear()
+
+
+def _step_text(event: StepDone, *, room: int) -> str:
+    """Return what a step says, in the most words that leave room for a short bar."""
+    losses = f"box {event.box_loss:.3f} cls {event.cls_loss:.3f} dfl {event.dfl_loss:.3f}"
+    speed = f"{event.images_per_s:.0f} img/s"
+    left = f"{duration(event.epoch_left_s)} of {duration(event.run_left_s)} left"
+    memory = f"{event.memory_bytes / 2**30:.1f} GiB" if event.memory_bytes else ""
+    texts = [
+        "  ".join(filter(None, (losses, speed, left, memory and f"GPU {memory}"))),
+        " ".join(filter(None, (losses, speed, left, memory))),
+        " ".join(filter(None, (losses, left, memory))),
+        " ".join((losses, left)),
+    ]
+    return next((text for text in texts if len(text) + _SHORT_BAR <= room), texts[-1])
 
 
 def _row(cells: Sequence[str]) -> str:

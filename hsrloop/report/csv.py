@@ -56,13 +56,20 @@ def cut_back(path: Path, epoch: int) -> None:
     """
     if not path.exists():
         return
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    text_read = path.read_text(encoding="utf-8-sig", errors="replace")  # a spreadsheet saves so
+    whole, _, _ = text_read.rpartition("\n")
     rows = list(csv.reader(io.StringIO(whole, newline="")))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows(rows[:1])
-    writer.writerows(row for row in rows[1:] if int(row[0]) <= epoch)
+    if rows and rows[0][:1] == list(FIRST_COLUMNS[:1]):  # else nobody knows what the columns are
+        writer.writerow(rows[0])
+        writer.writerows(row for row in rows[1:] if _is_kept(row, epoch))
     replace_text(path, text.getvalue())
+
+
+def _is_kept(row: list[str], epoch: int) -> bool:
+    """Return whether a row is one of an epoch up to `epoch`."""
+    return bool(row) and row[0].isdecimal() and int(row[0]) <= epoch
 
 
 def _header(path: Path) -> list[str] | None:

@@ -66,8 +66,12 @@ def save_picture(path: Path, image: Image) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except (OSError, cv2.error):
+        written = False
+    if not written:
         raise OutputError(f"{path} cannot be written. Choose another --output.")
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from hsrloop.events import Event, is_logged
-from hsrloop.report.files import replace_text
+from hsrloop.report.files import SPELLED_OUT, json_text, replace_text
 
 
 class TelemetrySink:
     """Appends logged events; each line is handed to the operating system at once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", errors=SPELLED_OUT)
 
     def handle(self, event: Event) -> None:
         """Write the event, unless it is one of the frequent ones."""
         if is_logged(event):
-            self._file.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+            self._file.write(json_text(event.to_json()) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -41,11 +42,12 @@ def cut_back(path: Path, epoch: int, sample: int = 0) -> None:
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        event = _parse(line)
-        if event is None or _is_beyond(event, (epoch, sample)):
-            break
-        kept.append(line)
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            event = _parse(line)
+            if event is None or _is_beyond(event, (epoch, sample)):
+                break
+            kept.append(line)
     replace_text(path, "".join(kept))
 
 
@@ -62,9 +64,15 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _is_beyond(event: dict[str, Any], position: tuple[int, int]) -> bool:
     match event.get("event"):
         case "EpochDone":
-            return bool(event["epoch"] > position[0])
+            return _number(event, "epoch") > position[0]
         case "CheckpointSaved" | "Recovered":
-            return bool((event["epoch"], event["sample"]) > position)
+            return (_number(event, "epoch"), _number(event, "sample")) > position
         case "RunFinished":
             return True
     return False
+
+
+def _number(event: dict[str, Any], key: str) -> float:
+    """Return a number of an event; beyond everything when the line is damaged."""
+    value = event.get(key)
+    return value if isinstance(value, int) else math.inf

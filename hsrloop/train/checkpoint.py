@@ -21,6 +21,8 @@ from hsrloop.config import TrainConfig
 from hsrloop.errors import CheckpointError, ConfigError, OutputError
 from hsrloop.model.published import to_ultralytics_checkpoint
 from hsrloop.model.weights import read_checkpoint
+from hsrloop.paths import is_file
+from hsrloop.report.files import SPELLED_OUT
 from hsrloop.train.state import TrainState
 
 FORMAT = 1
@@ -67,8 +69,12 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; errors as `write_atomically`."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write a UTF-8 text file atomically, what UTF-8 cannot hold spelled out.
+
+    Raises:
+        OutputError: as `write_atomically`.
+    """
+    write_atomically(path, lambda file: file.write(text.encode(errors=SPELLED_OUT)))
 
 
 def save(
@@ -125,30 +131,35 @@ def read(path: Path, *, trust: bool = False) -> Saved:
         CheckpointError: not there, not one of ours, or without the state of a run.
         WeightsError: damaged, or holding what is not safe to open.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path} is not a file; --resume takes weights/last.pt of a run.")
     content = read_checkpoint(path, trust=trust)
     extra = content.get(KEY)
-    if not isinstance(extra, dict) or "state" not in extra:
+    if not isinstance(extra, dict) or not isinstance(extra.get("state"), dict):
         raise CheckpointError(
             f"{path} holds weights but no run to go on with; --resume takes weights/last.pt "
             f"of a run. To start from these weights use --model {path}."
         )
     try:
-        config = TrainConfig.from_json(extra["config"])
+        identity = RunIdentity(
+            config=TrainConfig.from_json(extra["config"]),
+            sources=dict(extra["sources"]),
+            names=tuple(extra["names"]),
+            fingerprint=extra["fingerprint"],
+            versions=dict(extra["versions"]),
+            threads=extra["threads"],
+            fresh_share=extra["fresh_share"],
+        )
+        list(extra["state"]["history"])
     except ConfigError as error:
         raise CheckpointError(
             f"{path} was written by another version of hsrloop: {error}"
         ) from error
-    identity = RunIdentity(
-        config=config,
-        sources=extra["sources"],
-        names=tuple(extra["names"]),
-        fingerprint=extra["fingerprint"],
-        versions=extra["versions"],
-        threads=extra["threads"],
-        fresh_share=extra["fresh_share"],
-    )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is incomplete ({error}): no run can go on with it. To start from its weights "
+            f"use --model {path}."
+        ) from error
     return Saved(path=path, identity=identity, state=extra["state"])
 
 

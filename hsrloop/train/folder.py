@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hsrloop.config import TrainConfig
 from hsrloop.errors import CheckpointError, OutputError
+from hsrloop.paths import exists, expanded, is_file, is_folder
 from hsrloop.records import Position
 from hsrloop.report import csv, telemetry
+from hsrloop.report.files import json_text
 from hsrloop.train.checkpoint import write_text
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: two processes are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 PREFIX = "competition_"
 RESULT = "training_result.json"
+ORPHANS_END_S = 3.0  # a micro-batch is made in less than a second (a guess for slow machines)
+
+
+def output_of(config: TrainConfig) -> Path:
+    """Return the folder that receives run folders, absolute."""
+    return expanded(config.output).absolute()
 
 
 def check_writable(output: Path, needed_bytes: int = 0) -> None:
@@ -27,10 +41,16 @@ def check_writable(output: Path, needed_bytes: int = 0) -> None:
     Raises:
         OutputError: not a folder, not writable, or less than `needed_bytes` free.
     """
+    try:
+        output.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is there of it is looked at below
+    except OSError as error:
+        raise OutputError(f"{output}: {error.strerror}. Choose another --output.") from None
     existing = output.absolute()
-    while not existing.exists() and existing != existing.parent:
+    while not exists(existing) and existing != existing.parent:
         existing = existing.parent
-    if not existing.is_dir():
+    if not is_folder(existing):
         raise OutputError(f"{existing} is a file; --output needs a folder.")
     probe = existing / f".hsrloop-{os.getpid()}"
     try:
@@ -91,17 +111,15 @@ def newest_unfinished(output: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = [
-        folder / "weights" / "last.pt"
-        for folder in sorted(output.glob(PREFIX + "*"))
-        if (folder / "weights" / "last.pt").is_file() and not (folder / RESULT).exists()
-    ]
-    if not found:
+    found = [path for path in _in_runs(output, "last.pt") if not exists(path.parents[1] / RESULT)]
+    resting = [path for path in found if not _is_running(path.parents[1])]
+    if not resting:
+        but = f", but {len(found)} still training" if found else ""
         raise CheckpointError(
-            f"no unfinished run below {output}. Give the checkpoint: --resume RUN/weights/last.pt, "
-            "or the folder of the runs: --output."
+            f"no unfinished run below {output}{but}. Give the checkpoint: "
+            "--resume RUN/weights/last.pt, or the folder of the runs: --output."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(resting, key=lambda path: path.stat().st_mtime)
 
 
 def newest_best(output: Path) -> Path:
@@ -110,10 +128,73 @@ def newest_best(output: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    found = [p for p in output.glob(f"{PREFIX}*/weights/best.pt") if p.is_file()]
+    found = _in_runs(output, "best.pt")
     if not found:
         raise CheckpointError(f"no run with weights/best.pt below {output}. Give --model.")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _in_runs(output: Path, name: str) -> list[Path]:
+    """Return that file of the weights of every run below a folder which has it."""
+    if not is_folder(output):
+        return []
+    return [path for path in output.glob(f"{PREFIX}*/weights/{name}") if is_file(path)]
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run while this one does.
+
+    The kernel lets go of the lock however this process ends. Where it knows no locks, as on some
+    network disks, there is none.
+
+    Raises:
+        CheckpointError: another process writes to the run.
+    """
+    try:
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except OSError:  # no such run: whoever reads its checkpoint says so
+        yield
+        return
+    try:
+        if not _locked(descriptor):
+            raise CheckpointError(
+                f"{run_dir} is still training, in another process. Wait for its end, or stop that "
+                "process first."
+            )
+        yield
+    finally:
+        # Closing would not do: forked loader processes have it open too.
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock; False when another process has it.
+
+    Loader processes of a run that was killed end with their task, and have it until then.
+    """
+    until = time.monotonic() + ORPHANS_END_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.05)
+    except (OSError, AttributeError):  # this disk, or this system, knows no locks
+        return True
+
+
+def _is_running(run_dir: Path) -> bool:
+    try:
+        with held(run_dir):
+            return False
+    except CheckpointError:
+        return True
 
 
 def cut_back(run_dir: Path, *, epochs: int, position: Position) -> None:
@@ -136,4 +217,4 @@ def write_config(run_dir: Path, config: Mapping[str, Any], sources: Mapping[str,
 
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     """Write training_result.json."""
-    write_text(run_dir / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_text(run_dir / RESULT, json_text(result, indent=2) + "\n")

@@ -86,6 +86,7 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
         if not state.best_saved:  # memory or disk ran out when it was due
             _save_best(state, runtime)
         if validated < state.position.epoch:
+            state.check_finite(config.lr0)
             if not validate_epoch(state, runtime):
                 return _interrupt(state, runtime)
         elif state.position.epoch + state.epochs_skipped >= config.epochs:
@@ -216,6 +217,7 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
 
 
 def _interrupt(state: TrainState, runtime: Runtime) -> str:
+    state.check_finite(runtime.config.lr0)
     _save(state, runtime, "last.pt")
     return "interrupted"
 

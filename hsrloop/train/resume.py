@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Event, Note
-from hsrloop.records import Rung
+from hsrloop.paths import expanded, has_folder
+from hsrloop.records import Position, Rung
 from hsrloop.train.checkpoint import RunIdentity, Saved, versions
+from hsrloop.train.state import TrainState
 
 # What may change when a run goes on; everything else was decided when it started.
 CHANGEABLE = frozenset(
-    {"epochs", "patience", "micro_batch", "workers", "cache", "device", "output", "dataset"}
+    {"epochs", "patience", "micro_batch", "workers", "cache", "device", "dataset"}
     | {"augment_device"}
     | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
     | {"save_period", "tensorboard", "tensorboard_port", "export"}
@@ -42,12 +45,16 @@ def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None
         value = getattr(given.config, key)
         if value == getattr(config, key):
             continue
-        if key == "model":
+        if key == "output":
+            _say_where(saved, value, emit)
+        elif key == "model":
+            if _same_model(value, config.model):
+                continue
             raise CheckpointError(
                 f"{saved.path} is a run of {config.model}, not of {value}. "
                 "Drop --model to go on with it, or drop --resume to start anew."
             )
-        if key in CHANGEABLE:
+        elif key in CHANGEABLE:
             changes[key] = value
             sources[key] = source
         else:
@@ -63,6 +70,44 @@ def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None
             f"--epochs {changes['epochs']} is less than the {done} epochs this run has done."
         )
     return Resolved(config.replace(**changes), sources)
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Return whether two spellings mean one model; a bare name fits a path that ends in it."""
+    paths = [text if os.path.splitext(text)[1] else f"{text}.pt" for text in (one, other)]
+    if not all(has_folder(path) for path in paths):
+        paths = [os.path.basename(path) for path in paths]
+    return len({os.path.realpath(expanded(path)) for path in paths}) == 1
+
+
+def _say_where(saved: Saved, output: str, emit: Callable[[Event], None]) -> None:
+    """Warn that a run goes on where it is, when another folder is asked for."""
+    run_dir = saved.path.absolute().parents[1]
+    if os.path.realpath(expanded(output)) != os.path.realpath(run_dir.parent):
+        text = f"output {output} is ignored: the run goes on in its own folder, {run_dir}"
+        emit(Note(text=text, level="warning"))
+
+
+def plans_anew(before: TrainConfig, now: TrainConfig) -> bool:
+    """Return whether early stopping, if it ended the run, no longer holds."""
+    patient = now.patience == 0 or now.patience > before.patience > 0
+    return now.epochs != before.epochs or (patient and now.patience != before.patience)
+
+
+def replace_best(state: TrainState, emit: Callable[[Event], None]) -> None:
+    """Make up for a best.pt that is gone: by the weights as they are if they are validated.
+
+    Else the next epoch is the best one.
+    """
+    if not state.history or not state.best_saved:
+        return
+    text = "weights/best.pt is gone: the next epoch takes its place"
+    state.best_ap50_95, state.best_epoch = -1.0, len(state.history)
+    if state.position == Position(len(state.history), 0):
+        text = f"weights/best.pt is gone: epoch {len(state.history)}, the last one, takes its place"
+        state.best_ap50_95 = float(state.history[-1]["ap50_95"])
+        state.best_saved = False
+    emit(Note(text=text, level="warning"))
 
 
 def resumed_rung(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
 from hsrloop.model.yolo import reg_max, strides
+from hsrloop.paths import is_file
 from hsrloop.records import DeviceInfo
 from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
@@ -39,7 +41,14 @@ from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
 from hsrloop.train.recovery import sizes_trained, with_recovery
-from hsrloop.train.resume import check_same, current_versions, resumed_rung, resumed_settings
+from hsrloop.train.resume import (
+    check_same,
+    current_versions,
+    plans_anew,
+    replace_best,
+    resumed_rung,
+    resumed_settings,
+)
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction
 
@@ -75,13 +84,14 @@ def train(
         HsrloopError: anything the user can mend, before the run starts where that can be known.
     """
     hub = Hub(list(sinks))
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.callback(hub.close)
+        if resume is not None:  # before it is read, since who holds it may write it anew
+            closing.enter_context(folder.held(folder.of_checkpoint(resume)))
         saved = checkpoint.read(resume, trust=resolved.config.trust_checkpoint) if resume else None
         if saved is not None:
             resolved = resumed_settings(resolved, saved, hub.emit)
         return _train(resolved, saved, hub, stop)
-    finally:
-        hub.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +113,8 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
     state, resolved = ready.state, ready.resolved
     with contextlib.ExitStack() as closing:
         if run_dir is None:
-            run_dir = folder.make_run_folder(Path(resolved.config.output))
+            run_dir = folder.make_run_folder(folder.output_of(resolved.config))
+            closing.enter_context(folder.held(run_dir))
         else:
             folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
         server = _open_reports(hub, run_dir, resolved, state)
@@ -125,7 +136,8 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
     set_kernels(device, deterministic=config.deterministic)
     check_augment_device(config, info.kind)
     spec, synthesis = _data(resolved, hub)
-    folder.check_writable(run_dir or Path(config.output))
+    place = run_dir or folder.output_of(config)
+    folder.check_writable(place)
     if saved is None:
         resolved, base = load_model(resolved, spec.names, hub.emit)
         config = resolved.config
@@ -143,9 +155,11 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
             state.rung = resumed_rung(state.rung, saved.identity.config, config)
         else:
             state.rung = first_rung(config)  # another machine may have other cores
-        if config.epochs != saved.identity.config.epochs:
+        if plans_anew(saved.identity.config, config):
             state.epochs_skipped = 0  # another plan, with another tail
-    folder.check_writable(run_dir or Path(config.output), _bytes_needed(state))
+        if not is_file(saved.path.with_name("best.pt")):
+            replace_best(state, hub.emit)
+    folder.check_writable(place, _bytes_needed(state))
     settings = StepSettings(
         device=device,
         strides=strides(base.module),
@@ -210,7 +224,8 @@ def _finish(
     hub: Hub,
 ) -> Outcome:
     if reason == "interrupted":
-        text = f"go on with: hsrloop train --resume {run_dir / 'weights' / 'last.pt'}"
+        last = shlex.quote(str(run_dir / "weights" / "last.pt"))
+        text = f"go on with: hsrloop train --resume {last}"
         hub.emit(RunStopped(reason=reason, text=text))
         return Outcome(run_dir=run_dir, reason=reason, result=None)
     best = state.history[state.best_epoch - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsrloop.errors import CheckpointError
+from hsrloop.errors import CheckpointError, DivergedError
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Position, Rung
@@ -52,7 +53,7 @@ class TrainState:
     """Weights, their average, the optimizer, and where the run stands.
 
     `loss_sums` is (5,) float64 on the device: box, cls and dfl loss (normalised, gain-weighted)
-    added up over the epoch's steps, the number of steps, and how many of them overflowed fp16.
+    added up over the epoch's steps, the number of these steps, and how many more overflowed fp16.
     """
 
     model: nn.Module
@@ -97,10 +98,12 @@ class TrainState:
         terms = torch.stack(
             (GAINS.box * totals.box, GAINS.cls * totals.cls, GAINS.dfl * totals.dfl)
         )
-        self.loss_sums[:3] += terms / normaliser
-        self.loss_sums[3] += 1
-        if skipped is not None:
+        terms = terms / normaliser
+        if skipped is not None:  # what overflowed trained nothing, and may be no number
+            terms = torch.where(skipped, torch.zeros_like(terms), terms)
             self.loss_sums[4] += skipped
+        self.loss_sums[:3] += terms
+        self.loss_sums[3] += 1 if skipped is None else ~skipped
 
     def mean_losses(self) -> dict[str, float]:
         """Return the epoch's mean losses so far and its `skipped_steps`; reads the device once."""
@@ -108,6 +111,24 @@ class TrainState:
         count = max(steps, 1.0)
         means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
         return {**means, "skipped_steps": skipped}
+
+    def check_finite(self, lr0: float) -> None:
+        """Check that training still computes with numbers; reads the device.
+
+        Raises:
+            DivergedError: the epoch's losses or the averaged weights are not finite.
+        """
+        losses = all(math.isfinite(value) for value in self.mean_losses().values())
+        averages = [t for t in self.ema.module.state_dict().values() if t.is_floating_point()]
+        finite = torch.stack([torch.isfinite(t).all() for t in averages]).all()
+        if losses and bool(finite):
+            return
+        what = "weights are" if losses else "loss is"
+        raise DivergedError(
+            f"Training diverged in epoch {len(self.history) + 1}: the {what} no finite number. "
+            f"What was saved before stays as it is. Start again with a smaller learning rate, such "
+            f"as --lr0 {lr0 / 10:g}; if that does not help, look the data over: hsrloop check."
+        )
 
     def to_payload(self) -> dict[str, Any]:
         """Return everything as tensors and plain containers; tensors are not copied."""
@@ -146,7 +167,7 @@ class TrainState:
                 setattr(self, name, payload[name])
             if self.amp != bool(payload["scaler"]):  # from the CPU to a GPU, or back
                 self.grad_scale = initial_grad_scale(self.batch) if self.amp else 1.0
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
                 f"the checkpoint does not fit this model and optimizer ({reason}). "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hsrloop.model.yolo import forward_train
+from hsrloop.model.yolo import forward_train, norms_in_eval
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch
@@ -159,7 +159,11 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
         images=len(images),
         imgsz=images.shape[-1],
     ).to(settings.device, non_blocking=True)
-    with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
+    single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
+    with (
+        torch.autocast(settings.device.type, torch.float16, enabled=settings.amp),
+        norms_in_eval(state.model, when=single),  # one value a channel has no variance
+    ):
         raw = forward_train(state.model, images)
     sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
     torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))

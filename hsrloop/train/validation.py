@@ -80,7 +80,7 @@ def _trained_settings(path: Path, trust: bool) -> dict[str, int]:
     """Return imgsz and seed that weights were trained with, as far as the file says."""
     content = read_checkpoint(path, trust=trust)
     ours = content.get(KEY)
-    said = ours["config"] if isinstance(ours, Mapping) else content.get("train_args")
+    said = ours.get("config") if isinstance(ours, Mapping) else content.get("train_args")
     if not isinstance(said, Mapping):
         return {}
     return {key: said[key] for key in ("imgsz", "seed") if isinstance(said.get(key), int)}

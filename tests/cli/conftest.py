@@ -16,6 +16,7 @@ from hsrloop.config import Resolved
 from hsrloop.hardware import probe as probe_module
 from hsrloop.records import DeviceInfo, Metrics
 from hsrloop.train import run as train_run
+from hsrloop.train import validation
 
 Invoke = Callable[..., Result]
 
@@ -66,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
         return path.with_suffix(f".{form}")
 
     monkeypatch.setattr(train_run, "train", train)
-    monkeypatch.setattr(train_run, "validate", validate)
+    monkeypatch.setattr(validation, "validate", validate)
     monkeypatch.setattr(run, "_export", export)
     monkeypatch.setattr(run, "prepare", lambda: None)
     monkeypatch.setattr(run.Stop, "listen", lambda self: None)

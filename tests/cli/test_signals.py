@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +18,7 @@ import sys, time
 from hsrloop.cli.stop import Stop
 stop = Stop()
 stop.listen()
+stop()
 sys.stdout.write("ready\\n"); sys.stdout.flush()
 while not (stop() and {polite}):
     time.sleep(0.01)
@@ -50,3 +56,70 @@ def test_the_second_signal_ends_at_once() -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
+
+
+CACHING = """
+import sys, time
+from hsrloop.cli import main, run
+from hsrloop.train import run as train_run
+def train(*args, **kwargs):
+    sys.stdout.write("ready\\n"); sys.stdout.flush()
+    time.sleep(30)
+train_run.train = train
+main.main(["train", "-d", "data.yaml", "--no-auto-scale"])
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_first_step_a_signal_ends_it_at_once(signum: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CACHING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    _, shown = process.communicate(timeout=20)
+    assert process.returncode == 128 + signum
+    assert shown.strip() == "Stopped before the first step: nothing had to be saved."
+
+
+def test_the_second_signal_gives_the_cursor_back() -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE.format(polite=False)], stdout=subprocess.PIPE, stderr=theirs
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    shown = b""
+    for expected in (b"Once more ends it at once.", b"\x1b[?25h"):
+        process.send_signal(signal.SIGINT)
+        while expected not in shown:
+            shown += os.read(ours, 1000)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_the_run(
+    signum: signal.Signals, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """As a terminal or a batch system sends it: loader processes receive it too."""
+    options = "-m yolov8n.yaml --imgsz 64 --batch 4 --epochs 500 --workers 1 --device cpu"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hsrloop", "train", "-d", str(tiny_dataset), *options.split()]
+        + ["--no-tensorboard", "--no-auto-scale", "-o", str(tmp_path / "my runs")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("my runs/*/results.csv")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signum)
+    shown, complaints = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, complaints
+    assert "Error" not in complaints and "Traceback" not in complaints
+    (last,) = tmp_path.glob("my runs/*/weights/last.pt")
+    hint = next(line for line in shown.splitlines() if "go on with:" in line)
+    assert shlex.split(hint)[-2:] == ["--resume", str(last)]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hsrloop.cli import run
-from hsrloop.config import TrainConfig
+from hsrloop.cli import demo, run
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.model import weights
+from hsrloop.train import run as train_run
 from tests.cli.conftest import Calls, Invoke
 
 
@@ -206,3 +212,132 @@ def test_a_missing_export_library_ends_it_before_training(
     assert result.exit_code == 2
     assert "needs no_such_library" in result.stderr and "hsrloop[export]" in result.stderr
     assert not calls.trained
+
+
+def test_settings_are_compared_over_the_tier(invoke: Invoke, calls: Calls) -> None:
+    many = invoke("train", "-d", "d", "--gpu-tier", "workstation", "--micro-batch", "32")
+    assert many.exit_code == 0 and calls.resolved.config.batch == 64
+    few = invoke("train", "-d", "d", "--gpu-tier", "low", "--micro-batch", "16")
+    assert few.exit_code == 2 and "micro_batch is 16; it must be at most batch (8)" in few.stderr
+
+
+def test_settings_are_compared_with_the_run_that_goes_on(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    last = tmp_path / "weights" / "last.pt"
+    last.parent.mkdir()
+    last.touch()
+    options = ["--micro-batch", "32", "--llrd-decay-rate", "0.8"]
+    assert invoke("train", "--resume", last, *options).exit_code == 0
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-d", LONG],
+        ["-d", "~nosuchuser/data.yaml"],
+        ["-d", "d", "--config", LONG],
+        ["--resume", LONG],
+        ["--resume", "~nosuchuser/last.pt"],
+        ["--resume", "-o", LONG],
+        ["-d", "d", "--lr0", "1e999"],
+        ["-d", "d", "--set", "lr0=" + "9" * 400],
+        ["-d", "tiny/data.yaml", "-o", LONG, "-m", "yolov8n.yaml"],
+        ["-d", "tiny/data.yaml", "-m", LONG],
+        ["-d", "tiny/data.yaml", "-m", f"./{LONG}.pt"],
+        ["-d", "tiny/data.yaml", "-m", "~nosuchuser/a.pt"],
+        ["-d", "tiny/data.yaml", "-m", "tiny/"],
+    ],
+)
+def test_a_path_that_cannot_be_is_one_line(
+    invoke: Invoke, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tiny_dataset.parents[1])
+    monkeypatch.setattr(run.Stop, "listen", lambda self: None)
+    monkeypatch.setattr(weights, "_open_within", no_network)
+    result = invoke("train", *arguments, "--device", "cpu", "--no-tensorboard")
+    assert result.exit_code == 2, result.output
+    assert "Error: " in result.stderr and "Traceback" not in result.output
+    assert not Path("models").exists()
+
+
+def no_network(*_: object) -> None:
+    raise OSError("no network here")
+
+
+def test_weights_are_searched_in_a_folder_that_may_not_be_entered(
+    invoke: Invoke, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_dataset.parents[1])
+    monkeypatch.setenv("HSRLOOP_WEIGHTS_DIR", LONG)
+    monkeypatch.setattr(run.Stop, "listen", lambda self: None)
+    monkeypatch.setattr(weights, "_open_within", no_network)
+    result = invoke("train", "-d", tiny_dataset, "-m", "yolov8n", "--device", "cpu")
+    assert result.exit_code == 2 and "was not found in" in result.stderr
+
+
+@pytest.mark.parametrize("content", ["lr0: 2024-13-45", "lr0: !!int ''", "[" * 3000])
+def test_a_value_that_yaml_cannot_make_is_one_line(
+    invoke: Invoke, calls: Calls, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    result = invoke("train", "-d", "d.yaml", "--config", tmp_path / "mine.yaml")
+    assert result.exit_code == 2 and "is not valid YAML" in result.stderr
+
+
+def test_what_the_system_refuses_is_one_line(
+    invoke: Invoke, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/srv/data.yaml")
+
+    monkeypatch.setattr(train_run, "train", refuse)
+    result = invoke("train", "-d", "d.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: /srv/data.yaml: Permission denied.\n"
+
+
+def test_ctrl_c_while_fetching_is_130(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "fetch", fetch)
+    assert invoke("weights", "fetch").exit_code == 130
+
+
+def test_nobody_reading_does_not_end_the_training(tiny_dataset: Path, tmp_path: Path) -> None:
+    options = "-m yolov8n.yaml --imgsz 64 --epochs 2 --device cpu --no-tensorboard --no-auto-scale"
+    command = [sys.executable, "-m", "hsrloop", "train", "-d", str(tiny_dataset), *options.split()]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    ended = subprocess.run(
+        [*command, "-o", str(tmp_path)], stdout=theirs, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("Nobody reads the output any more") == 1
+    assert list(tmp_path.glob("*/training_result.json"))
+
+
+def test_a_demo_leaves_nothing_in_the_temporary_folder(
+    invoke: Invoke, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(weights, "_open_within", no_network)
+    monkeypatch.setattr(demo, "write_data_set", lambda folder, **_: folder / "data.yaml")
+    monkeypatch.setattr(demo, "prepare", lambda: None)
+    seen: list[str] = []
+
+    def train(resolved: Resolved, **_: object) -> train_run.Outcome:
+        seen.append(resolved.config.model)
+        return train_run.Outcome(run_dir=tmp_path, reason="interrupted", result=None)
+
+    monkeypatch.setattr(train_run, "train", train)
+    invoke("demo", "-o", "out")
+    assert seen == ["yolov8n.yaml"] and not list((tmp_path / "temporary").iterdir())
+    assert invoke("demo", "-o", LONG).exit_code == 2

@@ -70,3 +70,12 @@ def test_a_data_set_is_needed(invoke: Invoke, calls: Calls) -> None:
 
 def test_resuming_and_validating_exclude_each_other(invoke: Invoke, calls: Calls) -> None:
     assert invoke("train", "--resume", "--validate-only").exit_code == 2
+
+
+def test_a_json_file_that_cannot_be_written_is_an_error_before_the_work(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    file = tmp_path / ("x" * 300)
+    result = invoke("validate", "-d", "d.yaml", "-m", "a.pt", "--json", file)
+    assert result.exit_code == 2 and "cannot be written (File name too long)" in result.stderr
+    assert not calls.validated

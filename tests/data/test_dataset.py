@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from hsrloop.data.alike import group_alike
+from hsrloop.data.check import check_dataset
 from hsrloop.data.dataset import load_dataset
 from hsrloop.data.labels import label_path, parse_labels
+from hsrloop.data.manifest import read_manifest
 from hsrloop.data.split import hold_out
 from hsrloop.errors import DatasetError
 
@@ -368,3 +370,27 @@ def test_a_relative_path_in_the_current_folder(tiny_dataset, monkeypatch) -> Non
     for given in ("data.yaml", "./data.yaml", "."):
         spec = load_dataset(given)
         assert len(spec.train) == 8 and sum(len(ref.labels) for ref in spec.train) > 0
+
+
+def test_pictures_of_kinds_that_are_not_read_are_counted(
+    tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.HEIC", "b.gif", "notes.txt"):
+        (tiny_dataset.parent / "images" / "train" / name).write_bytes(b"x")
+    spec = load_dataset(tiny_dataset)
+    assert len(spec.train) == 8
+    assert "train: 2 pictures of kinds that are not read left out" in caplog.text
+    assert "a.HEIC" in caplog.text and "notes.txt" not in caplog.text
+    found = {f.kind: f for f in check_dataset(read_manifest(tiny_dataset)).findings}
+    assert len(found["kind-unread"].problems) == 2
+
+
+def test_the_only_labelled_picture_is_not_held_out(
+    tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_dataset.write_text("train: images/train\nnames: [square, disc, bar]\n")
+    for label in sorted((tiny_dataset.parent / "labels" / "train").iterdir())[1:]:
+        label.write_text("")
+    spec = load_dataset(tiny_dataset)
+    assert len(spec.train) == len(spec.val) == 8
+    assert "too few pictures with objects to hold some out" in caplog.text

@@ -286,3 +286,23 @@ def test_real_weights_equal_ultralytics_reading(real_data: Path) -> None:
     expected = theirs(images)[1]
     assert torch.equal(raw.box_logits, expected["boxes"])
     assert torch.equal(raw.class_logits, expected["scores"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [pickle.dumps({"a": 1}, 2), pickle.dumps(Path("x"), 2), b"\x80\x02" + bytes(range(200))],
+)
+def test_what_is_no_checkpoint_is_not_said_to_be_unsafe(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.pt"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="is damaged, no PyTorch checkpoint") as caught:
+        load_base(file, names=None, seed=0)
+    assert "trust" not in str(caught.value)
+
+
+def test_a_fused_network_is_called_that(tmp_path: Path, real_data: Path) -> None:
+    content = torch.load(real_data / "weights" / "yolov8n_coco_rebuilt.pt", weights_only=False)
+    content.update(model=(content["ema"] or content["model"]).float().fuse(verbose=False), ema=None)
+    torch.save(content, tmp_path / "fused.pt")
+    with pytest.raises(WeightsError, match="was fused for inference"):
+        load_base(tmp_path / "fused.pt", names=None, seed=0)

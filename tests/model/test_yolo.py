@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +119,23 @@ def test_import_leaves_the_process_and_the_home_alone(tmp_path, monkeypatch) -> 
     assert len(done.stdout.splitlines()) == 1, "Ultralytics printed something"
     assert done.stderr == ""
     assert not list(tmp_path.iterdir())
+
+
+def packaged_yaml() -> str:
+    folder = Path(str(yolo.import_ultralytics().__file__)).parent
+    return (folder / "cfg/models/v8/yolov8.yaml").read_text(encoding="utf-8")
+
+
+def test_a_yaml_of_ones_own_must_describe_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "yolov8n.yaml"
+    with pytest.raises(WeightsError, match="cannot be read"):
+        yolo.build(str(own), names=("a",), seed=0)
+    own.write_text(packaged_yaml())
+    assert yolo.scale_of(yolo.build(str(own), names=("a",), seed=0)) == "n"
+    own.write_text(packaged_yaml().replace("[-1, 1, SPPF, [1024, 5]]", "[-1, 1, SPPF, [512, 5]]"))
+    monkeypatch.chdir(tmp_path)
+    for spelled in (str(own), "yolov8n.yaml"):
+        with pytest.raises(WeightsError, match="describes another network"):
+            yolo.build(spelled, names=("a",), seed=0)

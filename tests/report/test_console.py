@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from hsrloop.events import (
     RunStopped,
     StepDone,
 )
-from hsrloop.report.console import ConsoleSink, duration
+from hsrloop.report.console import ConsoleSink, duration, make_console
 
 Make = Callable[..., EpochDone]
 
@@ -134,3 +135,28 @@ def test_an_epochs_row_fits_80_columns(epoch_done: Make) -> None:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]
     assert [max(map(len, lines)) <= 80, len(lines)] == [True, 3]
     assert "mAP50-95" in lines[0] and lines[1].endswith("*")
+
+
+@pytest.mark.parametrize("epochs", [3, 100])
+@pytest.mark.parametrize("left_s", [61.0, 36000.0])
+def test_the_bar_fits_80_columns_with_memory(epochs: int, left_s: float) -> None:
+    event = dataclasses.replace(
+        step(40), epoch=epochs, epochs=epochs, run_left_s=left_s, images_per_s=1234.0
+    )
+    shown = show(event, terminal=True, width=80)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split(r"[\r\n]", shown)]
+    line = next(line for line in lines if "box 1.250" in line)
+    assert len(line) <= 80 and "\u2501" in line and "2.0 GiB" in line
+
+
+def test_text_of_users_is_shown_as_it_is(
+    run_started: RunStarted, run_finished: RunFinished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = ConsoleSink(make_console())
+    config = {**run_started.config, "dataset": "/data [x]/a :smile: [/x]"}
+    sources = {**run_started.sources, "dataset": "[/x]"}
+    sink.handle(dataclasses.replace(run_started, config=config, sources=sources, device="[/gpu]"))
+    sink.handle(dataclasses.replace(run_finished, run_dir="/my runs/[x]"))
+    shown = capsys.readouterr().out
+    assert "/data [x]/a :smile: [/x]" in shown and "on [/gpu]" in shown
+    assert "-m '/my runs/[x]/weights/best.pt'" in shown

@@ -18,7 +18,8 @@ import torch
 from hsrloop.config import Resolved, resolve
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Note
-from hsrloop.train import checkpoint
+from hsrloop.records import Metrics
+from hsrloop.train import checkpoint, loop, resume
 from hsrloop.train.folder import newest_unfinished
 from hsrloop.train.run import train
 from tests.conftest import write_tiny_dataset
@@ -213,3 +214,115 @@ def test_more_epochs_on_a_finished_run_make_it_unfinished(settings: Settings) ->
 def test_nothing_unfinished_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no unfinished run below"):
         newest_unfinished(tmp_path)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from hsrloop.train.folder import held
+with held(Path(sys.argv[1])):
+    sys.stdout.write("held\\n"); sys.stdout.flush()
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_trains_is_left_alone(settings: Settings) -> None:
+    stopped = train(settings(), stop=StopAfter(1))
+    last = stopped.run_dir / "weights" / "last.pt"
+    command = [sys.executable, "-c", HOLD, str(stopped.run_dir)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="is still training, in another process"):
+            train(resolve([]), resume=last)
+        with pytest.raises(CheckpointError, match="no unfinished run below .*, but 1 still"):
+            newest_unfinished(stopped.run_dir.parent)
+        other.kill()
+    assert newest_unfinished(stopped.run_dir.parent) == last
+    assert train(resolve([]), resume=last, stop=StopAfter(1)).reason == "interrupted"
+
+
+def test_a_run_holds_its_own_folder(settings: Settings) -> None:
+    seen: list[bool] = []
+
+    def stop() -> bool:
+        (run,) = Path(settings().config.output).iterdir()
+        code = "import sys; from hsrloop.train import folder; from pathlib import Path; "
+        code += "sys.exit(folder._is_running(Path(sys.argv[1])))"
+        seen.append(subprocess.run([sys.executable, "-c", code, run]).returncode == 1)
+        return True
+
+    train(settings(workers=1), stop=stop)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("questions", [0, 3, None])
+def test_a_best_pt_that_is_gone_is_made_up_for(
+    questions: int | None, settings: Settings, recorder: Any
+) -> None:
+    outcome = train(settings(epochs=2), stop=StopAfter(questions or 0))
+    last = outcome.run_dir / "weights" / "last.pt"
+    if questions != 0:
+        limit = StopAfter(questions) if questions else (lambda: False)
+        train(resolve([]), resume=last, stop=limit)
+    (last.parent / "best.pt").unlink(missing_ok=True)
+    outcome = train(resolve([]), resume=last, sinks=[recorder])
+    assert outcome.result is not None and (last.parent / "best.pt").is_file()
+    assert any("best.pt is gone" in n.text for n in recorder.of(Note)) == (questions != 0)
+
+
+def test_another_output_is_said_to_be_ignored(settings: Settings, recorder: Any) -> None:
+    stopped = train(settings(), stop=StopAfter(1))
+    last = stopped.run_dir / "weights" / "last.pt"
+    elsewhere = resolve([("command line", {"output": "elsewhere"})])
+    train(elsewhere, resume=last, sinks=[recorder], stop=StopAfter(1))
+    assert any("output elsewhere is ignored" in n.text for n in recorder.of(Note))
+    assert checkpoint.read(last).identity.config.output == settings().config.output
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "same"),
+    [
+        ("yolov8n.pt", "yolov8n", True),
+        ("yolov8n", "yolov8n.pt", True),
+        ("w/yolov8n.pt", os.path.abspath("w/yolov8n.pt"), True),
+        ("/w/yolov8n.pt", "yolov8n.pt", True),
+        ("/w/yolov8n.pt", "/v/yolov8n.pt", False),
+        ("yolov8n.pt", "yolov8s.pt", False),
+        ("yolov8n.pt", "yolov8n.yaml", False),
+    ],
+)
+def test_one_model_may_be_spelled_in_several_ways(saved: str, given: str, same: bool) -> None:
+    assert resume._same_model(given, saved) == same
+
+
+def test_more_patience_takes_early_stopping_back(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics(ap50=0.5, ap50_95=0.5, precision=0.5, recall=0.5, best_conf=0.5)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: metrics)
+    outcome = train(settings(epochs=4, patience=1, close_mosaic=0))
+    assert outcome.reason == "patience"
+    patient = resolve([("command line", {"patience": 100})])
+    again = train(patient, resume=outcome.run_dir / "weights" / "last.pt")
+    assert again.reason == "completed" and again.result is not None
+    assert again.result["epochs_completed"] == 4
+
+
+@pytest.mark.parametrize("content", ["epoch,box_loss\nabc,1\n1,2\n", "\ufeffepoch,a\n1,2\n", "x\n"])
+def test_a_damaged_table_does_not_end_a_run(settings: Settings, content: str) -> None:
+    stopped = train(settings(epochs=2), stop=StopAfter(3))
+    (stopped.run_dir / "results.csv").write_text(content, encoding="utf-8")
+    train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+    written = (stopped.run_dir / "results.csv").read_text().splitlines()
+    assert written[0].startswith("epoch,") and written[-1].startswith("2,")
+
+
+@pytest.mark.parametrize("field", ["config", "names", "threads", "fingerprint", "sources"])
+def test_an_incomplete_checkpoint_is_said(settings: Settings, field: str) -> None:
+    stopped = train(settings(epochs=1), stop=StopAfter(0))
+    last = stopped.run_dir / "weights" / "last.pt"
+    content = torch.load(last, weights_only=False)
+    del content["hsrloop"][field]
+    torch.save(content, last)
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        train(resolve([]), resume=last)

@@ -13,13 +13,18 @@ import pytest
 import torch
 import yaml
 
-from hsrloop.config import Resolved, TrainConfig
-from hsrloop.errors import ConfigError, OutputError
+from hsrloop.config import Resolved, TrainConfig, resolve
+from hsrloop.errors import ConfigError, DivergedError, OutputError
 from hsrloop.events import EpochDone, Note, RunFinished, RunStarted
+from hsrloop.model.base import load_base
+from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Metrics
+from hsrloop.report.files import json_text
 from hsrloop.train import checkpoint, folder, loop
+from hsrloop.train.build import build_state
 from hsrloop.train.run import train
 from hsrloop.train.validation import validate
+from tests.conftest import write_tiny_dataset
 
 Settings = Callable[..., Resolved]
 FIRST_COLUMNS = ["epoch", "box_loss", "cls_loss", "dfl_loss", "mAP50", "mAP50-95", "precision"]
@@ -193,9 +198,86 @@ def test_a_tier_model_that_is_not_at_hand_is_replaced_loudly(
     (pretrained / "yolov8n.pt").write_bytes(source.read_bytes())
     monkeypatch.setenv("HSRLOOP_WEIGHTS_DIR", str(pretrained))
     monkeypatch.chdir(tmp_path)
-    from hsrloop.config import resolve
-
     values = {k: v for k, v in settings(epochs=1).config.to_json().items() if k != "model"}
     resolved = resolve([("tier medium", {"model": "yolov8m.pt"}), ("command line", values)])
     train(resolved, sinks=[recorder])
     assert any("yolov8n" in n.text and n.level == "warning" for n in recorder.of(Note))
+
+
+def test_a_training_that_diverges_ends_with_one_error(settings: Settings, tmp_path: Path) -> None:
+    """Two good epochs first: what they saved stays."""
+    good = train(settings(epochs=2))
+    weights = good.run_dir / "weights"
+    best = (weights / "best.pt").read_bytes()
+    last = checkpoint.read(weights / "last.pt")
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        with torch.no_grad():
+            next(state.model.parameters()).fill_(float("nan"))
+        return state
+
+    original = loop.train_step
+    more = resolve([("command line", {"epochs": 3})])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", poisoned)
+        with pytest.raises(DivergedError, match=r"diverged in epoch 3.*--lr0 0\.0001"):
+            train(more, resume=weights / "last.pt")
+    assert (weights / "best.pt").read_bytes() == best
+    assert torch.equal(
+        checkpoint.read(weights / "last.pt").state["loss_sums"], last.state["loss_sums"]
+    )
+    assert not (good.run_dir / "training_result.json").exists()
+
+
+def test_a_diverged_state_is_not_saved_when_asked_to_stop(settings: Settings) -> None:
+    with pytest.raises(DivergedError):
+        train(settings(lr0=1e30, epochs=5, optimizer="SGD"))
+
+
+def test_steps_that_overflow_do_not_count_as_losses(settings: Settings) -> None:
+    loss_sums = torch.zeros(5, dtype=torch.float64)
+    config = settings().config
+    module = load_base("yolov8n.yaml", names=("a",), seed=0).module
+    state = build_state(config, module, torch.device("cpu"), fresh_share=None, amp=False)
+    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    state.loss_sums = loss_sums
+    state.record_losses(LossSums(one, one, one, one), one, torch.tensor(False))
+    state.record_losses(LossSums(nan, nan, nan, nan), nan, torch.tensor(True))
+    assert state.mean_losses()["skipped_steps"] == 1
+    assert state.mean_losses()["cls_loss"] == pytest.approx(GAINS.cls)
+
+
+def test_a_pass_of_one_image_at_the_smallest_size_trains(settings: Settings) -> None:
+    outcome = train(settings(imgsz=32, batch=3, epochs=1, mosaic=0.0))  # 3, 3 and 2 images
+    assert outcome.result is not None
+    assert train(settings(imgsz=32, batch=7, epochs=1)).result is not None  # 7 and 1
+    assert train(settings(imgsz=32, batch=1, epochs=1)).result is not None
+
+
+def test_results_hold_no_value_that_json_lacks() -> None:
+    assert json_text({"a": [float("nan"), 1.5], "b": (float("inf"),)}) == (
+        '{"a": [null, 1.5], "b": [null]}'
+    )
+
+
+def test_a_home_folder_is_understood_in_output(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = train(settings(output="~/my runs", epochs=1))
+    assert outcome.run_dir.parent == tmp_path / "home" / "my runs"
+
+
+def test_names_that_are_not_utf8_are_no_matter(tmp_path: Path, settings: Settings) -> None:
+    """As from a zip file packed on Japanese Windows; broken images name their files."""
+    yaml_file = write_tiny_dataset(tmp_path / os.fsdecode(b"\x83e\x83X\x83g"))
+    (yaml_file.parent / "images/train" / os.fsdecode(b"\x83\x41.jpg")).write_bytes(b"no image")
+    outcome = train(settings(dataset=str(yaml_file), epochs=1, tensorboard=True, cache="disk"))
+    first = (outcome.run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    config = next(e["config"] for e in map(json.loads, first) if e["event"] == "RunStarted")
+    assert config["dataset"] == str(yaml_file)
+    written = yaml.safe_load((outcome.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    assert written["dataset"] == str(yaml_file)
+    last = outcome.run_dir / "weights" / "last.pt"
+    assert train(resolve([("command line", {"epochs": 2})]), resume=last).result is not None
