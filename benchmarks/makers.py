@@ -18,12 +18,12 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data import build_yolo_dataset
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.bank import DeviceBank, Sources
-from hsrloop.data.dataset import load_dataset
-from hsrloop.data.labels import label_path
 from hsrloop.data.loader import TrainLoader
-from hsrloop.data.render_torch import TorchRenderer
-from hsrloop.data.store import ImageStore
+from hsrloop.data.pixels.bank import DeviceBank, Sources
+from hsrloop.data.pixels.render_torch import TorchRenderer
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.sets.labels import label_path
 from hsrloop.data.stream import TrainStream
 from hsrloop.records import Position
 

@@ -30,7 +30,7 @@ import yaml
 from reporting import describe_host, results_folder, write_markdown
 from vs_ultralytics import Cells
 
-from hsrloop.data.dataset import load_dataset
+from hsrloop.data.sets.dataset import load_dataset
 
 ARMS = ("real", "real + synthetic", "synthetic")
 # Student's t, 97.5%, by degrees of freedom 1 to 9.

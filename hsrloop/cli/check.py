@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from hsrloop.data.check import check_dataset
-from hsrloop.data.manifest import Manifest, read_manifest
+from hsrloop.data.doctor.check import check_dataset
+from hsrloop.data.sets.manifest import Manifest, read_manifest
 from hsrloop.errors import OutputError
 from hsrloop.paths import expanded, is_folder
 from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean

@@ -39,9 +39,9 @@ def preview_tiles(
     config: TrainConfig, dataset: str, *, images: int
 ) -> tuple[list[np.ndarray], str]:
     """Return (S, S, 3) uint8 RGB pictures with boxes and class names, and what there is."""
-    from hsrloop.data.cutouts import CutoutStore
-    from hsrloop.data.render import Renderer
-    from hsrloop.data.store import ImageStore
+    from hsrloop.data.pixels.render import Renderer
+    from hsrloop.data.pixels.store import ImageStore
+    from hsrloop.data.scenes.cutouts import CutoutStore
     from hsrloop.data.stream import TrainStream
     from hsrloop.report.plots import draw_boxes
     from hsrloop.train.build import load_data

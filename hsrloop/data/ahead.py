@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.plan import AugmentPlan
-from hsrloop.data.render_torch import TorchRenderer
 
 T = TypeVar("T")
 

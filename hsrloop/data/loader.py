@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.ahead import ahead, rendered_ahead
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.dataset import ImageRef
+from hsrloop.data.pixels.render import Renderer, without_broken
+from hsrloop.data.pixels.render_torch import TorchRenderer
+from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
 from hsrloop.data.plan import AugmentPlan
-from hsrloop.data.render import Renderer, without_broken
-from hsrloop.data.render_torch import TorchRenderer
-from hsrloop.data.scene import Scenes
-from hsrloop.data.store import GREY, ImageStore, stored_size
+from hsrloop.data.scenes.cutouts import CutoutStore
+from hsrloop.data.scenes.scene import Scenes
+from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.data.stream import TrainStream
 from hsrloop.data.workers import WorkerDied, WorkerPool
 from hsrloop.records import Batch, Position

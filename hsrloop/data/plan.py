@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.dataset import ImageRef
 from hsrloop.data.polygon import polygon_extent
 from hsrloop.data.sampler import sample_rng
+from hsrloop.data.sets.dataset import ImageRef
 
 MIXUP_BETA = 32.0  # both parameters: weights near one half. Source: as above, MixUp
 SMALLEST_PX = 2.0  # boxes no larger than this are dropped. Source: as above, box_candidates

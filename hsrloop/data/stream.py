@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.cover import labels_of
-from hsrloop.data.cutouts import Cutout
-from hsrloop.data.dataset import ImageRef
 from hsrloop.data.plan import AugmentPlan, AugmentSettings, draw_plan
 from hsrloop.data.sampler import epoch_order
-from hsrloop.data.scene import Scenes, draw_scene
+from hsrloop.data.scenes.cover import labels_of
+from hsrloop.data.scenes.cutouts import Cutout
+from hsrloop.data.scenes.scene import Scenes, draw_scene
+from hsrloop.data.sets.dataset import ImageRef
 
 
 @dataclass(frozen=True, slots=True)

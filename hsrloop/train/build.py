@@ -16,13 +16,13 @@ from hsrloop.config import (
     Resolved,
     TrainConfig,
 )
-from hsrloop.data.bank import BankPlace
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader
-from hsrloop.data.scene import Scenes
-from hsrloop.data.store import ImageStore
-from hsrloop.data.synthesis import Synthesis, find_folders, load_synthesis
+from hsrloop.data.pixels.bank import BankPlace
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.scenes.cutouts import CutoutStore
+from hsrloop.data.scenes.scene import Scenes
+from hsrloop.data.scenes.synthesis import Synthesis, find_folders, load_synthesis
+from hsrloop.data.sets.dataset import DatasetSpec, load_dataset
 from hsrloop.errors import ConfigError, WeightsError
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores

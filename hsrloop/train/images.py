@@ -11,11 +11,11 @@ from typing import cast
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.bank import Bank, BankPlace, DeviceBank, Sources, TileBank, bank_place
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.dataset import ImageRef
-from hsrloop.data.render_torch import TorchRenderer, gpu_bytes
-from hsrloop.data.store import ImageStore
+from hsrloop.data.pixels.bank import Bank, BankPlace, DeviceBank, Sources, TileBank, bank_place
+from hsrloop.data.pixels.render_torch import TorchRenderer, gpu_bytes
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.scenes.cutouts import CutoutStore
+from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.errors import DeviceError
 from hsrloop.events import Event, Note, Progress
 from hsrloop.hardware.memory import GIB, usable_cores

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hsrloop.config import Resolved
-from hsrloop.data.dataset import DatasetSpec
-from hsrloop.data.synthesis import Synthesis
+from hsrloop.data.scenes.synthesis import Synthesis
+from hsrloop.data.sets.dataset import DatasetSpec
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device

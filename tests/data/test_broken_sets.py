@@ -20,11 +20,11 @@ from PIL import Image
 from rich.console import Console
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.check import check_dataset
-from hsrloop.data.dataset import DatasetSpec, load_dataset
+from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.loader import TrainLoader
-from hsrloop.data.manifest import read_manifest
-from hsrloop.data.store import ImageStore
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.sets.dataset import DatasetSpec, load_dataset
+from hsrloop.data.sets.manifest import read_manifest
 from hsrloop.errors import DatasetError
 from hsrloop.records import CheckReport, Position
 from hsrloop.report.checkup import checkup, checkup_json

@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from hsrloop.data.advice import ADVICE
-from hsrloop.data.alike import Groups, difference_hash
-from hsrloop.data.check import check_dataset
-from hsrloop.data.dataset import load_dataset
-from hsrloop.data.manifest import read_manifest
-from hsrloop.data.names import ros_name
+from hsrloop.data.doctor.advice import ADVICE
+from hsrloop.data.doctor.check import check_dataset
+from hsrloop.data.doctor.names import ros_name
+from hsrloop.data.sets.alike import Groups, difference_hash
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.sets.manifest import read_manifest
 from hsrloop.records import CheckReport, Finding
 from tests.conftest import write_tiny_dataset
 

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from hsrloop.data.cutout_files import annotated_sources, distractor_sources, read_all
-from hsrloop.data.cutouts import CHANNELS, Cutout, CutoutStore, read_cutout
-from hsrloop.data.paste import draw_paste
 from hsrloop.data.plan import Paste
+from hsrloop.data.scenes.cutout_files import annotated_sources, distractor_sources, read_all
+from hsrloop.data.scenes.cutouts import CHANNELS, Cutout, CutoutStore, read_cutout
+from hsrloop.data.scenes.paste import draw_paste
 from hsrloop.errors import DatasetError
 from tests.conftest import SHAPES, write_material, write_object
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from hsrloop.data.alike import group_alike
-from hsrloop.data.check import check_dataset
-from hsrloop.data.dataset import load_dataset
-from hsrloop.data.labels import label_path, parse_labels
-from hsrloop.data.manifest import read_manifest
-from hsrloop.data.split import hold_out
+from hsrloop.data.doctor.check import check_dataset
+from hsrloop.data.sets.alike import group_alike
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.sets.labels import label_path, parse_labels
+from hsrloop.data.sets.manifest import read_manifest
+from hsrloop.data.sets.split import hold_out
 from hsrloop.errors import DatasetError
 
 
@@ -263,7 +263,7 @@ def test_unreadable_images_are_left_out_with_their_name(
 def test_sizes_are_those_of_the_pixels_for_every_kind_and_turn(tiny_dataset: Path) -> None:
     from PIL import Image
 
-    from hsrloop.data.scan import decode
+    from hsrloop.data.sets.scan import decode
 
     images = tiny_dataset.parent / "images/train"
     picture = Image.fromarray(np.zeros((20, 30, 3), np.uint8))

@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import pytest
 
-from hsrloop.data import render as render_module
-from hsrloop.data.dataset import ImageRef
+from hsrloop.data.pixels import render as render_module
+from hsrloop.data.pixels.render import Renderer, render
+from hsrloop.data.pixels.store import GREY
 from hsrloop.data.plan import AugmentPlan, AugmentSettings, draw_plan, plan_labels
 from hsrloop.data.polygon import polygon_extent
-from hsrloop.data.render import Renderer, render
 from hsrloop.data.sampler import epoch_order, sample_rng
-from hsrloop.data.store import GREY
+from hsrloop.data.sets.dataset import ImageRef
 
 SIDE = 160
 SIZES = ((120, 160), (160, 100), (160, 160), (40, 160))  # as stored: long side == SIDE

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from hsrloop.data.ahead import rendered_ahead
-from hsrloop.data.bank import Bank, DeviceBank, Sources, TileBank, bank_place
-from hsrloop.data.dataset import ImageRef
+from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank, bank_place
+from hsrloop.data.pixels.render import Renderer
+from hsrloop.data.pixels.render_torch import TorchRenderer
+from hsrloop.data.pixels.store import GREY, ImageStore
 from hsrloop.data.plan import AugmentPlan, AugmentSettings, Paste, draw_plan, plan_labels
-from hsrloop.data.render import Renderer
-from hsrloop.data.render_torch import TorchRenderer
-from hsrloop.data.store import GREY, ImageStore
+from hsrloop.data.sets.dataset import ImageRef
 
 SIDE = 160
 SIZES = ((240, 320), (320, 200), (160, 160), (40, 160), (97, 131), (480, 333))

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.cover import labels_of, uncovered
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.dataset import DatasetSpec, load_dataset
 from hsrloop.data.loader import TrainLoader
-from hsrloop.data.palette import GAINS, gains_towards
-from hsrloop.data.paste import draw_paste
+from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.plan import AugmentPlan, Paste
-from hsrloop.data.scene import Scenes, odds_of
-from hsrloop.data.store import ImageStore
+from hsrloop.data.scenes.cover import labels_of, uncovered
+from hsrloop.data.scenes.cutouts import CutoutStore
+from hsrloop.data.scenes.palette import GAINS, gains_towards
+from hsrloop.data.scenes.paste import draw_paste
+from hsrloop.data.scenes.scene import Scenes, odds_of
+from hsrloop.data.scenes.synthesis import Synthesis, find_folders, load_synthesis
+from hsrloop.data.sets.dataset import DatasetSpec, load_dataset
 from hsrloop.data.stream import TrainStream
-from hsrloop.data.synthesis import Synthesis, find_folders, load_synthesis
 from hsrloop.errors import DatasetError
 from hsrloop.records import Position
 from tests.conftest import write_material, write_object

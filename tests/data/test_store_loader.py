@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageOps
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.bank import Bank, DeviceBank, Sources, TileBank
-from hsrloop.data.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
-from hsrloop.data.render_torch import TorchRenderer
-from hsrloop.data.scan import ORIENTATION, decode, image_size
-from hsrloop.data.store import ImageStore, decode_shrink, stored_size
+from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank
+from hsrloop.data.pixels.render_torch import TorchRenderer
+from hsrloop.data.pixels.store import ImageStore, decode_shrink, stored_size
+from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
+from hsrloop.data.sets.scan import ORIENTATION, decode, image_size
 from hsrloop.errors import OutputError
 from hsrloop.records import Batch, Position
 

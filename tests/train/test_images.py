@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hsrloop.config import Resolved, TrainConfig
-from hsrloop.data.bank import BankPlace, Sources
-from hsrloop.data.dataset import load_dataset
-from hsrloop.data.store import ImageStore
+from hsrloop.data.pixels.bank import BankPlace, Sources
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.errors import ConfigError, DeviceError
 from hsrloop.events import Progress
 from hsrloop.train import images

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrloop.data.bank import Bank, Tiles
-from hsrloop.data.colour_torch import Recolour, colour_gains
-from hsrloop.data.dataset import ImageRef
-from hsrloop.data.layout_torch import LayerLayout, Slot, StampLayout
-from hsrloop.data.pixels_torch import blend, compose, stamp, unpack
+from hsrloop.data.pixels.bank import Bank, Tiles
+from hsrloop.data.pixels.colour_torch import Recolour, colour_gains
+from hsrloop.data.pixels.layout_torch import LayerLayout, Slot, StampLayout
+from hsrloop.data.pixels.pixels_torch import blend, compose, stamp, unpack
 from hsrloop.data.plan import AugmentPlan
+from hsrloop.data.sets.dataset import ImageRef
 
 SCRATCH_BYTES = 256 * 2**20  # for temporaries; less means more, smaller kernels (a guess)
 SCRATCH_PER_PIXEL = 112  # bytes an output pixel takes at most while it is rendered (measured)

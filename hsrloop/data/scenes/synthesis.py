@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.cutout_files import (
+from hsrloop.data.scenes.cutout_files import (
     LAYOUT,
     Source,
     annotated_sources,
     distractor_sources,
     read_all,
 )
-from hsrloop.data.cutouts import Cutout
-from hsrloop.data.dataset import DatasetSpec, ImageRef
-from hsrloop.data.manifest import yaml_file
-from hsrloop.data.palette import small_versions
-from hsrloop.data.places import images_below, summary
-from hsrloop.data.same_picture import also_in
-from hsrloop.data.scan import Unreadable, image_size
-from hsrloop.data.scene import Scenes, SceneSettings, odds_of, usual_sizes
+from hsrloop.data.scenes.cutouts import Cutout
+from hsrloop.data.scenes.palette import small_versions
+from hsrloop.data.scenes.same_picture import also_in
+from hsrloop.data.scenes.scene import Scenes, SceneSettings, odds_of, usual_sizes
+from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
+from hsrloop.data.sets.manifest import yaml_file
+from hsrloop.data.sets.places import images_below, summary
+from hsrloop.data.sets.scan import Unreadable, image_size
 from hsrloop.errors import DatasetError
 from hsrloop.paths import expanded, is_folder
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrloop.data.cutouts import LEVELS, CutoutStore
-from hsrloop.data.store import GREY, ImageStore
+from hsrloop.data.pixels.store import GREY, ImageStore
+from hsrloop.data.scenes.cutouts import LEVELS, CutoutStore
 from hsrloop.data.threads import in_threads
 
 BankPlace = Literal["device", "pinned", "cv2"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsrloop.data.cutouts import Cutout, read_cutout
-from hsrloop.data.places import SUFFIXES, summary
-from hsrloop.data.scan import Unreadable
+from hsrloop.data.scenes.cutouts import Cutout, read_cutout
+from hsrloop.data.sets.places import SUFFIXES, summary
+from hsrloop.data.sets.scan import Unreadable
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from hsrloop.data.advice import finding
-from hsrloop.data.manifest import Manifest
+from hsrloop.data.doctor.advice import finding
+from hsrloop.data.sets.manifest import Manifest
 from hsrloop.records import Finding, Problem
 
 # Source: ROS graph resource names, wiki.ros.org/Names; without the leading ~ and /.

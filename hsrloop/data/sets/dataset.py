@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.labels import Labels, label_path, parse_labels, read_labels
-from hsrloop.data.manifest import Listing, Manifest, list_images, read_manifest
-from hsrloop.data.places import summary
-from hsrloop.data.scan import Unreadable, image_size, quiet_pillow
-from hsrloop.data.split import hold_out
+from hsrloop.data.sets.labels import Labels, label_path, parse_labels, read_labels
+from hsrloop.data.sets.manifest import Listing, Manifest, list_images, read_manifest
+from hsrloop.data.sets.places import summary
+from hsrloop.data.sets.scan import Unreadable, image_size, quiet_pillow
+from hsrloop.data.sets.split import hold_out
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hsrloop.data import objects
-from hsrloop.data.advice import by_kind, finding, worst_first
-from hsrloop.data.alike import Look, look_at
-from hsrloop.data.dataset import ImageRef, SplitScan, scan_split, why_unusable
-from hsrloop.data.leaks import Album, leaks, repeats
-from hsrloop.data.manifest import SPLITS, Manifest, list_images
-from hsrloop.data.names import name_findings
-from hsrloop.data.strays import labels_alone
+from hsrloop.data.doctor import objects
+from hsrloop.data.doctor.advice import by_kind, finding, worst_first
+from hsrloop.data.doctor.leaks import Album, leaks, repeats
+from hsrloop.data.doctor.names import name_findings
+from hsrloop.data.doctor.strays import labels_alone
+from hsrloop.data.sets.alike import Look, look_at
+from hsrloop.data.sets.dataset import ImageRef, SplitScan, scan_split, why_unusable
+from hsrloop.data.sets.manifest import SPLITS, Manifest, list_images
 from hsrloop.data.threads import in_threads
 from hsrloop.records import CheckReport, ClassCount, Finding, Problem, SplitCount
 

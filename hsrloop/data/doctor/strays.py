@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from hsrloop.data.labels import label_path
-from hsrloop.data.manifest import Listing
-from hsrloop.data.places import SUFFIXES, files_below, read_regular
+from hsrloop.data.sets.labels import label_path
+from hsrloop.data.sets.manifest import Listing
+from hsrloop.data.sets.places import SUFFIXES, files_below, read_regular
 from hsrloop.records import Problem
 
 

@@ -7,9 +7,9 @@ import math
 import cv2
 import numpy as np
 
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.geometry import Box, Matrix, between_pixels, bounds, inverse
+from hsrloop.data.pixels.geometry import Box, Matrix, between_pixels, bounds, inverse
 from hsrloop.data.plan import Paste
+from hsrloop.data.scenes.cutouts import CutoutStore
 
 ALPHA = 3  # channel of the hard edge; the other two follow
 SHADOW = 6

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from hsrloop.data.cutouts import Cutout
-from hsrloop.data.dataset import ImageRef
 from hsrloop.data.plan import SMALLEST_PX, Affine, AugmentPlan, Paste, plan_labels
+from hsrloop.data.scenes.cutouts import Cutout
+from hsrloop.data.sets.dataset import ImageRef
 
 SHIFT = 6  # fractional bits of outlines
 LEAST_VISIBLE = 0.25  # objects of which less shows have no label. A guess

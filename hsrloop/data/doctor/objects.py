@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hsrloop.data.advice import finding
-from hsrloop.data.dataset import ImageRef, SplitScan
-from hsrloop.data.labels import label_path
-from hsrloop.data.manifest import Manifest
+from hsrloop.data.doctor.advice import finding
+from hsrloop.data.sets.dataset import ImageRef, SplitScan
+from hsrloop.data.sets.labels import label_path
+from hsrloop.data.sets.manifest import Manifest
 from hsrloop.records import Finding, Problem
 
 TINY_PX = 8.0  # the finest grid's cell; below it little is left of an object

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.places import read_regular
+from hsrloop.data.sets.places import read_regular
 from hsrloop.paths import exists
 from hsrloop.records import Problem
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from hsrloop.data.scan import Unreadable, decode
+from hsrloop.data.sets.scan import Unreadable, decode
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.advice import finding
-from hsrloop.data.alike import (
+from hsrloop.data.doctor.advice import finding
+from hsrloop.data.sets.alike import (
     BURST,
     NEAR,
     SAME_CELL,
@@ -21,7 +21,7 @@ from hsrloop.data.alike import (
     distances,
     original_stem,
 )
-from hsrloop.data.dataset import ImageRef
+from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.records import Finding, Problem
 
 _BURST_STEP = 2  # between the numbers of neighbours in a burst

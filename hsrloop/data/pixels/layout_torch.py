@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsrloop.data.bank import RING, Bank, Tiles
-from hsrloop.data.cutouts import LEVELS
-from hsrloop.data.dataset import ImageRef
-from hsrloop.data.pixels_torch import LAYER_COLUMNS, STAMP_COLUMNS
+from hsrloop.data.pixels.bank import RING, Bank, Tiles
+from hsrloop.data.pixels.pixels_torch import LAYER_COLUMNS, STAMP_COLUMNS
 from hsrloop.data.plan import AugmentPlan, Paste
+from hsrloop.data.scenes.cutouts import LEVELS
+from hsrloop.data.sets.dataset import ImageRef
 
 REACH = 2  # source px around what the output shows that taps may read
 EDGE = 1e-3  # of a px: what lies exactly half a pixel outside is outside

@@ -15,10 +15,6 @@ import cv2
 import numpy as np
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.cover import fill, outline_px
-from hsrloop.data.cutouts import MARGIN, Cutout
-from hsrloop.data.dataset import ImageRef
-from hsrloop.data.palette import gains_towards, place_mean
 from hsrloop.data.plan import (
     Affine,
     AugmentPlan,
@@ -30,6 +26,10 @@ from hsrloop.data.plan import (
     plan_labels,
 )
 from hsrloop.data.sampler import sample_rng
+from hsrloop.data.scenes.cover import fill, outline_px
+from hsrloop.data.scenes.cutouts import MARGIN, Cutout
+from hsrloop.data.scenes.palette import gains_towards, place_mean
+from hsrloop.data.sets.dataset import ImageRef
 
 GRID = 64  # side of the map on which places are tried
 TRIES = 8  # places tried for an object before it is left out

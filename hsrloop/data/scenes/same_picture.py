@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from hsrloop.data.alike import BURST, bit_counts, bits_apart, hash_of
+from hsrloop.data.sets.alike import BURST, bit_counts, bits_apart, hash_of
 from hsrloop.data.threads import in_threads
 
 GRID = 32

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hsrloop.data.places import SUFFIXES, UNREAD_SUFFIXES, files_below, moved, read_regular
+from hsrloop.data.sets.places import SUFFIXES, UNREAD_SUFFIXES, files_below, moved, read_regular
 from hsrloop.errors import DatasetError
 from hsrloop.paths import exists, expanded, is_folder
 from hsrloop.records import Problem

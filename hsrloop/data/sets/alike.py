@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from hsrloop.data.scan import reduced
+from hsrloop.data.sets.scan import reduced
 from hsrloop.data.threads import in_threads
 
 NEAR = 4  # of 64 bits: the same picture anywhere in the set; a guess

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hsrloop.data.alike import group_alike
+from hsrloop.data.sets.alike import group_alike
 
 SHARE = 0.1
 

@@ -12,12 +12,12 @@ from collections.abc import Collection, Sequence
 import cv2
 import numpy as np
 
-from hsrloop.data.cutouts import CutoutStore
-from hsrloop.data.dataset import ImageRef
-from hsrloop.data.geometry import Box, Matrix, between_pixels, bounds, inverse
-from hsrloop.data.paste import draw_paste
+from hsrloop.data.pixels.geometry import Box, Matrix, between_pixels, bounds, inverse
+from hsrloop.data.pixels.store import GREY, ImageStore
 from hsrloop.data.plan import AugmentPlan, Layer, plan_labels
-from hsrloop.data.store import GREY, ImageStore
+from hsrloop.data.scenes.cutouts import CutoutStore
+from hsrloop.data.scenes.paste import draw_paste
+from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.records import Sample
 
 RING = 2  # px that a source is continued beyond its edge; up to half an output px shows
