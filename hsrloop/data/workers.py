@@ -45,6 +45,8 @@ class WorkerPool(Generic[Task, Result]):
         self._slots: list[list[np.ndarray]] = []
         self._processes = []
         self._waiting = [0] * count  # answers due from each worker
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(0)  # a thread of its pool would leave a lock held in every child
         for _ in range(count):
             block = np.frombuffer(mmap.mmap(-1, DEPTH * slot_bytes), np.uint8).reshape(
                 DEPTH, slot_bytes
@@ -60,6 +62,7 @@ class WorkerPool(Generic[Task, Result]):
             process.start()
             theirs.close()
             self._processes.append(process)
+        cv2.setNumThreads(threads)
 
     def map(self, tasks: Sequence[Task]) -> Iterator[tuple[Result, np.ndarray]]:
         """Yield (result, slot) of each task in order; a slot is valid until the next is asked for.
@@ -135,7 +138,7 @@ def _serve(
     # when its pipe does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # its thread pool does not survive the fork
+    cv2.setNumThreads(0)  # one process for each core already
     while True:
         try:
             task, turn = connection.recv()

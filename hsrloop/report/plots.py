@@ -68,7 +68,9 @@ def save_picture(path: Path, image: Image) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        # Not cv2.imwrite, which a name that is not UTF-8 crashes.
+        written, coded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        path.write_bytes(coded.tobytes() if written else b"")
     except (OSError, cv2.error):
         written = False
     if not written:

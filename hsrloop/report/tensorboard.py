@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from hsrloop.events import EpochDone, Event, Note, Recovered, RunStarted
+from hsrloop.report.files import SPELLED_OUT
 
 _LOG = logging.getLogger(__name__)
 _START_LIMIT_S = 30.0  # a guess; 3 s on an idle machine
@@ -87,8 +88,9 @@ class TensorBoardSink:
     def _text(self, tag: str, text: str, *, step: int) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
+        spelled = text.encode(errors=SPELLED_OUT).decode()
         self._writer.add_event(
-            self._record(wall_time=time.time(), step=step, summary=text_pb(tag, text))
+            self._record(wall_time=time.time(), step=step, summary=text_pb(tag, spelled))
         )
 
 

@@ -212,10 +212,9 @@ def test_a_training_that_diverges_ends_with_one_error(settings: Settings, tmp_pa
     last = checkpoint.read(weights / "last.pt")
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
-        state = original(*args, **kwargs)
         with torch.no_grad():
-            next(state.model.parameters()).fill_(float("nan"))
-        return state
+            next(args[0].model.parameters()).fill_(float("nan"))
+        return original(*args, **kwargs)
 
     original = loop.train_step
     more = resolve([("command line", {"epochs": 3})])
@@ -271,7 +270,9 @@ def test_a_home_folder_is_understood_in_output(
 
 def test_names_that_are_not_utf8_are_no_matter(tmp_path: Path, settings: Settings) -> None:
     """As from a zip file packed on Japanese Windows; broken images name their files."""
-    yaml_file = write_tiny_dataset(tmp_path / os.fsdecode(b"\x83e\x83X\x83g"))
+    folder = tmp_path / os.fsdecode(b"\x83e\x83X\x83g")
+    write_tiny_dataset(tmp_path / "tiny set").parent.rename(folder)
+    yaml_file = folder / "data.yaml"
     (yaml_file.parent / "images/train" / os.fsdecode(b"\x83\x41.jpg")).write_bytes(b"no image")
     outcome = train(settings(dataset=str(yaml_file), epochs=1, tensorboard=True, cache="disk"))
     first = (outcome.run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
