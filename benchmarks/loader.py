@@ -26,11 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from makers import measure, ours, theirs  # noqa: E402
+from makers import measure, one_core_options, ours, theirs  # noqa: E402
 from reporting import describe_host, results_folder  # noqa: E402
-
-from hsrloop.hardware.threads import keep_freed_memory  # noqa: E402
 
 
 def floor(imgsz: int, repeats: int = 30) -> dict[str, float]:
@@ -102,18 +99,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    given = os.environ.get("HSRLOOP_TEST_DATA")
-    default = Path(given) / "data/ycb_household/data.yaml" if given else None
-    parser.add_argument("--data", type=Path, default=default, required=default is None)
-    parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--images", type=int, default=64, help="per round")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=None)
-    options = parser.parse_args()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as every run does; in one process, so both profit
+    options = one_core_options(__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         makers = {
             "hsrloop": ours(options.data, options.imgsz),

@@ -6,11 +6,14 @@ into RAM.
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+import cv2
 import numpy as np
 import torch
 import torchvision  # noqa: F401  (before ultralytics)
@@ -25,6 +28,7 @@ from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.labels import label_path
 from hsrloop.data.stream import TrainStream
+from hsrloop.hardware.threads import keep_freed_memory
 from hsrloop.records import Position
 
 BATCH = 8
@@ -121,3 +125,23 @@ def measure(
             for clock, read in clocks.items():
                 times[clock][name].append(1e3 * (read() - starts[clock]) / images)
     return times
+
+
+def one_core_options(doc: str | None) -> argparse.Namespace:
+    """Read the command line of such a benchmark, and hold this process to one thread.
+
+    Freed memory is kept, as in every run; in one process all that is compared profits.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    given = os.environ.get("HSRLOOP_TEST_DATA")
+    default = Path(given) / "data/ycb_household/data.yaml" if given else None
+    parser.add_argument("--data", type=Path, default=default, required=default is None)
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--images", type=int, default=64, help="per round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=None)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    return options

@@ -13,7 +13,6 @@ whose pixels cost next to nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,12 +25,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2  # noqa: E402
 import torch  # noqa: E402
-from makers import BATCH, measure, ours, ours_by_torch, theirs  # noqa: E402
+from makers import (  # noqa: E402
+    BATCH,
+    measure,
+    one_core_options,
+    ours,
+    ours_by_torch,
+    theirs,
+)
 from reporting import describe_host, results_folder, write_markdown  # noqa: E402
-
-from hsrloop.hardware.threads import keep_freed_memory  # noqa: E402
 
 
 def wall_time() -> float:
@@ -65,18 +68,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    given = os.environ.get("HSRLOOP_TEST_DATA")
-    default = Path(given) / "data/ycb_household/data.yaml" if given else None
-    parser.add_argument("--data", type=Path, default=default, required=default is None)
-    parser.add_argument("--imgsz", type=int, default=640)
-    parser.add_argument("--images", type=int, default=64, help="per round")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=None)
-    options = parser.parse_args()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as every run does; in one process, so all profit
+    options = one_core_options(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         makers = {
