@@ -83,8 +83,10 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     config = runtime.config
     while True:
         validated = len(state.history)
-        if not state.best_saved:  # memory or disk ran out when it was due
+        if not state.best_saved:  # memory ran out when it was due
             _save_best(state, runtime)
+        if not state.last_saved:
+            _save_last(state, runtime)
         if validated < state.position.epoch:
             state.check_finite(config.lr0)
             if not validate_epoch(state, runtime):
@@ -164,6 +166,7 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
     state.val_s_per_epoch = val_s
     best = metrics.ap50_95 > state.best_ap50_95
     _append_history(state, metrics)
+    state.last_saved = False
     if best:
         state.best_ap50_95, state.best_epoch = metrics.ap50_95, len(state.history)
         state.best_saved = False
@@ -172,7 +175,7 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
         _save(state, runtime, f"epoch{len(state.history)}.pt")
     _apply_patience(state, runtime)
     runtime.emit(_epoch_event(state, runtime, val_s, best))
-    _save(state, runtime, "last.pt")
+    _save_last(state, runtime)
     return True
 
 
@@ -214,6 +217,11 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
         imgsz=state.rung.imgsz,
         best=best,
     )
+
+
+def _save_last(state: TrainState, runtime: Runtime) -> None:
+    _save(state, runtime, "last.pt")
+    state.last_saved = True
 
 
 def _interrupt(state: TrainState, runtime: Runtime) -> str:

@@ -76,6 +76,7 @@ class TrainState:
     val_s_per_epoch: float = 0.0  # of the last validation: for the time left
     recoveries: list[dict[str, Any]] = field(default_factory=list)  # events.Recovered as dicts
     commit: Commit | None = None  # of a step in progress; never saved
+    last_saved: bool = True  # False: an epoch's last.pt is still to be written; never saved
 
     @property
     def amp(self) -> bool:

@@ -100,6 +100,15 @@ def test_the_end_is_that_of_the_run_planned_to_change_there(
     assert (outcome.run_dir / "weights" / "best.pt").is_file()
 
 
+def test_memory_that_runs_out_at_the_very_last_save_still_leaves_the_last_epoch(
+    settings: Settings, fault: Arm, undisturbed: dict[str, Any]
+) -> None:
+    armed = fault("checkpoint", 2)  # best.pt and last.pt of the first epoch, then this one
+    outcome = train(settings())
+    assert armed.raised == 1 and outcome.reason == "completed"
+    assert differences(end_of(outcome.run_dir), undisturbed) == []
+
+
 def test_validation_gives_way_with_its_own_batch(
     settings: Settings, fault: Arm, undisturbed: dict[str, Any], recorder: Recorder
 ) -> None:
