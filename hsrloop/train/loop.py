@@ -83,10 +83,7 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     config = runtime.config
     while True:
         validated = len(state.history)
-        if not state.best_saved:  # memory ran out when it was due
-            _save_best(state, runtime)
-        if not state.last_saved:
-            _save_last(state, runtime)
+        _save_due(state, runtime)  # what memory ran out for when it was due
         if validated < state.position.epoch:
             state.check_finite(config.lr0)
             if not validate_epoch(state, runtime):
@@ -170,12 +167,9 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
     if best:
         state.best_ap50_95, state.best_epoch = metrics.ap50_95, len(state.history)
         state.best_saved = False
-        _save_best(state, runtime)
-    if runtime.config.save_period and len(state.history) % runtime.config.save_period == 0:
-        _save(state, runtime, f"epoch{len(state.history)}.pt")
     _apply_patience(state, runtime)
     runtime.emit(_epoch_event(state, runtime, val_s, best))
-    _save_last(state, runtime)
+    _save_due(state, runtime)
     return True
 
 
@@ -219,20 +213,23 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
     )
 
 
-def _save_last(state: TrainState, runtime: Runtime) -> None:
-    _save(state, runtime, "last.pt")
-    state.last_saved = True
-
-
 def _interrupt(state: TrainState, runtime: Runtime) -> str:
     state.check_finite(runtime.config.lr0)
     _save(state, runtime, "last.pt")
     return "interrupted"
 
 
-def _save_best(state: TrainState, runtime: Runtime) -> None:
-    _save(state, runtime, "best.pt")
-    state.best_saved = True
+def _save_due(state: TrainState, runtime: Runtime) -> None:
+    """Write what the last validated epoch still has to leave behind."""
+    if not state.best_saved:
+        _save(state, runtime, "best.pt")
+        state.best_saved = True
+    if not state.last_saved:
+        period = runtime.config.save_period
+        if period and len(state.history) % period == 0:
+            _save(state, runtime, f"epoch{len(state.history)}.pt")
+        _save(state, runtime, "last.pt")
+        state.last_saved = True
 
 
 def _save(state: TrainState, runtime: Runtime, name: str) -> None:

@@ -98,6 +98,7 @@ def test_the_end_is_that_of_the_run_planned_to_change_there(
     assert outcome.result is not None
     assert [row["change"] for row in outcome.result["recoveries"]] == ["micro_batch 8 -> 4"]
     assert (outcome.run_dir / "weights" / "best.pt").is_file()
+    assert len((outcome.run_dir / "results.csv").read_text().splitlines()) == 1 + SHAPE["epochs"]
 
 
 def test_memory_that_runs_out_at_the_very_last_save_still_leaves_the_last_epoch(
