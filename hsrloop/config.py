@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hsrloop.errors import ConfigError
+from hsrloop.rules import Rule, coerce, setting, spell
 
 # Measured at 5 epochs (docs/log.md): at the full rate the first steps undo what the network knows;
 # class outputs start from noise and need a multiple of it; a network that knows every class
@@ -25,52 +24,6 @@ from hsrloop.errors import ConfigError
 PRETRAINED_LR_SCALE = 0.3
 KNOWN_LR_SCALE = 0.02
 HEAD_LR_SCALE = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What one field accepts: shown by `--help`, enforced by `TrainConfig`."""
-
-    help: str
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False  # low itself is excluded
-    choices: tuple[Any, ...] = ()
-    multiple_of: int = 0
-
-    def describe(self) -> str:
-        """Return the allowed values in words."""
-        if self.choices:
-            return "one of " + ", ".join(_spell(c) for c in self.choices if c is not None)
-        if self.multiple_of:
-            return f"a positive multiple of {self.multiple_of}"
-        if self.low == -math.inf and self.high == math.inf:
-            return "any number"
-        if self.high == math.inf:
-            return f"{'more than' if self.above else 'at least'} {self.low:g}"
-        return (
-            f"{'more than' if self.above else 'from'} {self.low:g} {'and' if self.above else 'to'} "
-            + (f"at most {self.high:g}" if self.above else f"{self.high:g}")
-        )
-
-    def problem(self, value: Any) -> bool:
-        """Return whether `value`, already of the right type, breaks the rule."""
-        if self.choices:
-            return value not in self.choices
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if self.multiple_of and (value <= 0 or value % self.multiple_of):
-                return True
-            too_low = value <= self.low if self.above else value < self.low
-            return too_low or value > self.high or not math.isfinite(value)
-        return False
-
-
-def _setting(default: Any, help: str, **rule: Any) -> Any:
-    return field(default=default, metadata={"rule": Rule(help=help, **rule)})
-
-
-def _spell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,42 +35,38 @@ class TrainConfig:
     """
 
     # What and where
-    dataset: str | None = _setting(None, "data.yaml of the data set")
-    model: str = _setting("yolov8m.pt", "base weights: a name, a path, or a .yaml for scratch")
-    output: str = _setting("models/finetuned", "folder that receives the run folder")
-    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
-    gpu_tier: str | None = _setting(
+    dataset: str | None = setting(None, "data.yaml of the data set")
+    model: str = setting("yolov8m.pt", "base weights: a name, a path, or a .yaml for scratch")
+    output: str = setting("models/finetuned", "folder that receives the run folder")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    gpu_tier: str | None = setting(
         None,
         "hardware tier; detected when not given",
         choices=(None, "low", "medium", "high", "workstation", "cpu"),
     )
-    auto_scale: bool = _setting(True, "choose model, batch and imgsz by hardware tier")
+    auto_scale: bool = setting(True, "choose model, batch and imgsz by hardware tier")
     # Schedule
-    epochs: int = _setting(50, "passes over the training set", low=1)
-    batch: int = _setting(16, "optimization batch, in images", low=1)
-    micro_batch: int | None = _setting(
+    epochs: int = setting(50, "passes over the training set", low=1)
+    batch: int = setting(16, "optimization batch, in images", low=1)
+    micro_batch: int | None = setting(
         None, "images per forward pass; the batch itself when not given", low=1
     )
-    imgsz: int = _setting(640, "side of the square network input, px", multiple_of=32)
-    patience: int = _setting(
-        10, "epochs without a better mAP50-95 before stopping; 0: never", low=0
-    )
-    optimizer: str = _setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
-    lr0: float = _setting(
+    imgsz: int = setting(640, "side of the square network input, px", multiple_of=32)
+    patience: int = setting(10, "epochs without a better mAP50-95 before stopping; 0: never", low=0)
+    optimizer: str = setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
+    lr0: float = setting(
         0.001, "highest learning rate, before the layers' factors", low=0, above=True
     )
-    lrf: float = _setting(0.01, "last learning rate as a fraction of lr0", low=0, high=1)
-    momentum: float = _setting(
-        0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999
-    )
-    weight_decay: float = _setting(0.0005, "weight decay, as given, not rescaled by batch", low=0)
-    warmup_epochs: float = _setting(
+    lrf: float = setting(0.01, "last learning rate as a fraction of lr0", low=0, high=1)
+    momentum: float = setting(0.937, "momentum of SGD, beta1 of Adam and AdamW", low=0, high=0.9999)
+    weight_decay: float = setting(0.0005, "weight decay, as given, not rescaled by batch", low=0)
+    warmup_epochs: float = setting(
         3.0, "epochs of linear warm-up, at most a tenth of the run", low=0
     )
-    cos_lr: bool = _setting(False, "cosine instead of linear decay of the learning rate")
-    llrd: bool = _setting(False, "layer-wise learning-rate decay")
-    llrd_decay_rate: float = _setting(0.9, "its rate per module", low=0, high=1, above=True)
-    pretrained_lr_scale: float | None = _setting(
+    cos_lr: bool = setting(False, "cosine instead of linear decay of the learning rate")
+    llrd: bool = setting(False, "layer-wise learning-rate decay")
+    llrd_decay_rate: float = setting(0.9, "its rate per module", low=0, high=1, above=True)
+    pretrained_lr_scale: float | None = setting(
         None,
         f"learning-rate factor of pretrained layers; when not given from {KNOWN_LR_SCALE} (they "
         f"know all classes) to {PRETRAINED_LR_SCALE} (they know none), 1 with --llrd",
@@ -125,7 +74,7 @@ class TrainConfig:
         high=100,
         above=True,
     )
-    head_lr_scale: float | None = _setting(
+    head_lr_scale: float | None = setting(
         None,
         f"learning-rate factor of the class outputs when all classes are new to pretrained "
         f"weights; {HEAD_LR_SCALE:g} when not given, 1 with --llrd",
@@ -133,92 +82,92 @@ class TrainConfig:
         high=100,
         above=True,
     )
-    freeze: int = _setting(0, "number of leading modules that are not trained", low=0)
-    ema_decay: float = _setting(
+    freeze: int = setting(0, "number of leading modules that are not trained", low=0)
+    ema_decay: float = setting(
         0.9999, "highest decay of the averaged weights", low=0, high=0.999999
     )
-    ema_tau: float = _setting(
+    ema_tau: float = setting(
         2000.0, "optimizer steps over which that decay is reached", low=0, above=True
     )
     # Augmentation
-    hsv_h: float = _setting(0.015, "hue gain, fraction", low=0, high=0.5)
-    hsv_s: float = _setting(0.7, "saturation gain, fraction", low=0, high=1)
-    hsv_v: float = _setting(0.4, "value gain, fraction", low=0, high=1)
-    degrees: float = _setting(10.0, "largest rotation, degrees either way", low=0, high=180)
-    translate: float = _setting(0.1, "largest shift, fraction of imgsz", low=0, high=1)
-    scale: float = _setting(0.5, "largest zoom, fraction either way", low=0, high=0.95)
-    shear: float = _setting(0.0, "largest shear, degrees either way", low=0, high=60)
-    flipud: float = _setting(0.0, "probability of an upside-down flip", low=0, high=1)
-    fliplr: float = _setting(0.5, "probability of a left-right flip", low=0, high=1)
-    mosaic: float = _setting(1.0, "probability of a four-image mosaic", low=0, high=1)
-    mixup: float = _setting(0.1, "probability of blending two images", low=0, high=1)
-    close_mosaic: int = _setting(
+    hsv_h: float = setting(0.015, "hue gain, fraction", low=0, high=0.5)
+    hsv_s: float = setting(0.7, "saturation gain, fraction", low=0, high=1)
+    hsv_v: float = setting(0.4, "value gain, fraction", low=0, high=1)
+    degrees: float = setting(10.0, "largest rotation, degrees either way", low=0, high=180)
+    translate: float = setting(0.1, "largest shift, fraction of imgsz", low=0, high=1)
+    scale: float = setting(0.5, "largest zoom, fraction either way", low=0, high=0.95)
+    shear: float = setting(0.0, "largest shear, degrees either way", low=0, high=60)
+    flipud: float = setting(0.0, "probability of an upside-down flip", low=0, high=1)
+    fliplr: float = setting(0.5, "probability of a left-right flip", low=0, high=1)
+    mosaic: float = setting(1.0, "probability of a four-image mosaic", low=0, high=1)
+    mixup: float = setting(0.1, "probability of blending two images", low=0, high=1)
+    close_mosaic: int = setting(
         10, "last epochs without mosaic and mixup, at most a third; 0: never close", low=0
     )
     # Copy-paste synthesis
-    dynamic_synthetic: bool = _setting(True, "copy-paste synthesis while training")
-    annotated_dir: str | None = _setting(
+    dynamic_synthetic: bool = setting(True, "copy-paste synthesis while training")
+    annotated_dir: str | None = setting(
         None, "cut-out objects, a folder for each class; annotated/ beside data.yaml if not given"
     )
-    backgrounds_dir: str | None = _setting(
+    backgrounds_dir: str | None = setting(
         None, "background photographs; backgrounds/ beside data.yaml if not given"
     )
-    distractors_dir: str | None = _setting(
+    distractors_dir: str | None = setting(
         None, "cut-outs of other objects, pasted without labels; distractors/ if not given"
     )
-    synthetic_ratio: float = _setting(2.0, "synthetic images per real image", low=0, high=1000)
-    synthetic_images: int = _setting(
+    synthetic_ratio: float = setting(2.0, "synthetic images per real image", low=0, high=1000)
+    synthetic_images: int = setting(
         200, "images in an epoch when there are no real ones to train on", low=1, high=1_000_000
     )
-    max_objects: int = _setting(8, "most objects pasted into an image", low=1, high=100)
-    object_scale_min: float = _setting(
+    max_objects: int = setting(8, "most objects pasted into an image", low=1, high=100)
+    object_scale_min: float = setting(
         0.08, "smallest long side of an object, fraction of imgsz", low=0, high=1, above=True
     )
-    object_scale_max: float = _setting(
+    object_scale_max: float = setting(
         0.5, "largest long side of an object, fraction of imgsz", low=0, high=1, above=True
     )
-    object_degrees: float = _setting(
+    object_degrees: float = setting(
         30.0, "largest rotation of an object, degrees either way", low=0, high=180
     )
-    max_occlusion: float = _setting(
+    max_occlusion: float = setting(
         0.5, "largest share of an object that others or the frame hide", low=0, high=0.9
     )
-    negative_share: float = _setting(
+    negative_share: float = setting(
         0.05, "share of synthetic images that are a background alone", low=0, high=1
     )
     # Machine
-    workers: int = _setting(8, "loader processes at most; fewer on few cores, 0 on the CPU", low=0)
-    cache: bool | str = _setting(
+    workers: int = setting(8, "loader processes at most; fewer on few cores, 0 on the CPU", low=0)
+    cache: bool | str = setting(
         "ram", "decoded images: false, ram (or true) or disk", choices=(False, "ram", "disk")
     )
-    augment_device: str = _setting(
+    augment_device: str = setting(
         "auto",
         "who renders training images; auto: the GPU when training runs on one",
         choices=("auto", "cpu", "gpu"),
     )
-    amp: bool = _setting(True, "mixed precision; CUDA only, the CPU computes in float32")
-    oom_recovery: bool = _setting(True, "go on at smaller settings when memory runs out")
-    seed: int = _setting(0, "seed of every random choice", low=0, high=2**32 - 1)
-    deterministic: bool = _setting(False, "deterministic kernels on CUDA")
-    trust_checkpoint: bool = _setting(
+    amp: bool = setting(True, "mixed precision; CUDA only, the CPU computes in float32")
+    oom_recovery: bool = setting(True, "go on at smaller settings when memory runs out")
+    seed: int = setting(0, "seed of every random choice", low=0, high=2**32 - 1)
+    deterministic: bool = setting(False, "deterministic kernels on CUDA")
+    trust_checkpoint: bool = setting(
         False, "open weights of unknown origin; they can run any code on this machine"
     )
     # Reports
-    save_period: int = _setting(0, "keep weights/epochN.pt every N epochs; 0: never", low=0)
-    tensorboard: bool = _setting(True, "TensorBoard event files and server")
-    tensorboard_port: int = _setting(
+    save_period: int = setting(0, "keep weights/epochN.pt every N epochs; 0: never", low=0)
+    tensorboard: bool = setting(True, "TensorBoard event files and server")
+    tensorboard_port: int = setting(
         6006, "port of the server; the next free one if taken", low=0, high=65535
     )
-    export: str | None = _setting(None, "export best.pt after training", choices=(None, "onnx"))
+    export: str | None = setting(None, "export best.pt after training", choices=(None, "onnx"))
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():
-            value = _coerce(name, getattr(self, name), kind)
+            value = coerce(name, getattr(self, name), kind)
             object.__setattr__(self, name, value)
             rule = rule_of(name)
             if value is not None and rule.problem(value):
                 allowed, remedy = rule.describe(), _remedy(name, value)
-                raise ConfigError(f"{name} is {_spell(value)}; it must be {allowed}.{remedy}")
+                raise ConfigError(f"{name} is {spell(value)}; it must be {allowed}.{remedy}")
 
     def check_together(self) -> TrainConfig:
         """Return this config if its fields agree: a matter of the whole, not of one layer.
@@ -288,28 +237,6 @@ def _remedy(name: str, value: Any) -> str:
     if name == "imgsz" and isinstance(value, int):
         return f" Use --imgsz {max(32, round(value / 32) * 32)}."
     return ""
-
-
-def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, accepting whole floats for int and any int for float."""
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if name == "cache":
-        value = "ram" if value is True else value
-    if value is None and type(None) in members:
-        return None
-    for member in members:
-        if member is bool and isinstance(value, bool):
-            return value
-        if member is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if member is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if member is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return math.inf if abs(value) > sys.float_info.max else float(value)
-        if member is str and isinstance(value, str):
-            return value
-    words = " or ".join(getattr(m, "__name__", str(m)).replace("NoneType", "null") for m in members)
-    raise ConfigError(f"{name} is {value!r}; it must be of type {words}.")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -15,7 +15,7 @@ import hsrloop
 ROOT = Path(hsrloop.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "config", "records", "events", "paths"},
+    {"errors", "rules", "config", "records", "events", "paths"},
     {"ops"},
     {"hardware", "data", "model", "report"},
     {"train"},
