@@ -6,12 +6,12 @@ three (measured 1.2 against 3.1 ms at 640 on an EPYC core, OpenCV 5.0).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 import cv2
 import numpy as np
 
+from hsrloop.data.pixels.colour import colour_factors, recolour
 from hsrloop.data.pixels.geometry import Box, Matrix, between_pixels, bounds, inverse
 from hsrloop.data.pixels.store import GREY, ImageStore
 from hsrloop.data.plan import AugmentPlan, Layer, plan_labels
@@ -21,7 +21,6 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.records import Sample
 
 RING = 2  # px that a source is continued beyond its edge; up to half an output px shows
-_FLOOR = -0.499  # makes OpenCV's rounding a truncation, which is what the peer's tables do
 _STRIP = 160  # lines recoloured at a time, so that they stay in cache; no worse than any (measured)
 _SHIFT = 8  # fractional bits of polygon corners
 
@@ -57,8 +56,7 @@ class Renderer:
         self._warped = np.empty((imgsz, imgsz, 4), np.uint8)
         self._mask = np.empty((imgsz, imgsz), np.uint8)
         self._padded = np.empty((imgsz + 2 * RING, imgsz + 2 * RING, 4), np.uint8)
-        self._hsv = np.empty((_STRIP, imgsz, 3), np.uint8)
-        self._planes = [np.empty((_STRIP, imgsz), np.uint8) for _ in range(3)]
+        self._planes = [np.empty((_STRIP, imgsz), np.uint8) for _ in range(4)]
 
     def pixels(
         self,
@@ -145,36 +143,14 @@ class Renderer:
         return padded
 
     def _recolour(self, out: np.ndarray, gains: tuple[float, float, float]) -> None:
-        """Shift hue and scale saturation and value of the canvas, into `out`.
-
-        Source: ultralytics@8.4.190, data/augment.py RandomHSV.
-        """
-        hue, saturation, value = gains
-        turn = math.floor(hue * 180) % 180
+        """Shift hue and scale saturation and value of the canvas, into `out`."""
+        factors = colour_factors(gains)
         for top in range(0, self.imgsz, _STRIP):
             rows = slice(top, min(top + _STRIP, self.imgsz))
-            hsv, planes = self._hsv[: rows.stop - top], [p[: rows.stop - top] for p in self._planes]
-            cv2.cvtColor(self._canvas[rows], cv2.COLOR_RGB2HSV, dst=hsv)
-            cv2.split(hsv, planes)
-            h, s, v = planes
-            _turn(h, turn)
-            cv2.convertScaleAbs(s, s, 1 + saturation, _FLOOR)
-            cv2.convertScaleAbs(v, v, 1 + value, _FLOOR)
-            cv2.merge(planes, dst=hsv)
-            cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=out[rows])
-
-
-def _turn(hue: np.ndarray, steps: int) -> None:
-    """Add to hues in place, around a circle of 180 steps; a third of what a table costs.
-
-    Args:
-        hue: uint8 in [0, 180).
-        steps: in [0, 180). Sums wrap at 256, and the subtraction wraps them back.
-    """
-    around = (hue >= 180 - steps).view(np.uint8)
-    around *= np.uint8(180)
-    hue += np.uint8(steps)
-    hue -= around
+            planes = [plane[: rows.stop - top] for plane in self._planes]
+            cv2.split(self._canvas[rows], planes)
+            recolour(planes[:3], factors)
+            cv2.merge(planes[:3], dst=out[rows])
 
 
 def _rounded(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hsrloop.data.pixels.bank import Bank, Tiles
-from hsrloop.data.pixels.colour_torch import Recolour, colour_gains
+from hsrloop.data.pixels.colour import colour_factors
+from hsrloop.data.pixels.colour_torch import recolour
 from hsrloop.data.pixels.layout_torch import LayerLayout, Slot, StampLayout
 from hsrloop.data.pixels.pixels_torch import blend, compose, stamp, unpack
 from hsrloop.data.plan import AugmentPlan
@@ -74,7 +75,6 @@ class TorchRenderer:
         self._stamps = StampLayout(bank, imgsz)
         index = torch.arange(imgsz, dtype=torch.float32, device=device)
         self._x, self._y = index.view(1, 1, -1), index.view(1, -1, 1)
-        self._recolour = Recolour(device)
 
     @torch.no_grad()
     def pixels(self, plans: Sequence[AugmentPlan]) -> Tensor:
@@ -86,8 +86,8 @@ class TorchRenderer:
         chunks, layers, stamps = self._lay_out(plans)
         recolours = plans[0].hsv_gains is not None
         assert all((plan.hsv_gains is not None) == recolours for plan in plans)
-        gains = np.array([colour_gains(p.hsv_gains or (0.0, 0.0, 0.0)) for p in plans], np.float32)
-        layer_table, stamp_table, colours = self._send(layers, stamps, gains)
+        gains = [colour_factors(plan.hsv_gains or (0.0, 0.0, 0.0)) for plan in plans]
+        layer_table, stamp_table, colours = self._send(layers, stamps, np.array(gains, np.float32))
         out = torch.empty((len(plans), side, side, 3), dtype=torch.uint8, device=self.device)
         for chunk in chunks:
             source = self.bank.fetch(chunk.tiles)
@@ -99,7 +99,7 @@ class TorchRenderer:
                 blend(frames[image], frames[partner], weight)
             images = out[chunk.images]
             if recolours:
-                self._recolour(frames[: len(images)], colours[chunk.images], images)
+                recolour(frames[: len(images)], colours[chunk.images], images)
             else:
                 unpack(frames[: len(images)], images)
         return out.permute(0, 3, 1, 2)
