@@ -147,6 +147,11 @@ class TrainConfig:
     )
     amp: bool = setting(True, "mixed precision; CUDA only, the CPU computes in float32")
     oom_recovery: bool = setting(True, "go on at smaller settings when memory runs out")
+    rehearsal: str = setting(
+        "auto",
+        "one step at its worst before the first, so that memory runs out then; auto: on a GPU",
+        choices=("auto", "always", "never"),
+    )
     seed: int = setting(0, "seed of every random choice", low=0, high=2**32 - 1)
     deterministic: bool = setting(False, "deterministic kernels on CUDA")
     trust_checkpoint: bool = setting(

@@ -112,6 +112,7 @@ class Recovered(Event):
     epoch: int  # epochs completed
     sample: int  # samples of the next epoch already trained
     reason: str  # the error's first line
+    rehearsed: bool = False  # it ran out in a rehearsal, no training was lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,8 +86,7 @@ class ConsoleSink:
             case Note():
                 self._note(event)
             case Recovered():
-                text = f"{event.cause} ran out: {event.change}. The same samples are tried again."
-                self._note(Note(text=text, level="warning"))
+                self._note(Note(text=_recovered(event), level="warning"))
             case RunStopped():
                 self._hide_bar()
                 self._console.print(f"Stopped ({event.reason}). {event.text}", soft_wrap=True)
@@ -276,6 +275,12 @@ def _epoch_sentence(event: EpochDone) -> str:
         f"train {duration(event.train_s)} val {duration(event.val_s)}"
         f"{'  best' if event.best else ''}{_skipped(event)}"
     )
+
+
+def _recovered(event: Recovered) -> str:
+    if event.rehearsed:
+        return f"{event.cause} would run out: {event.change}. Found out in a rehearsal."
+    return f"{event.cause} ran out: {event.change}. The same samples are tried again."
 
 
 def _skipped(event: EpochDone) -> str:

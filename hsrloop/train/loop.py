@@ -101,8 +101,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
     planned = epoch + state.epochs_skipped
     if state.position.sample == 0:
         state.loss_sums.zero_()
-    small = state.rung.micro_batch < min(SOUND_MICRO_BATCH, config.micro_batch or config.batch)
-    set_train_mode(state.model, freeze=config.freeze, norms_eval=small)
+    set_modes(state, config)
     transaction = runtime.transaction
     meter = _Meter(state, runtime)
     batches = loader.batches(state.position, mosaic=planned < config.epochs - tail_epochs(config))
@@ -126,6 +125,12 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
             return False
     meter.finish()
     return True
+
+
+def set_modes(state: TrainState, config: TrainConfig) -> None:
+    """Put the network in train mode; BatchNorm in eval when recovery left it too few images."""
+    small = state.rung.micro_batch < min(SOUND_MICRO_BATCH, config.micro_batch or config.batch)
+    set_train_mode(state.model, freeze=config.freeze, norms_eval=small)
 
 
 def by_step(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

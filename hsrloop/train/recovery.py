@@ -18,7 +18,9 @@ from hsrloop.events import Event, Recovered
 from hsrloop.hardware.memory import gpu_neighbours
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.build import at
+from hsrloop.train.fits import Fits, at_most
 from hsrloop.train.ladder import Cause, cause_of, describe_change, next_rung
+from hsrloop.train.rehearsal import RehearsalFailed
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import Transaction, finish_commit
 
@@ -32,6 +34,7 @@ class _Failure:
     cause: Cause
     reason: str
     validating: bool
+    rehearsed: bool
 
 
 def with_recovery(
@@ -71,8 +74,18 @@ def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
         cause = cause_of(error, allocation_failed=_refused_allocations() > refused)
         if cause is None:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return _Failure(cause, reason, validating=len(state.history) < state.position.epoch)
+        rehearsal = error if isinstance(error, RehearsalFailed) else None
+        first = error.__cause__ or error if rehearsal else error
+        return _Failure(
+            cause,
+            reason=(str(first).splitlines() or [type(first).__name__])[0],
+            validating=rehearsal.validating if rehearsal else _is_validating(state),
+            rehearsed=rehearsal is not None,
+        )
+
+
+def _is_validating(state: TrainState) -> bool:
+    return len(state.history) < state.position.epoch
 
 
 def _refused_allocations() -> int:
@@ -87,6 +100,7 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _step_down(
@@ -96,21 +110,43 @@ def _step_down(
     info: DeviceInfo,
     emit: Callable[[Event], None],
 ) -> None:
-    before = state.rung
-    after = _next(config, before, failure) if config.oom_recovery else None
+    after = _next(config, state.rung, failure) if config.oom_recovery else None
     if after is None:
         raise ResourceError(_last_words(state, failure, config, info))
-    state.rung = after
+    _go_on_at(state, after, failure, emit)
+
+
+def _go_on_at(
+    state: TrainState, after: Rung, failure: _Failure, emit: Callable[[Event], None]
+) -> None:
+    """Take a smaller rung, and say so."""
     event = Recovered(
         cause=failure.cause.value,
-        change=describe_change(before, after),
+        change=describe_change(state.rung, after),
         rung=dataclasses.asdict(after),
         epoch=len(state.history),
         sample=state.position.sample,
         reason=failure.reason,
+        rehearsed=failure.rehearsed,
     )
+    state.rung = after
     state.recoveries.append(event.to_json())
     emit(event)
+
+
+def start_where_it_fitted(
+    state: TrainState, fits: Fits, config: TrainConfig, emit: Callable[[Event], None]
+) -> None:
+    """Let a run that has not begun start at the rung that an earlier one had to go down to."""
+    known = fits.known()
+    if known is None or state.steps or not config.oom_recovery:
+        return
+    state.rung = dataclasses.replace(state.rung, bank=at_most(state.rung, known).bank)
+    after = at_most(state.rung, known)
+    if after != state.rung:
+        reason = "it did when the same was tried before on this machine"
+        failure = _Failure(Cause.GPU_MEMORY, reason, validating=False, rehearsed=True)
+        _go_on_at(state, after, failure, emit)
 
 
 def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:

@@ -23,7 +23,7 @@ CHANGEABLE = frozenset(
     | {"augment_device"}
     | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
     | {"save_period", "tensorboard", "tensorboard_port", "export"}
-    | {"trust_checkpoint", "oom_recovery"}
+    | {"trust_checkpoint", "oom_recovery", "rehearsal"}
 )
 
 

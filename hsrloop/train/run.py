@@ -36,11 +36,13 @@ from hsrloop.train.build import (
     load_model,
 )
 from hsrloop.train.checkpoint import RunIdentity, Saved
+from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.precision import fp16_is_sound, set_kernels
-from hsrloop.train.recovery import sizes_trained, with_recovery
+from hsrloop.train.recovery import sizes_trained, start_where_it_fitted, with_recovery
+from hsrloop.train.rehearsal import Rehearsal, most_boxes
 from hsrloop.train.resume import (
     check_same,
     current_versions,
@@ -189,6 +191,9 @@ def _go(
     """Run to the end, on smaller settings where memory runs out; return how it ended."""
     state, config = ready.state, ready.resolved.config
     transaction = Transaction(state)
+    rehearsal = _rehearsal(ready, transaction, hub)
+    if rehearsal is not None:
+        start_where_it_fitted(state, rehearsal.fits, config, hub.emit)
 
     def attempt() -> str:
         scenes = ready.synthesis.scenes
@@ -210,9 +215,40 @@ def _go(
                 stop=stop,
                 governor=governor,
             )
+            if rehearsal is not None:
+                rehearsal.run()
             return run_to_end(state, runtime)
 
     return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=hub.emit)
+
+
+def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal | None:
+    """Return what tries the worst step out, None where the user or the CPU does without."""
+    config, scenes, state = ready.resolved.config, ready.synthesis.scenes, ready.state
+    on_gpu = state.device.type == "cuda"
+    if config.rehearsal == "never" or (config.rehearsal == "auto" and not on_gpu):
+        return None
+    boxes = most_boxes(ready.spec.train, scenes, config)
+    classes = len(ready.spec.names)
+    images = (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
+    key = key_of(
+        ready.info,
+        config,
+        parameters=sum(p.numel() for p in state.model.parameters()),
+        classes=classes,
+        boxes=boxes,
+        images=len(images),
+    )
+    return Rehearsal(
+        state=state,
+        config=config,
+        settings=ready.settings,
+        transaction=transaction,
+        boxes=boxes,
+        classes=classes,
+        fits=Fits.of(key),
+        emit=hub.emit,
+    )
 
 
 def _finish(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +72,70 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fault]:
 @pytest.fixture
 def recorder() -> Recorder:
     return Recorder()
+
+
+class Card:
+    """A GPU of so many bytes: forward passes fail as on one that is too small.
+
+    A training pass needs bytes in proportion to its pixels, a validating one a share of that.
+    Neighbours may come and take some before a training pass of a given number (from 0).
+    """
+
+    FIXED_BYTES = 50_000_000
+    BYTES_PER_PIXEL = 1_000
+
+    def __init__(
+        self,
+        total_bytes: float,
+        neighbours: Mapping[int, float] | None = None,
+        *,
+        eval_share: float = 1 / 64,
+    ) -> None:
+        self.total_bytes = total_bytes
+        self.neighbours = dict(neighbours or {})
+        self.eval_share = eval_share
+        self.trained: list[tuple[int, int]] = []  # (images, side) of each pass that fitted
+        self.refused: list[tuple[int, int]] = []
+
+    @classmethod
+    def needs(cls, images: int, side: int, *, share: float = 1.0) -> float:
+        """Return the bytes of one pass."""
+        return cls.FIXED_BYTES + cls.BYTES_PER_PIXEL * images * side**2 * share
+
+    def allocate(self, images: torch.Tensor, *, training: bool) -> None:
+        """Refuse a pass that does not fit beside the neighbours."""
+        shape = (len(images), images.shape[-1])
+        passes = len(self.trained) + len(self.refused)
+        held = sum(size for come, size in self.neighbours.items() if come <= passes)
+        free = self.total_bytes - held
+        fits = self.needs(*shape, share=1.0 if training else self.eval_share) <= free
+        if training:
+            (self.trained if fits else self.refused).append(shape)
+        if not fits:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. GPU 0 has a total capacity of {self.total_bytes / 2**30:.2f} "
+                f"GiB of which {free / 2**30:.2f} GiB is free."
+            )
+
+
+@pytest.fixture
+def insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Card], Card]:
+    """Return a function that lets a run compute on a card."""
+
+    def put(card: Card) -> Card:
+        for owner, name, training in (
+            (step, "forward_train", True),
+            (evaluate, "forward_eval", False),
+        ):
+            real = getattr(owner, name)
+
+            def forward(
+                module: Any, images: torch.Tensor, real: Any = real, training: bool = training
+            ) -> Any:
+                card.allocate(images, training=training)
+                return real(module, images)
+
+            monkeypatch.setattr(owner, name, forward)
+        return card
+
+    return put

@@ -192,14 +192,6 @@ def test_the_ladder_shrinks_until_the_budget_is_kept(
     assert (named["micro_batch"], named["imgsz"]) == ("2", "320")
 
 
-def test_the_ladder_ends_with_what_was_tried(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Budget(monkeypatch, 0)
-    with pytest.raises(ResourceError, match="no smaller settings are left; tried: micro_batch 8"):
-        train(settings())
-
-
 def test_without_recovery_the_error_is_one_clear_line(settings: Settings, fault: Arm) -> None:
     fault("forward", 0)
     with pytest.raises(ResourceError, match="recovery is off. Use a smaller --micro-batch"):

@@ -1,0 +1,213 @@
+"""A card that is too small, or becomes so: the ladder walks as far as it must, and no further.
+
+The oracle is always the run that was planned to change its settings at that place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hsrloop.config import Resolved, resolve
+from hsrloop.errors import ResourceError
+from hsrloop.events import Recovered
+from hsrloop.records import Rung
+from hsrloop.train import build, ladder, recovery
+from hsrloop.train.run import train
+from tests.conftest import write_tiny_dataset
+from tests.faults.conftest import Card
+from tests.train.conftest import Recorder, run_settings
+from tests.train.test_resume import StopAfter, differences, state_of
+
+Settings = Callable[..., Resolved]
+Insert = Callable[[Card], Card]
+SIZES = (96, 64)
+# 16 images in batches of 8: two passes an epoch; the loop asks whether to stop after each step
+# and after the one validation batch.
+SHAPE = {"epochs": 2, "batch": 8, "imgsz": 128}
+LADDER = ((8, 128), (4, 128), (4, 96), (4, 64), (2, 64), (1, 64))
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "SIZES", SIZES)  # so that all rungs are cheap
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("card") / "tiny", train=16)
+
+
+@pytest.fixture
+def settings(dataset: Path, tmp_path: Path) -> Settings:
+    return lambda **changes: run_settings(dataset, tmp_path / "runs", **{**SHAPE, **changes})
+
+
+def end_of(run_dir: Path) -> dict[str, Any]:
+    return {k: v for k, v in state_of(run_dir).items() if k != "recoveries"}
+
+
+def planned(
+    settings: Settings, rung: tuple[int, int], questions: int | None, patch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Return the end of the run that was told to stand on a rung from a point on.
+
+    Args:
+        questions: answered before it stops and goes on; None: it stood there from the start.
+    """
+
+    def on_rung(real: Rung) -> Rung:
+        return dataclasses.replace(real, micro_batch=rung[0], imgsz=rung[1])
+
+    if questions is None:
+        first = build.first_rung
+        patch.setattr(build, "first_rung", lambda config: on_rung(first(config)))
+        return end_of(train(settings()).run_dir)
+    last = train(settings(), stop=StopAfter(questions)).run_dir / "weights" / "last.pt"
+    content = torch.load(last, weights_only=False)
+    state = content["hsrloop"]["state"]
+    state["rung"] = dataclasses.asdict(on_rung(Rung(**state["rung"])))
+    state["recoveries"] = [{"rung": state["rung"], "change": "planned"}]
+    torch.save(content, last)
+    return end_of(train(resolve([]), resume=last).run_dir)
+
+
+def just_fits(rung: int) -> float:
+    return Card.needs(*LADDER[rung])
+
+
+@pytest.mark.parametrize(
+    ("when", "rung", "questions"),
+    [
+        (0, 3, None),  # the first step
+        (1, 5, 0),  # in the first epoch
+        (2, 4, 2),  # the first step after a validation
+        (3, 2, 3),  # the last step of the last epoch
+    ],
+)
+def test_a_neighbour_takes_memory_and_the_run_ends_as_planned(
+    when: int,
+    rung: int,
+    questions: int | None,
+    settings: Settings,
+    insert: Insert,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    roomy = just_fits(0)
+    card = insert(Card(roomy, {when: roomy - just_fits(rung)}))
+    outcome = train(settings(), sinks=[recorder])
+    monkeypatch.undo()
+    assert outcome.reason == "completed"
+    assert card.refused == list(LADDER[:rung])  # one try on each rung, from the top
+    assert len(recorder.of(Recovered)) == rung
+    assert card.trained[-1] == LADDER[rung]
+    oracle = planned(settings, LADDER[rung], questions, monkeypatch)
+    assert differences(end_of(outcome.run_dir), oracle) == []
+
+
+def test_two_neighbours_one_after_the_other(
+    settings: Settings, insert: Insert, recorder: Recorder
+) -> None:
+    roomy = just_fits(0)
+    # The first pass at micro-batch 4 is number 2, since number 1 was refused.
+    takes = {1: roomy - just_fits(1), 3: just_fits(1) - just_fits(3)}
+    card = insert(Card(roomy, takes))
+    outcome = train(settings(), sinks=[recorder])
+    assert outcome.reason == "completed"
+    assert card.refused == [LADDER[0], LADDER[1], LADDER[2]]
+    # Half of the step was done at 128 px: it was undone, and all of it was done again at 64 px.
+    assert card.trained[:2] == [LADDER[0], LADDER[1]]
+    assert set(card.trained[2:]) == {LADDER[3]} and len(card.trained[2:]) == 2 * 3
+    assert [event.sample for event in recorder.of(Recovered)] == [8, 8, 8]
+
+
+def test_the_last_words_name_who_holds_the_memory(
+    settings: Settings, insert: Insert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "gpu_neighbours", lambda uuid: ((4711, 3 * 2**30),))
+    insert(Card(just_fits(5) - 1))
+    with pytest.raises(ResourceError) as raised:
+        train(settings())
+    words = str(raised.value)
+    for expected in (
+        "tried: micro_batch 8 -> 4, imgsz 128 -> 96, imgsz 96 -> 64, micro_batch 4 -> 2,",
+        "process 4711 3072 MiB",
+        "Use a smaller model",
+    ):
+        assert expected in words
+
+
+def test_a_rehearsal_finds_the_rung_before_the_first_step_and_the_next_run_knows_it(
+    settings: Settings,
+    insert: Insert,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    card = insert(Card(just_fits(2)))
+    outcome = train(settings(rehearsal="always", epochs=1), sinks=[recorder])
+    found = recorder.of(Recovered)
+    assert [event.change for event in found] == ["micro_batch 8 -> 4", "imgsz 128 -> 96"]
+    assert all(event.rehearsed and event.sample == event.epoch == 0 for event in found)
+    assert "CUDA out of memory" in found[0].reason
+    assert card.refused == list(LADDER[:2])
+    assert card.trained == [LADDER[2]] * (2 + 4)  # a step's two micro-batches, then the epoch
+    assert outcome.result is not None and outcome.result["imgsz_trained"] == [128, 96]
+
+    again = Recorder()
+    second = train(settings(rehearsal="always", epochs=1), sinks=[again])
+    assert card.refused == list(LADDER[:2]) and len(card.trained) == 2 + 4 + 4
+    assert [event.change for event in again.of(Recovered)] == [
+        "micro_batch 8 -> 4, imgsz 128 -> 96"
+    ]
+    assert differences(end_of(second.run_dir), end_of(outcome.run_dir)) == []
+
+
+def test_a_rehearsal_shrinks_validation_on_its_own(
+    settings: Settings,
+    insert: Insert,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    card = insert(Card(just_fits(0), eval_share=2))
+    train(settings(rehearsal="always", epochs=1), sinks=[recorder])
+    assert [event.change for event in recorder.of(Recovered)] == ["val_batch 8 -> 4"]
+    assert set(card.trained) == {LADDER[0]} and recorder.of(Recovered)[0].rehearsed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rehearsal", ["never", "auto"])
+def test_a_real_card_with_less_memory(
+    rehearsal: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same on a GPU, with the allocator's own error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = {"epochs": 2, "batch": 16, "imgsz": 640, "device": "cuda", "rehearsal": rehearsal}
+    torch.cuda.reset_peak_memory_stats()
+    train(run_settings(dataset, tmp_path / "roomy", **shape))
+    peak = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing known"))
+    recorder = Recorder()
+    torch.cuda.set_per_process_memory_fraction(0.4 * peak / total)
+    try:
+        outcome = train(run_settings(dataset, tmp_path / "tight", **shape), sinks=[recorder])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = recorder.of(Recovered)
+    assert outcome.reason == "completed" and found
+    assert all(event.cause == "GPU memory" for event in found)
+    assert "CUDA out of memory" in found[0].reason
+    if rehearsal == "auto":
+        assert all(event.rehearsed and event.sample == event.epoch == 0 for event in found)
