@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -29,17 +30,31 @@ class PaddedTargets:
 
     boxes_xyxy_px: Tensor  # (B, M, 4) float32 px of the input, 0 where padded; M may be 0
     labels: Tensor  # (B, M) int64, 0 where padded
-    valid: Tensor  # (B, M) bool
     rows: Tensor  # (N,) int64: image * M + place of each box
     segments: Tensor  # (5, G) int64: row * L + level, first cell, width, columns skipped, cells
     cells: tuple[int, ...]  # (G,) falling: the last row of `segments`, kept on the host
     shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PaddedTargets:
-        """Return a copy whose tensors are on the device."""
-        names = ("boxes_xyxy_px", "labels", "valid", "rows", "segments")
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
-        return replace(self, **moved)
+    def to(self, device: torch.device) -> PaddedTargets:
+        """Return a copy whose tensors are on the device; to a GPU they go in one copy.
+
+        It starts from page-locked memory, so that the host need not wait for it.
+        """
+        boxes = self.boxes_xyxy_px.view(-1).view(torch.int64)  # 4 float32 a box: an even number
+        parts = [boxes, self.labels.view(-1), self.rows, self.segments.view(-1)]
+        ends = list(accumulate(len(part) for part in parts))
+        host = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
+        sent = torch.cat(parts, out=host).to(device, non_blocking=True)
+        boxes, labels, rows, segments = (
+            sent[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
+        )
+        return replace(
+            self,
+            boxes_xyxy_px=boxes.view(torch.float32).view(self.boxes_xyxy_px.shape),
+            labels=labels.view(self.labels.shape),
+            rows=rows,
+            segments=segments.view(self.segments.shape),
+        )
 
 
 def pad_targets(
@@ -72,14 +87,11 @@ def pad_targets(
     flat = cxcywh_to_xyxy(boxes_cxcywh.float() * imgsz)
     boxes = torch.zeros(images * width, 4).index_copy_(0, rows, flat)
     classes = torch.zeros(images * width, dtype=torch.int64).index_copy_(0, rows, labels.long())
-    valid = torch.zeros(images * width, dtype=torch.bool)
-    valid[rows] = True
     shapes = tuple((imgsz // stride, imgsz // stride) for stride in strides)
     segments = _segments(_enlarged(flat, strides).numpy(), shapes, strides)
     return PaddedTargets(
         boxes_xyxy_px=boxes.view(images, width, 4),
         labels=classes.view(images, width),
-        valid=valid.view(images, width),
         rows=rows,
         segments=torch.from_numpy(segments),
         cells=tuple(segments[4].tolist()),

@@ -158,7 +158,7 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
         batch.image_index,
         images=len(images),
         imgsz=images.shape[-1],
-    ).to(settings.device, non_blocking=True)
+    ).to(settings.device)
     single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
     with (
         torch.autocast(settings.device.type, torch.float16, enabled=settings.amp),

@@ -177,7 +177,7 @@ def test_pad_targets_places_boxes_and_counts_cells() -> None:
     boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])
     t = pad_targets(boxes, torch.tensor([2, 0, 1]), torch.tensor([0, 2, 2]), images=3, imgsz=64)
     assert t.boxes_xyxy_px.shape == (3, 2, 4)
-    assert t.valid.tolist() == [[True, False], [False, False], [True, True]]
+    assert t.rows.tolist() == [0, 4, 5]
     assert t.labels.tolist() == [[2, 0], [0, 0], [0, 1]]
     assert t.boxes_xyxy_px[0, 0].tolist() == [0, 0, 64, 64]
     # whole image: 64 + 16 + 4 cells; a point, enlarged to 16 px: 4 + 0 + 0; a quarter: 16 + 4 + 1

@@ -1,0 +1,92 @@
+"""The device watch counts what a GPU would be asked for, and what would make the host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hsrloop.bench.counting import DeviceWatch
+
+CPU = torch.device("cpu")
+
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "truth": lambda x: bool(x[0] > 0),
+    "float": lambda x: float(x[0]),
+    "list": lambda x: x.tolist(),
+    "host copy": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "copy into host memory": lambda x: torch.empty(4).copy_(x),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "mask": lambda x: x[x > 0],
+    "assignment by mask": lambda x: x.clone().__setitem__(x > 0, x[:2]),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.abs().long().bincount(),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "repeat": lambda x: x.repeat_interleave(x.abs().long()),
+}
+
+FREE: dict[str, Callable[[Tensor], object]] = {
+    "arithmetic": lambda x: (x * 2 + 1).relu().sum(),
+    "index": lambda x: x[torch.tensor([0, 1]).to(CPU)],
+    "choice": lambda x: torch.where(x > 0, x, 0.0),
+    "shape": lambda x: len(x[:2]) + x.numel(),
+    "top": lambda x: x.topk(2).values.cumsum(0),
+    "host work": lambda x: torch.arange(4)[torch.tensor([True, False, True, False])].tolist(),
+    "new on the device": lambda x: torch.zeros(4, device=CPU).add_(x),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_makes_the_host_wait_is_counted(name: str) -> None:
+    x = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    with DeviceWatch(CPU, [x]) as watch:
+        WAITING[name](x)
+    assert sum(watch.waits.values()) == 1, watch.waits
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_does_not_is_not(name: str) -> None:
+    x = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    with DeviceWatch(CPU, [x]) as watch:
+        FREE[name](x)
+    assert not watch.waits
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_work_on_the_host_waits_for_nobody(name: str) -> None:
+    with DeviceWatch(CPU) as watch:
+        WAITING[name](torch.tensor([1.0, -1.0, 2.0, 0.0]))
+    assert not watch.waits and not watch.kernels
+
+
+def test_results_of_what_was_sent_or_made_there_are_there() -> None:
+    with DeviceWatch(CPU) as watch:
+        sent = torch.ones(3).to(CPU, non_blocking=True)
+        made = torch.zeros(3, device=CPU)
+        home = torch.ones(3)
+        assert watch.holds(sent * 2) and watch.holds(made.view(1, 3)) and watch.holds(home + made)
+        assert not watch.holds(home) and not watch.holds((sent * 2).cpu())
+    assert watch.sent == 1
+
+
+def test_kernels_of_both_directions_are_counted_and_views_are_not() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    with DeviceWatch(CPU, [x]) as watch:
+        y = x.t().reshape(2, 8)[:, :4]
+    assert watch.kernels == {"clone": 1}  # of the transposed memory
+    with DeviceWatch(CPU, [x]) as watch:
+        y = (x * x).exp().sum()
+        y.backward()
+    assert watch.kernels["mul"] >= 3 and watch.kernels["exp"] == 1 and watch.kernels["sum"] == 1
+
+
+def test_memory_used_again_is_not_taken_for_the_device() -> None:
+    watch = DeviceWatch(CPU, [torch.ones(1000)])
+    fresh = [torch.ones(1000) for _ in range(20)]
+    assert not any(watch.holds(tensor) for tensor in fresh)
