@@ -24,6 +24,7 @@ from hsrloop.rules import Rule, coerce, setting, spell
 PRETRAINED_LR_SCALE = 0.3
 KNOWN_LR_SCALE = 0.02
 HEAD_LR_SCALE = 5.0
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,15 @@ class TrainConfig:
     auto_scale: bool = setting(True, "choose model, batch and imgsz by hardware tier")
     # Schedule
     epochs: int = setting(50, "passes over the training set", low=1)
-    batch: int = setting(16, "optimization batch, in images", low=1)
-    micro_batch: int | None = setting(
-        None, "images per forward pass; the batch itself when not given", low=1
+    batch: int = setting(
+        16, "optimization batch, in images; auto: the tier's, and --micro-batch auto", low=1
+    )
+    micro_batch: int | str | None = setting(
+        None,
+        "images per forward pass; the batch itself when not given; auto: the fastest that fits, "
+        "measured before the run",
+        low=1,
+        words=(AUTO,),
     )
     imgsz: int = setting(640, "side of the square network input, px", multiple_of=32)
     patience: int = setting(10, "epochs without a better mAP50-95 before stopping; 0: never", low=0)
@@ -180,7 +187,7 @@ class TrainConfig:
         Raises:
             ConfigError: two fields contradict each other.
         """
-        if self.micro_batch is not None and self.micro_batch > self.batch:
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch:
             raise ConfigError(
                 f"micro_batch is {self.micro_batch}; it must be at most batch ({self.batch}). "
                 f"Raise batch or drop micro_batch."
@@ -191,6 +198,11 @@ class TrainConfig:
                 f"object_scale_max ({self.object_scale_max:g}). Lower it, or raise the other."
             )
         return self
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Return the images of a forward pass; at most, when they are still to be chosen."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.batch
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain values that `from_json` turns back into an equal config."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import types
@@ -22,9 +23,13 @@ class Rule:
     above: bool = False  # low itself is excluded
     choices: tuple[Any, ...] = ()
     multiple_of: int = 0
+    words: tuple[str, ...] = ()  # taken beside numbers
 
     def describe(self) -> str:
         """Return the allowed values in words."""
+        if self.words:
+            numbers = dataclasses.replace(self, words=())
+            return f"{numbers.describe()}, or {' or '.join(self.words)}"
         if self.choices:
             return "one of " + ", ".join(spell(c) for c in self.choices if c is not None)
         if self.multiple_of:
@@ -40,6 +45,8 @@ class Rule:
 
     def problem(self, value: Any) -> bool:
         """Return whether `value`, already of the right type, breaks the rule."""
+        if self.words and isinstance(value, str):
+            return value not in self.words
         if self.choices:
             return value not in self.choices
         if isinstance(value, int | float) and not isinstance(value, bool):

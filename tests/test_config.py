@@ -98,6 +98,7 @@ def test_not_a_number_is_refused(name: str) -> None:
         ({"epochs": 2.5}, "epochs is 2.5; it must be of type int."),
         ({"optimizer": "Lion"}, "optimizer is Lion; it must be one of AdamW, Adam, SGD."),
         ({"cache": "yes"}, "cache is yes; it must be one of false, ram, disk."),
+        ({"micro_batch": "many"}, "micro_batch is many; it must be at least 1, or auto."),
         ({"micro_batch": 32}, "micro_batch is 32; it must be at most batch (16)."),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsrloop.config import (
+    AUTO,
     Resolved,
     TrainConfig,
     check_key,
@@ -39,8 +40,8 @@ class Request:
         """
         layers: list[tuple[str, dict[str, Any]]] = []
         if self.file is not None:
-            layers.append((str(self.file), read_file(self.file)))
-        layers.append((COMMAND_LINE, _merge(self.options, self.assignments)))
+            layers.append((str(self.file), auto_batch(read_file(self.file))))
+        layers.append((COMMAND_LINE, auto_batch(_merge(self.options, self.assignments))))
         return layers
 
 
@@ -101,6 +102,26 @@ def read_file(path: Path) -> dict[str, Any]:
         # YAML 1.1 reads 1e-3 as text.
         settings[name] = parse_scalar(name, value) if isinstance(value, str) else value
     return settings
+
+
+def auto_batch(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings in which `batch: auto` is spelled out: the micro-batch is what is chosen.
+
+    The batch itself, what the optimizer sees, stays that of the layers below: it decides the
+    result, which must not depend on what else runs on a card.
+
+    Raises:
+        ConfigError: a size is given for the micro-batch too.
+    """
+    if settings.get("batch") != AUTO:
+        return settings
+    rest = {key: value for key, value in settings.items() if key != "batch"}
+    if rest.get("micro_batch", AUTO) != AUTO:
+        raise ConfigError(
+            f"batch is auto, which chooses micro_batch, but micro_batch is {rest['micro_batch']}. "
+            "Drop one of them."
+        )
+    return {**rest, "micro_batch": AUTO}
 
 
 def _merge(options: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

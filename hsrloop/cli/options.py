@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hsrloop.config import TrainConfig, parse_scalar, rule_of, type_of
+from hsrloop.config import AUTO, TrainConfig, parse_scalar, rule_of, type_of
 
 # The first field of each section of --help.
 _SECTIONS = {
@@ -28,6 +28,7 @@ _CHOSEN = {
     "gpu_tier": "detected",
     "micro_batch": "batch",
 }
+_WORDS = {"batch": (AUTO,), "micro_batch": (AUTO,)}  # see `layers.auto_batch`
 _REST = "This command"
 
 # What a validation depends on; any other setting given to one is named and ignored.
@@ -132,7 +133,8 @@ def _metavar(name: str) -> str:
             + "|".join(str(choice).lower() if choice is False else choice for choice in choices)
             + "]"
         )
-    return {"integer": "INTEGER", "number": "NUMBER"}.get(_kind(name), "TEXT")
+    words = "".join(f"|{word}" for word in _WORDS.get(name, ()))
+    return {"integer": "INTEGER", "number": "NUMBER"}.get(_kind(name), "TEXT") + words
 
 
 def _kind(name: str) -> str:

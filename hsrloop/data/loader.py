@@ -84,7 +84,7 @@ class TrainLoader:
         self.batch = config.batch
         self._stream = TrainStream.of(refs, config, scenes)
         self.n_samples = self._stream.n_samples
-        self.micro_batch = min(micro_batch or config.micro_batch or config.batch, config.batch)
+        self.micro_batch = min(micro_batch or config.largest_micro_batch, config.batch)
         self._refs = self._stream.images
         self._store = store
         self._cutouts = cutouts

@@ -159,7 +159,7 @@ def build_state(
 
 def first_rung(config: TrainConfig) -> Rung:
     """Return the settings that were asked for, as the ladder's first rung."""
-    micro_batch = config.micro_batch or config.batch
+    micro_batch = config.largest_micro_batch
     return Rung(
         micro_batch=micro_batch,
         imgsz=config.imgsz,

@@ -132,12 +132,8 @@ def next_rung(config: TrainConfig, cause: Cause) -> TrainConfig | None:
 _Step = Callable[[TrainConfig], TrainConfig | None]
 
 
-def _micro_batch(config: TrainConfig) -> int:
-    return config.micro_batch or config.batch
-
-
 def _halve_to_sound(config: TrainConfig) -> TrainConfig | None:
-    now = _micro_batch(config)
+    now = config.largest_micro_batch
     if now <= SOUND_MICRO_BATCH:
         return None
     return config.replace(micro_batch=max(SOUND_MICRO_BATCH, now // 2))
@@ -149,7 +145,7 @@ def _shrink(config: TrainConfig) -> TrainConfig | None:
 
 
 def _halve(config: TrainConfig) -> TrainConfig | None:
-    now = _micro_batch(config)
+    now = config.largest_micro_batch
     return None if now == 1 else config.replace(micro_batch=now // 2)
 
 

@@ -129,7 +129,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
 
 def set_modes(state: TrainState, config: TrainConfig) -> None:
     """Put the network in train mode; BatchNorm in eval when recovery left it too few images."""
-    small = state.rung.micro_batch < min(SOUND_MICRO_BATCH, config.micro_batch or config.batch)
+    small = state.rung.micro_batch < min(SOUND_MICRO_BATCH, config.largest_micro_batch)
     set_train_mode(state.model, freeze=config.freeze, norms_eval=small)
 
 

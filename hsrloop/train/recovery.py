@@ -60,7 +60,7 @@ def with_recovery(
         outcome = _outcome(attempt, state)
         if isinstance(outcome, str):
             return outcome
-        _free()
+        free_memory()
         if state.commit is not None:
             finish_commit(state, transaction)
         _step_down(state, outcome, config, info, emit)
@@ -96,7 +96,8 @@ def _refused_allocations() -> int:
     return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Give back what a failed attempt held, once its exception and its frames are gone."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -164,7 +165,7 @@ def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
         return None
     return dataclasses.replace(
         rung,
-        micro_batch=smaller.micro_batch or smaller.batch,
+        micro_batch=smaller.largest_micro_batch,
         imgsz=smaller.imgsz,
         cache=smaller.cache,
         workers=smaller.workers,

@@ -68,7 +68,7 @@ class Rehearsal:
     """What a rehearsal needs to know of a run.
 
     `config` is as asked for, what recovery may change is taken from the state's rung; `boxes` are
-    in each image, see `most_boxes`.
+    in each image, see `most_boxes`. With `wanted` False `run` does nothing.
     """
 
     state: TrainState
@@ -79,6 +79,7 @@ class Rehearsal:
     classes: int
     fits: Fits
     emit: Callable[[Event], None]
+    wanted: bool = True
 
     def run(self) -> None:
         """Try the state's rung out, unless it is known to fit, and remember that it does.
@@ -86,6 +87,8 @@ class Rehearsal:
         Raises:
             RehearsalFailed: from what went wrong, such as running out of memory.
         """
+        if not self.wanted:
+            return
         foretold = all(row.get("rehearsed") for row in self.state.recoveries)
         if not foretold:
             self.fits.forget()  # what had fitted ran out of memory in training
@@ -106,7 +109,7 @@ class Rehearsal:
         """
         state, validating = self.state, False
         try:
-            with self._unchanged():
+            with self.unchanged():
                 set_modes(state, self.config)
                 self.accumulate()
             validating = True
@@ -141,7 +144,7 @@ class Rehearsal:
         detect(network, noise, device)
 
     @contextmanager
-    def _unchanged(self) -> Iterator[None]:
+    def unchanged(self) -> Iterator[None]:
         """Roll back what happens meanwhile, however it ends."""
         self.transaction.begin()
         with torch.random.fork_rng(_cuda(self.state)):

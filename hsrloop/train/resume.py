@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from hsrloop.config import Resolved, TrainConfig
+from hsrloop.config import AUTO, Resolved, TrainConfig
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Event, Note
 from hsrloop.paths import expanded, has_folder
 from hsrloop.records import Position, Rung
+from hsrloop.train.build import first_rung
 from hsrloop.train.checkpoint import RunIdentity, Saved, versions
 from hsrloop.train.state import TrainState
 
@@ -118,9 +119,17 @@ def resumed_rung(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
         if getattr(now, name) != getattr(before, name)
     }
     if "micro_batch" in changed:
-        changed["micro_batch"] = now.micro_batch or now.batch
+        changed["micro_batch"] = now.largest_micro_batch
         changed["val_batch"] = changed["micro_batch"]
     return dataclasses.replace(rung, **changed)
+
+
+def kept_choice(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
+    """Return the rung asked for, with the micro-batch that was chosen when the run started."""
+    first = first_rung(now)
+    if not (before.micro_batch == now.micro_batch == AUTO):
+        return first
+    return dataclasses.replace(first, micro_batch=rung.micro_batch, val_batch=rung.micro_batch)
 
 
 def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) -> None:

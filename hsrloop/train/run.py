@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from hsrloop.config import Resolved
+from hsrloop.config import AUTO, Resolved
 from hsrloop.data.scenes.synthesis import Synthesis
-from hsrloop.data.sets.dataset import DatasetSpec
+from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
@@ -31,7 +31,6 @@ from hsrloop.train.build import (
     build_loaders,
     build_state,
     dataset_of,
-    first_rung,
     load_data,
     load_model,
 )
@@ -40,12 +39,14 @@ from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
+from hsrloop.train.pace import choose_micro_batch
 from hsrloop.train.precision import fp16_is_sound, set_kernels
 from hsrloop.train.recovery import sizes_trained, start_where_it_fitted, with_recovery
 from hsrloop.train.rehearsal import Rehearsal, most_boxes
 from hsrloop.train.resume import (
     check_same,
     current_versions,
+    kept_choice,
     plans_anew,
     replace_best,
     resumed_rung,
@@ -107,6 +108,7 @@ class _Ready:
     identity: RunIdentity
     state: TrainState
     settings: StepSettings
+    choose: bool  # the micro-batch is still to be chosen
 
 
 def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool]) -> Outcome:
@@ -155,8 +157,8 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         state.load_payload(saved.state)
         if state.recoveries:
             state.rung = resumed_rung(state.rung, saved.identity.config, config)
-        else:
-            state.rung = first_rung(config)  # another machine may have other cores
+        else:  # another machine may have other cores
+            state.rung = kept_choice(state.rung, saved.identity.config, config)
         if plans_anew(saved.identity.config, config):
             state.epochs_skipped = 0  # another plan, with another tail
         if not is_file(saved.path.with_name("best.pt")):
@@ -178,6 +180,8 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         identity=identity,
         state=state,
         settings=settings,
+        choose=config.micro_batch == AUTO
+        and (saved is None or saved.identity.config.micro_batch != AUTO),
     )
 
 
@@ -192,7 +196,9 @@ def _go(
     state, config = ready.state, ready.resolved.config
     transaction = Transaction(state)
     rehearsal = _rehearsal(ready, transaction, hub)
-    if rehearsal is not None:
+    if ready.choose:
+        choose_micro_batch(rehearsal, _images(ready))
+    if rehearsal.wanted:
         start_where_it_fitted(state, rehearsal.fits, config, hub.emit)
 
     def attempt() -> str:
@@ -215,29 +221,29 @@ def _go(
                 stop=stop,
                 governor=governor,
             )
-            if rehearsal is not None:
-                rehearsal.run()
+            rehearsal.run()
             return run_to_end(state, runtime)
 
     return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=hub.emit)
 
 
-def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal | None:
-    """Return what tries the worst step out, None where the user or the CPU does without."""
+def _images(ready: _Ready) -> Sequence[ImageRef]:
+    scenes = ready.synthesis.scenes
+    return (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
+
+
+def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal:
+    """Return what tries the worst step out, where the user and the device want it."""
     config, scenes, state = ready.resolved.config, ready.synthesis.scenes, ready.state
-    on_gpu = state.device.type == "cuda"
-    if config.rehearsal == "never" or (config.rehearsal == "auto" and not on_gpu):
-        return None
     boxes = most_boxes(ready.spec.train, scenes, config)
     classes = len(ready.spec.names)
-    images = (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
     key = key_of(
         ready.info,
         config,
         parameters=sum(p.numel() for p in state.model.parameters()),
         classes=classes,
         boxes=boxes,
-        images=len(images),
+        images=len(_images(ready)),
     )
     return Rehearsal(
         state=state,
@@ -248,6 +254,8 @@ def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal |
         classes=classes,
         fits=Fits.of(key),
         emit=hub.emit,
+        wanted=config.rehearsal == "always"
+        or (config.rehearsal == "auto" and state.device.type == "cuda"),
     )
 
 

@@ -221,6 +221,22 @@ def test_settings_are_compared_over_the_tier(invoke: Invoke, calls: Calls) -> No
     assert few.exit_code == 2 and "micro_batch is 16; it must be at most batch (8)" in few.stderr
 
 
+def test_batch_auto_keeps_the_tiers_batch_and_chooses_how_to_split_it(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("batch: auto\n")
+    tier = ["--gpu-tier", "workstation"]
+    for given in (["--batch", "auto"], ["--set", "batch=auto"], ["--config", file]):
+        assert invoke("train", "-d", "d", *tier, *given).exit_code == 0
+        config = calls.trained[-1][0].config
+        assert (config.batch, config.micro_batch) == (64, "auto")
+    assert invoke("train", "-d", "d", *tier, "--micro-batch", "auto").exit_code == 0
+    assert calls.trained[-1][0].config.micro_batch == "auto"
+    both = invoke("train", "-d", "d", "--batch", "auto", "--micro-batch", "4")
+    assert both.exit_code == 2 and "Drop one of them" in both.stderr
+
+
 def test_settings_are_compared_with_the_run_that_goes_on(
     invoke: Invoke, calls: Calls, tmp_path: Path
 ) -> None:

@@ -85,7 +85,6 @@ def just_fits(rung: int) -> float:
     ("when", "rung", "questions"),
     [
         (0, 3, None),  # the first step
-        (1, 5, 0),  # in the first epoch
         (2, 4, 2),  # the first step after a validation
         (3, 2, 3),  # the last step of the last epoch
     ],
@@ -112,19 +111,21 @@ def test_a_neighbour_takes_memory_and_the_run_ends_as_planned(
 
 
 def test_two_neighbours_one_after_the_other(
-    settings: Settings, insert: Insert, recorder: Recorder
+    settings: Settings, insert: Insert, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roomy = just_fits(0)
     # The first pass at micro-batch 4 is number 2, since number 1 was refused.
-    takes = {1: roomy - just_fits(1), 3: just_fits(1) - just_fits(3)}
+    takes = {1: roomy - just_fits(1), 3: just_fits(1) - just_fits(5)}
     card = insert(Card(roomy, takes))
     outcome = train(settings(), sinks=[recorder])
     assert outcome.reason == "completed"
-    assert card.refused == [LADDER[0], LADDER[1], LADDER[2]]
+    assert card.refused == list(LADDER[:5])
     # Half of the step was done at 128 px: it was undone, and all of it was done again at 64 px.
     assert card.trained[:2] == [LADDER[0], LADDER[1]]
-    assert set(card.trained[2:]) == {LADDER[3]} and len(card.trained[2:]) == 2 * 3
-    assert [event.sample for event in recorder.of(Recovered)] == [8, 8, 8]
+    assert card.trained[2:] == [LADDER[5]] * (3 * 8)
+    assert {event.sample for event in recorder.of(Recovered)} == {8}
+    monkeypatch.undo()
+    assert differences(end_of(outcome.run_dir), planned(settings, LADDER[5], 0, monkeypatch)) == []
 
 
 def test_the_last_words_name_who_holds_the_memory(

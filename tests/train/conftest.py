@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hsrloop.config import Resolved, resolve
 from hsrloop.events import Event
+from hsrloop.model.yolo import reg_max, strides
+from hsrloop.train.build import build_state, load_model
+from hsrloop.train.fits import Fits
+from hsrloop.train.rehearsal import Rehearsal
+from hsrloop.train.step import StepSettings, Transaction
 
 
 class Recorder:
@@ -54,3 +60,35 @@ def run_settings(dataset: Path, output: Path, /, **changes: Any) -> Resolved:
 def settings(tiny_dataset: Path, tmp_path: Path) -> Callable[..., Resolved]:
     """`run_settings` on this test's own data set and output."""
     return lambda **changes: run_settings(tiny_dataset, tmp_path / "runs", **changes)
+
+
+@pytest.fixture
+def fits(tmp_path: Path) -> Fits:
+    return Fits("key", tmp_path / "cache" / "fits.json")
+
+
+@pytest.fixture
+def made(tmp_path: Path, fits: Fits) -> Rehearsal:
+    """A rehearsal of batch 6 in micro-batches of 4 at 64 px, on a state of its own."""
+    resolved = run_settings(tmp_path, tmp_path, batch=6, micro_batch=4)
+    _, base = load_model(resolved, ("a", "b"), emit=lambda event: None)
+    cpu = torch.device("cpu")
+    state = build_state(resolved.config, base.module, cpu, fresh_share=None, amp=True)
+    settings = StepSettings(
+        device=cpu,
+        strides=strides(base.module),
+        reg_max=reg_max(base.module),
+        amp=False,  # the scaler is on all the same: it is part of the state
+        ema_decay=0.9999,
+        ema_tau=2000,
+    )
+    return Rehearsal(
+        state=state,
+        config=resolved.config,
+        settings=settings,
+        transaction=Transaction(state),
+        boxes=5,
+        classes=2,
+        fits=fits,
+        emit=lambda event: None,
+    )

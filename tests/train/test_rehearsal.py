@@ -14,48 +14,13 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.sets.dataset import ImageRef
-from hsrloop.model.yolo import reg_max, strides
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train import rehearsal
-from hsrloop.train.build import build_state, load_model
 from hsrloop.train.fits import KEPT, Fits, key_of
 from hsrloop.train.rehearsal import Rehearsal, RehearsalFailed, most_boxes, worst_batch
-from hsrloop.train.step import StepSettings, Transaction
-from tests.train.conftest import run_settings
 from tests.train.test_resume import differences
 
 RUNG = Rung(micro_batch=4, imgsz=64, cache="ram", workers=0, val_batch=4, bank="cv2")
-
-
-@pytest.fixture
-def fits(tmp_path: Path) -> Fits:
-    return Fits("key", tmp_path / "cache" / "fits.json")
-
-
-@pytest.fixture
-def made(tmp_path: Path, fits: Fits) -> Rehearsal:
-    resolved = run_settings(tmp_path, tmp_path, batch=6, micro_batch=4)
-    _, base = load_model(resolved, ("a", "b"), emit=lambda event: None)
-    cpu = torch.device("cpu")
-    state = build_state(resolved.config, base.module, cpu, fresh_share=None, amp=True)
-    settings = StepSettings(
-        device=cpu,
-        strides=strides(base.module),
-        reg_max=reg_max(base.module),
-        amp=False,  # the scaler is on all the same: it is part of the state
-        ema_decay=0.9999,
-        ema_tau=2000,
-    )
-    return Rehearsal(
-        state=state,
-        config=resolved.config,
-        settings=settings,
-        transaction=Transaction(state),
-        boxes=5,
-        classes=2,
-        fits=fits,
-        emit=lambda event: None,
-    )
 
 
 @pytest.fixture
