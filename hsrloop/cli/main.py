@@ -17,6 +17,7 @@ import click
 
 from hsrloop import __version__
 from hsrloop.cli.options import (
+    BENCH_SETTINGS,
     PREVIEW_SETTINGS,
     VALIDATION_SETTINGS,
     SectionedCommand,
@@ -28,12 +29,14 @@ from hsrloop.errors import HsrloopError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _NEWEST = "newest"
+BENCH_PARTS = ("step", "loader", "validate", "train")
 _CTRL_C = 130
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
     + (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 )
 
+_file = click.Path(path_type=Path, dir_okay=False)
 _file_option = click.option(
     "--config",
     "file",
@@ -227,6 +230,51 @@ def preview(
 
     request = Request(options=given_settings(options), assignments=assignments, file=file)
     click.get_current_context().exit(write_preview(request, sheet, images=images))
+
+
+@main.command(cls=SectionedCommand)
+@click.argument("parts", nargs=-1, type=click.Choice(BENCH_PARTS), metavar="[PART]...")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=7,
+    show_default=True,
+    help="Interleaved rounds; the table shows median, lowest and highest.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 600, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Length of each part of a round, but at least three steps.",
+)
+@click.option("--json", "json_file", type=_file, metavar="FILE", help="Also write JSON.")
+@click.option("--plot", type=_file, metavar="FILE", help="Also draw bars as one PNG.")
+@_file_option
+@_set_option
+@setting_options(*BENCH_SETTINGS)
+def bench(
+    parts: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    json_file: Path | None,
+    plot: Path | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure how fast this machine trains, and where the time goes.
+
+    Parts: step, loader, validate, train (loader and step together); all four when none is named.
+    Efficiency is the share of the bare step's speed: forward, loss, backward and optimizer alone.
+    Without --dataset a small one is painted; without weights at hand the network is untrained.
+    """
+    from hsrloop.cli.bench import run_bench
+    from hsrloop.cli.layers import Request
+
+    request = Request(options=given_settings(options), assignments=assignments, file=file)
+    code = run_bench(request, parts, rounds=rounds, seconds=seconds, json_file=json_file, plot=plot)
+    click.get_current_context().exit(code)
 
 
 @main.group()

@@ -44,6 +44,13 @@ PREVIEW_SETTINGS = (
     *("object_degrees", "max_occlusion", "negative_share"),
 )
 
+# What the speed of a run depends on.
+BENCH_SETTINGS = (
+    *("dataset", "model", "device", "gpu_tier", "auto_scale", "batch", "micro_batch", "imgsz"),
+    *("optimizer", "mosaic", "mixup", "workers", "cache", "augment_device", "amp", "seed"),
+    *("deterministic", "trust_checkpoint"),
+)
+
 
 class SectionedCommand(click.Command):
     """A command whose --help lists its options in the sections of `TrainConfig`."""

@@ -45,7 +45,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
     prepare()
     if resume is None:
         resolved = add_machine(request, resolved)
-    resolved = _from_anywhere(resolved)
+    resolved = from_anywhere(resolved)
 
     from hsrloop.train.folder import newest_unfinished, output_of
     from hsrloop.train.run import train
@@ -171,7 +171,7 @@ def prepare() -> None:
     keep_freed_memory()
 
 
-def _from_anywhere(resolved: Resolved) -> Resolved:
+def from_anywhere(resolved: Resolved) -> Resolved:
     """Return the settings with paths to read absolute, so that --resume works anywhere."""
     given = {name: getattr(resolved.config, name) for name in DATA_PATHS}
     absolute: dict[str, Any] = {

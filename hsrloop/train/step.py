@@ -9,7 +9,7 @@ BatchNorm's statistics and rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,11 @@ class Transaction:
         self._state = state
         self._buffers = list(state.model.buffers())
         self._shadow = [b.clone() for b in self._buffers]
+
+    @property
+    def shadow(self) -> Sequence[Tensor]:
+        """The copies, which lie on the device for as long as this lives."""
+        return self._shadow
 
     @torch.no_grad()
     def begin(self) -> None:

@@ -63,7 +63,7 @@ def test_a_steady_step_waits_for_nothing_and_sends_each_batch_in_two_copies(
 
     step(0)  # the scaler makes its tensors
     scale = [state.scaler._scale, state.scaler._growth_tracker] if amp else []
-    with DeviceWatch(CPU, resident(state, *transaction._shadow, *scale)) as watch:
+    with DeviceWatch(CPU, resident(state, *transaction.shadow, *scale)) as watch:
         step(1)
     assert not watch.waits
     assert watch.sent == 2 * 2, "of each micro-batch the images and the targets"

@@ -9,7 +9,7 @@ import sys
 import click
 import pytest
 
-from hsrloop.cli.main import check, main, preview, train, validate
+from hsrloop.cli.main import bench, check, main, preview, train, validate
 from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
@@ -45,6 +45,14 @@ PREVIEW = {
     "--output", "--scale", "--seed", "--set", "--shear", "--translate", "-d", "-h", "-o",
 }  # fmt: skip
 
+BENCH = {
+    "--amp", "--augment-device", "--auto-scale", "--batch", "--cache", "--config", "--dataset",
+    "--deterministic", "--device", "--gpu-tier", "--help", "--imgsz", "--json", "--micro-batch",
+    "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale", "--no-deterministic",
+    "--no-trust-checkpoint", "--optimizer", "--plot", "--rounds", "--seconds", "--seed", "--set",
+    "--trust-checkpoint", "--workers", "-d", "-h", "-m", "parts",
+}  # fmt: skip
+
 
 def options_of(command: click.Command) -> set[str]:
     context = click.Context(command, parent=click.Context(main, **main.context_settings))
@@ -57,7 +65,7 @@ def options_of(command: click.Command) -> set[str]:
 
 @pytest.mark.parametrize(
     ("command", "frozen"),
-    [(train, TRAIN), (validate, VALIDATE), (check, CHECK), (preview, PREVIEW)],
+    [(train, TRAIN), (validate, VALIDATE), (check, CHECK), (preview, PREVIEW), (bench, BENCH)],
 )
 def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> None:
     assert options_of(command) == frozen
@@ -65,7 +73,7 @@ def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> Non
 
 def test_the_commands_are_frozen() -> None:
     assert set(main.commands) == {
-        "train", "validate", "check", "preview", "weights", "tensorboard", "demo",
+        "train", "validate", "check", "preview", "bench", "weights", "tensorboard", "demo",
     }  # fmt: skip
 
 

@@ -1,0 +1,299 @@
+"""What is measured: the step, the loader, validation, and training as a whole.
+
+The yardstick is the bare step: forward, criterion, backward and optimizer on a batch that lies on
+the device as the network wants it. Nothing can train faster with this network; `efficiency` says
+how near a run comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsrloop.bench.counting import DeviceWatch
+from hsrloop.bench.machine import load_average
+from hsrloop.bench.meters import (
+    Work,
+    finish,
+    in_turn,
+    nvml_reader,
+    peak_bytes,
+    power,
+    rates,
+    reset_peak,
+    shares,
+)
+from hsrloop.bench.results import Row, Spread
+from hsrloop.bench.workbench import Emit, Workbench, workbench
+from hsrloop.config import Resolved
+from hsrloop.events import Progress
+from hsrloop.model.yolo import forward_eval, forward_train
+from hsrloop.ops.loss import GAINS, PaddedTargets, detection_loss, pad_targets
+from hsrloop.records import Batch, Position
+from hsrloop.train.evaluate import detect, evaluate, for_inference
+from hsrloop.train.loop import by_step
+from hsrloop.train.step import to_input
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How thoroughly to measure."""
+
+    rounds: int = 7
+    seconds: float = 2.0  # of each part of a round
+
+
+def measure_step(bench: Workbench, effort: Effort) -> Row:
+    """Measure the step as the loop takes it, its images on the device, beside the bare one."""
+    batches = bench.first_step()
+    works = {"bare": bare_step(bench, batches), "step": _repeat(lambda: bench.step(batches))}
+    reset_peak(bench.device)
+    with power(nvml_reader(bench.info.uuid)) as reading:
+        times = in_turn(
+            works,
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            device=bench.device,
+            on_round=_told(bench, "measuring the step"),
+        )
+    images = sum(len(batch.images) for batch in batches)
+    watts, busy = reading.means()
+    return Row(
+        name="step",
+        images_per_s=rates(times["step"], images),
+        bare_images_per_s=rates(times["bare"], images),
+        efficiency=shares(times["step"], times["bare"]),
+        peak_memory_bytes=peak_bytes(bench.device),
+        host_waits=waits_of_a_step(bench, batches),
+        watts=watts,
+        utilisation=busy,
+    )
+
+
+def measure_loader(bench: Workbench, effort: Effort) -> Row:
+    """Measure the stream of training batches alone, up to the device."""
+    stream = endless(bench)
+    images = sum(len(batch.images) for batch in next(stream))
+
+    def work(steps: int) -> None:
+        for batches in itertools.islice(stream, steps):
+            for batch in batches:
+                to_input(batch.images, bench.device)
+
+    with power(nvml_reader(bench.info.uuid)) as reading:
+        times = in_turn(
+            {"loader": work},
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            device=bench.device,
+            on_round=_told(bench, "measuring the loader"),
+        )
+    watts, busy = reading.means()
+    stream.close()
+    return Row(
+        name="loader",
+        images_per_s=rates(times["loader"], images),
+        peak_memory_bytes=peak_bytes(bench.device),
+        watts=watts,
+        utilisation=busy,
+        note=f"{bench.loaders.bank}, {bench.loaders.train.workers} workers",
+    )
+
+
+def measure_validation(bench: Workbench, effort: Effort) -> Row:
+    """Measure validation of the whole split, beside the network's forward passes alone."""
+    loader = bench.loaders.val
+    half = bench.settings.amp
+    network = for_inference(bench.state.ema.module, bench.device, half=half)
+    batch = next(iter(loader))
+    inputs = to_input(batch.images, bench.device, next(network.parameters()).dtype)
+    names = bench.spec.names
+
+    def bare(steps: int) -> None:
+        for _ in range(steps * len(loader)):
+            forward_eval(network, inputs)
+
+    def whole(steps: int) -> None:
+        for _ in range(steps):
+            evaluate(bench.state.ema.module, loader, names=names, device=bench.device, half=half)
+
+    reset_peak(bench.device)
+    with power(nvml_reader(bench.info.uuid)) as reading:
+        times = in_turn(
+            {"bare": bare, "validation": whole},
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            device=bench.device,
+            on_round=_told(bench, "measuring validation"),
+        )
+    watts, busy = reading.means()
+    watch = DeviceWatch(bench.device, [*network.parameters(), *network.buffers()])
+    with watch:
+        detect(network, batch.images, bench.device)
+    # A bare step repeats the first batch, which is as large as any.
+    bare_images = len(loader) * len(batch.images)
+    bare_s = [seconds * loader.n_samples / bare_images for seconds in times["bare"]]
+    return Row(
+        name="validation",
+        images_per_s=rates(times["validation"], loader.n_samples),
+        bare_images_per_s=rates(bare_s, loader.n_samples),
+        efficiency=shares(times["validation"], bare_s),
+        peak_memory_bytes=peak_bytes(bench.device),
+        host_waits=sum(watch.waits.values()),
+        watts=watts,
+        utilisation=busy,
+    )
+
+
+def measure_training(bench: Workbench, effort: Effort) -> Row:
+    """Measure training as a run trains, loader and steps together, beside the bare step."""
+    first = bench.first_step()
+    stream = endless(bench)
+    waited: list[float] = []
+    images = sum(len(batch.images) for batch in first)
+
+    def train(steps: int) -> None:
+        begun = time.perf_counter()
+        wait = 0.0
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batches = next(stream)
+            wait += time.perf_counter() - asked
+            bench.step(batches)
+        finish(bench.device)
+        waited.append(wait / (time.perf_counter() - begun))
+
+    reset_peak(bench.device)
+    with power(nvml_reader(bench.info.uuid)) as reading:
+        times = in_turn(
+            {"bare": bare_step(bench, first), "train": train},
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            device=bench.device,
+            on_round=_told(bench, "measuring training"),
+        )
+    watts, busy = reading.means()
+    stream.close()
+    return Row(
+        name="train",
+        images_per_s=rates(times["train"], images),
+        bare_images_per_s=rates(times["bare"], images),
+        efficiency=shares(times["train"], times["bare"]),
+        peak_memory_bytes=peak_bytes(bench.device),
+        host_waits=waits_of_a_step(bench, first),
+        data_wait=Spread.of(waited[-effort.rounds :]),
+        watts=watts,
+        utilisation=busy,
+    )
+
+
+MEASURES: dict[str, Callable[[Workbench, Effort], Row]] = {
+    "step": measure_step,
+    "loader": measure_loader,
+    "validate": measure_validation,
+    "train": measure_training,
+}
+
+
+def measure(
+    resolved: Resolved, parts: Sequence[str], effort: Effort, emit: Emit
+) -> tuple[list[Row], dict[str, Any]]:
+    """Measure the named parts of one run, in that order.
+
+    Returns:
+        A row a part, and the settings that the figures depend on.
+
+    Raises:
+        HsrloopError: as a run would raise.
+    """
+    with workbench(resolved, emit) as bench:
+        rows = [MEASURES[part](bench, effort) for part in parts]
+        return rows, said_of(bench)
+
+
+def said_of(bench: Workbench) -> dict[str, Any]:
+    """Return what figures depend on beside the machine."""
+    config = bench.config
+    precision = "float32" if not bench.settings.amp else "fp16"
+    return {
+        "device": bench.info.name,
+        "model": Path(config.model).name,
+        "imgsz": config.imgsz,
+        "batch": config.batch,
+        "micro_batch": bench.state.rung.micro_batch,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "load": round(load_average(), 1),
+    }
+
+
+def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
+    """Return forward, criterion, backward, optimizer and nothing else."""
+    prepared = [_prepared(bench, batch) for batch in batches]
+    state, settings = bench.state, bench.settings
+
+    def once() -> None:
+        for inputs, targets in prepared:
+            with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
+                raw = forward_train(state.model, inputs)
+            sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
+            loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)
+            torch.autograd.backward(state.scaler.scale(loss))
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.0
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    return _repeat(once)
+
+
+def waits_of_a_step(bench: Workbench, batches: list[Batch]) -> int:
+    """Count how often the host waits in one steady step; on the CPU, how often it would."""
+    bench.step(batches)
+    with DeviceWatch(bench.device, bench.resident()) as watch:
+        bench.step(batches)
+    return sum(watch.waits.values())
+
+
+def endless(bench: Workbench) -> Generator[list[Batch], None, None]:
+    """Yield the full steps of the stream, epoch after epoch."""
+    loader = bench.loaders.train
+    for epoch in itertools.count():
+        for batches in by_step(loader.batches(Position(epoch, 0))):
+            full = sum(len(batch.images) for batch in batches) == min(
+                loader.batch, loader.n_samples
+            )
+            if full:
+                yield batches
+
+
+def _prepared(bench: Workbench, batch: Batch) -> tuple[Tensor, PaddedTargets]:
+    images = to_input(batch.images, bench.device)
+    targets = pad_targets(
+        batch.boxes_cxcywh,
+        batch.labels,
+        batch.image_index,
+        images=len(images),
+        imgsz=images.shape[-1],
+    )
+    return images, targets.to(bench.device)
+
+
+def _repeat(once: Callable[[], None]) -> Work:
+    def work(steps: int) -> None:
+        for _ in range(steps):
+            once()
+
+    return work
+
+
+def _told(bench: Workbench, task: str) -> Callable[[int, int], None]:
+    return lambda done, total: bench.emit(Progress(task=task, done=done, total=total))

@@ -1,0 +1,150 @@
+"""Instruments: seconds once the device has finished, peak memory, watts and utilisation."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from hsrloop.bench.results import Spread
+
+SAMPLE_EVERY_S = 0.1  # NVML renews its figures about that often
+Work = Callable[[int], None]  # does so many steps
+
+
+@dataclass(slots=True)
+class PowerReading:
+    """Means over the samples taken; None where nothing could be read."""
+
+    watts: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+
+    def means(self) -> tuple[float | None, float | None]:
+        """Return mean watts and mean share of time with work on the GPU."""
+        return _mean(self.watts), _mean(self.busy)
+
+
+ReadPower = Callable[[], tuple[float, float]]  # watts and utilisation in [0, 1]
+
+
+@contextmanager
+def power(read: ReadPower | None) -> Iterator[PowerReading]:
+    """Sample in a thread meanwhile; None: there is nothing to read."""
+    reading = PowerReading()
+    if read is None:
+        yield reading
+        return
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_EVERY_S):
+            watts, busy = read()
+            reading.watts.append(watts)
+            reading.busy.append(busy)
+
+    thread = threading.Thread(target=sample, name="power-meter", daemon=True)
+    thread.start()
+    try:
+        yield reading
+    finally:
+        done.set()
+        thread.join()
+
+
+def nvml_reader(uuid: str) -> ReadPower | None:
+    """Return what reads a GPU's power and utilisation; None without a driver that tells.
+
+    Args:
+        uuid: as NVML or as torch spells it, which leaves "GPU-" out.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID("GPU-" + uuid.removeprefix("GPU-"))
+
+        def read() -> tuple[float, float]:
+            busy = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            return pynvml.nvmlDeviceGetPowerUsage(handle) / 1000, busy / 100
+
+        read()
+    except pynvml.NVMLError:
+        return None
+    return read
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from here on a GPU; a process' peak on the CPU cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory in use so far: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_turn(
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Measure several works in rounds, in alternating order.
+
+    A round of each work takes about `seconds`, but at least three steps; how many steps that is, is
+    found out first, which also warms it up.
+
+    Returns:
+        By work, the seconds of a step in each round.
+    """
+    steps = {name: _steps_in(work, seconds, device, clock) for name, work in works.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds):
+        for name in list(works) if number % 2 == 0 else list(works)[::-1]:
+            start = clock()
+            works[name](steps[name])
+            finish(device)
+            times[name].append((clock() - start) / steps[name])
+        on_round(number + 1, rounds)
+    return times
+
+
+def rates(seconds: list[float], images: float) -> Spread:
+    """Return images/s of steps that take so many seconds for so many images."""
+    return Spread.of([images / value for value in seconds])
+
+
+def shares(whole: list[float], part: list[float]) -> Spread:
+    """Return part / whole of values taken in pairs."""
+    return Spread.of([b / a for a, b in zip(whole, part, strict=True)])
+
+
+def _steps_in(work: Work, seconds: float, device: torch.device, clock: Callable[[], float]) -> int:
+    work(1)  # compiles, autotunes, allocates
+    work(2)
+    finish(device)
+    start = clock()
+    work(2)
+    finish(device)
+    return max(3, round(seconds / max((clock() - start) / 2, 1e-6)))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

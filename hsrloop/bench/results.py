@@ -1,0 +1,128 @@
+"""What a benchmark found: rows of figures with their spread, as values, JSON, table or Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from hsrloop.hardware.memory import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure measured n times."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise; at least one value."""
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def text(self, digits: int = 1) -> str:
+        """Return "median (lowest-highest)", or the value alone when there is one."""
+        middle = f"{self.median:.{digits}f}"
+        if self.n == 1:
+            return middle
+        return f"{middle} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One thing measured. What does not apply, or cannot be seen here, is None.
+
+    `efficiency` is the share of the bare step's speed that is left, from rounds in pairs, and
+    `data_wait` the share of time in which the step waited for its images.
+    """
+
+    name: str
+    images_per_s: Spread | None = None
+    bare_images_per_s: Spread | None = None
+    efficiency: Spread | None = None
+    peak_memory_bytes: int | None = None  # of the GPU; on the CPU of this process
+    host_waits: float | None = None  # an optimizer step, or a validation batch
+    data_wait: Spread | None = None
+    watts: float | None = None
+    utilisation: float | None = None  # share of time with work on the GPU
+    note: str = ""  # such as "skipped: no GPU"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def s_per_1000(self) -> float | None:
+        """Seconds for 1,000 images."""
+        return 1000 / self.images_per_s.median if self.images_per_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "s_per_1000": self.s_per_1000}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Rows with what they depend on."""
+
+    host: str
+    rows: Sequence[Row]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        rows = [row.to_json() for row in self.rows]
+        return {"host": self.host, "settings": dict(self.settings), "rows": rows}
+
+
+_TITLES = (
+    *("images/s", "bare step", "efficiency", "s per 1,000 images", "peak memory, GiB"),
+    *("host waits", "data wait", "watts", "GPU busy", ""),
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's figures as text, in the order of the titles; "" for what is None."""
+    return (
+        row.images_per_s.text() if row.images_per_s else "",
+        row.bare_images_per_s.text() if row.bare_images_per_s else "",
+        row.efficiency.text(2) if row.efficiency else "",
+        f"{row.s_per_1000:.1f}" if row.s_per_1000 is not None else "",
+        f"{row.peak_memory_bytes / GIB:.2f}" if row.peak_memory_bytes is not None else "",
+        f"{row.host_waits:g}" if row.host_waits is not None else "",
+        f"{row.data_wait.median:.0%}" if row.data_wait else "",
+        f"{row.watts:.0f}" if row.watts is not None else "",
+        f"{row.utilisation:.0%}" if row.utilisation is not None else "",
+        row.note,
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows for a terminal, side by side; figures that nothing has are left out."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    shown.add_column("")
+    for row in rows:
+        shown.add_column(row.name, justify="right")
+    columns = [cells(row) for row in rows]
+    for line, title in enumerate(_TITLES):
+        texts = [column[line] for column in columns]
+        if any(texts):
+            shown.add_row(title, *texts)
+    return shown
+
+
+def markdown(report: Report) -> list[str]:
+    """Return the report as lines of a page, a line a row."""
+    columns = [cells(row) for row in report.rows]
+    kept = [i for i in range(len(_TITLES)) if any(column[i] for column in columns)]
+    said = ", ".join(f"{key} {value}" for key, value in report.settings.items())
+    lines = [report.host, "", *([said, ""] if said else [])]
+    lines.append("| | " + " | ".join(_TITLES[i] for i in kept) + " |")
+    lines.append("|" + "---|" * (len(kept) + 1))
+    for row, column in zip(report.rows, columns, strict=True):
+        lines.append(f"| {row.name} | " + " | ".join(column[i] for i in kept) + " |")
+    return lines

@@ -1,0 +1,146 @@
+"""Everything a run stands on, built as a run builds it, to be measured piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.data.sets.dataset import DatasetSpec
+from hsrloop.errors import WeightsError
+from hsrloop.events import Event, Note
+from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.probe import probe, torch_device
+from hsrloop.model.weights import OFFICIAL, find_weights
+from hsrloop.model.yolo import reg_max, strides
+from hsrloop.records import Batch, DeviceInfo, Position
+from hsrloop.train.build import (
+    Loaders,
+    build_loaders,
+    build_state,
+    dataset_of,
+    first_rung,
+    load_data,
+    load_model,
+)
+from hsrloop.train.loop import set_modes
+from hsrloop.train.precision import fp16_is_sound, set_kernels
+from hsrloop.train.state import TrainState
+from hsrloop.train.step import StepSettings, Transaction, train_step
+
+Emit = Callable[[Event], None]
+LR = 1e-6  # steps that are only timed must not lead anywhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workbench:
+    """State, settings and loaders of a run that has not begun."""
+
+    config: TrainConfig
+    info: DeviceInfo
+    spec: DatasetSpec
+    state: TrainState
+    settings: StepSettings
+    transaction: Transaction
+    loaders: Loaders
+    governor: SpinGovernor | None
+    emit: Emit
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.settings.device
+
+    def step(self, batches: list[Batch]) -> None:
+        """Take one optimizer step as the loop takes it."""
+        self.transaction.begin()
+        train_step(self.state, batches, settings=self.settings, lr=LR, transaction=self.transaction)
+        if self.governor is not None:
+            self.governor.observe()
+
+    def first_step(self) -> list[Batch]:
+        """Return the micro-batches of the first step, their images on the device already."""
+        batches = []
+        for batch in self.loaders.train.batches(Position(0, 0)):
+            batches.append(dataclasses.replace(batch, images=batch.images.to(self.device)))
+            if batch.ends_step:
+                break
+        return batches
+
+    def resident(self) -> Iterator[Tensor]:
+        """Yield every tensor of the run that lies on the device between steps."""
+        state = self.state
+        for module in (state.model, state.ema.module):
+            yield from module.parameters()
+            yield from module.buffers()
+        for entry in state.optimizer.state.values():
+            yield from (value for value in entry.values() if isinstance(value, Tensor))
+        yield state.loss_sums
+        yield from self.transaction.shadow
+
+
+@contextmanager
+def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
+    """Build it, and release it afterwards.
+
+    Weights that are not on this machine are replaced by an untrained network of the same shape,
+    which costs the same.
+
+    Raises:
+        HsrloopError: as a run would raise.
+    """
+    resolved = _at_hand(resolved, emit)
+    config = resolved.config
+    info = probe(config.device)
+    device = torch.device(torch_device(info))
+    set_kernels(device, deterministic=config.deterministic)
+    spec, synthesis = load_data(config, dataset_of(resolved))
+    resolved, base = load_model(resolved, spec.names, emit)
+    config = resolved.config
+    amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, emit)
+    state = build_state(config, base.module, device, fresh_share=1.0, amp=amp)
+    settings = StepSettings(
+        device=device,
+        strides=strides(base.module),
+        reg_max=reg_max(base.module),
+        amp=amp,
+        ema_decay=config.ema_decay,
+        ema_tau=config.ema_tau,
+    )
+    set_modes(state, config)
+    governor = SpinGovernor() if device.type == "cpu" else None
+    rung = first_rung(config)
+    try:
+        with build_loaders(resolved, spec, synthesis.scenes, info, rung=rung, emit=emit) as loaders:
+            yield Workbench(
+                config=config,
+                info=info,
+                spec=spec,
+                state=state,
+                settings=settings,
+                transaction=Transaction(state),
+                loaders=loaders,
+                governor=governor,
+                emit=emit,
+            )
+    finally:
+        if governor is not None:
+            governor.close()
+
+
+def _at_hand(resolved: Resolved, emit: Emit) -> Resolved:
+    model = resolved.config.model
+    if model not in OFFICIAL:
+        return resolved
+    try:
+        find_weights(model, download=False)
+    except WeightsError:
+        untrained = model.replace(".pt", ".yaml")
+        emit(Note(text=f"{model} is not at hand: measuring an untrained {untrained}"))
+        return Resolved(resolved.config.replace(model=untrained), resolved.sources)
+    return resolved

@@ -1,0 +1,161 @@
+"""The benchmark's arithmetic on a clock of our own, and one tiny run of the command."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from click.testing import CliRunner
+
+from hsrloop.bench.meters import in_turn, nvml_reader, power, rates, shares
+from hsrloop.bench.picture import draw_bars
+from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
+from hsrloop.cli.main import main
+from hsrloop.report.console import make_console
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds that pass only when somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_works_take_turns_and_are_measured_by_the_step() -> None:
+    clock, calls = Clock(), []
+
+    def work(name: str, seconds: float, steps: int) -> None:
+        calls.append((name, steps))
+        clock.now += seconds * steps
+
+    times = in_turn(
+        {"a": lambda n: work("a", 0.5, n), "b": lambda n: work("b", 0.125, n)},
+        rounds=3,
+        seconds=2.0,
+        device=CPU,
+        clock=clock,
+    )
+    assert times == {"a": [0.5] * 3, "b": [0.125] * 3}
+    assert calls[-6:] == [("a", 4), ("b", 16), ("b", 16), ("a", 4), ("a", 4), ("b", 16)]
+
+
+def test_a_slow_work_makes_three_steps_a_round() -> None:
+    clock, steps = Clock(), []
+
+    def work(count: int) -> None:
+        steps.append(count)
+        clock.now += 60.0 * count
+
+    in_turn({"slow": work}, rounds=1, seconds=1.0, device=CPU, clock=clock)
+    assert steps[-1] == 3
+
+
+def test_rates_and_shares() -> None:
+    assert rates([0.5, 0.25, 1.0], 8) == Spread(16.0, 8.0, 32.0, 3)
+    assert shares([2.0, 4.0], [1.0, 3.0]) == Spread(0.625, 0.5, 0.75, 2)
+
+
+def test_power_is_the_mean_of_what_was_read() -> None:
+    seen = threading.Event()
+    answers = iter([(100.0, 0.5), (200.0, 1.0)])
+
+    def read() -> tuple[float, float]:
+        answer = next(answers, None)
+        if answer is None:
+            seen.set()
+            return 150.0, 0.75
+        return answer
+
+    with power(read) as reading:
+        assert seen.wait(30)
+    watts, busy = reading.means()
+    assert watts == pytest.approx(150.0) and busy == pytest.approx(0.75)
+
+
+def test_without_a_card_there_is_no_power_to_read() -> None:
+    assert nvml_reader("GPU-none-of-that-name") is None
+    with power(None) as reading:
+        pass
+    assert reading.means() == (None, None)
+
+
+ROWS = (
+    Row(
+        name="train",
+        images_per_s=Spread(90.0, 88.0, 91.5, 7),
+        bare_images_per_s=Spread(100.0, 99.0, 101.0, 7),
+        efficiency=Spread(0.9, 0.89, 0.92, 7),
+        peak_memory_bytes=3 * 2**30,
+        host_waits=0,
+        data_wait=Spread.of([0.02]),
+    ),
+    Row(name="workstation", note="skipped: no GPU"),
+)
+
+
+def test_a_table_shows_what_is_there() -> None:
+    console = make_console()
+    with console.capture() as captured:
+        console.print(table(ROWS))
+    text = captured.get()
+    assert "90.0 (88.0-91.5)" in text and "0.90 (0.89-0.92)" in text and "11.1" in text
+    assert "3.00" in text and "2%" in text and "skipped: no GPU" in text
+    assert "watts" not in text, "nothing has watts"
+    assert cells(ROWS[1]) == ("",) * 9 + ("skipped: no GPU",)
+
+
+def test_a_report_as_markdown_and_json() -> None:
+    report = Report(host="this machine", rows=ROWS, settings={"imgsz": 640})
+    lines = markdown(report)
+    assert lines[0] == "this machine" and lines[2] == "imgsz 640"
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert len(widths) == 1
+    data = json.loads(json.dumps(report.to_json()))
+    assert data["rows"][0]["images_per_s"]["n"] == 7
+    assert data["rows"][0]["s_per_1000"] == pytest.approx(1000 / 90)
+    assert data["rows"][1]["images_per_s"] is None
+
+
+def test_bars_are_as_long_as_the_speeds() -> None:
+    axes = draw_bars(Report(host="this machine", rows=ROWS)).axes[0]
+    assert sorted(bar.get_width() for bar in axes.patches) == [90.0, 100.0]
+
+
+def test_the_command_measures_all_parts(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = [
+        *("bench", "--dataset", tiny_dataset, "--model", "yolov8n.yaml", "--device", "cpu"),
+        *("--imgsz", 64, "--batch", 4, "--micro-batch", 2, "--rounds", 2, "--seconds", 0.01),
+        *("--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"),
+    ]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["step", "loader", "validation", "train"]
+    assert all(row["images_per_s"]["median"] > 0 for row in rows.values())
+    assert rows["step"]["host_waits"] == rows["train"]["host_waits"] == 0
+    assert rows["validation"]["host_waits"] == 4 + 2, "in a batch of 2"
+    for name in ("step", "validation", "train"):
+        assert rows[name]["efficiency"]["n"] == 2
+    assert 0 < rows["train"]["data_wait"]["median"] < 1
+    assert report["settings"]["micro_batch"] == 2 and report["settings"]["batch"] == 4
+    picture = cv2.imread(str(tmp_path / "bench.png"))
+    assert picture is not None and picture.std() > 5
+    assert "images/s" in done.output and "measuring training: 2" in done.output
+
+
+def test_only_the_parts_named_are_measured(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = ["bench", "loader", "--dataset", tiny_dataset, "--model", "yolov8n.yaml"]
+    arguments += ["--device", "cpu", "--imgsz", 64, "--rounds", 1, "--seconds", 0.01]
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert "loader" in done.output and "validation" not in done.output.replace("caching valid", "")
