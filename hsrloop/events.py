@@ -116,6 +116,15 @@ class Recovered(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Climbed(Event):
+    """There was room to spare for long after memory ran out: a larger micro-batch is tried."""
+
+    change: str  # such as "micro_batch 4 -> 8"
+    rung: dict[str, Any]  # records.Rung, after the change
+    epoch: int  # epochs completed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved(Event):
     """A file under weights/ was written; the path is relative to the run folder."""
 
@@ -161,6 +170,7 @@ _KINDS: Mapping[str, type[Event]] = {
         EpochDone,
         Note,
         Recovered,
+        Climbed,
         CheckpointSaved,
         RunStopped,
         RunFinished,

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from hsrloop.events import (
+    Climbed,
     EpochDone,
     Event,
     Note,
@@ -87,6 +88,8 @@ class ConsoleSink:
                 self._note(event)
             case Recovered():
                 self._note(Note(text=_recovered(event), level="warning"))
+            case Climbed():
+                self._note(Note(text=f"There is room to spare again: {event.change} is tried."))
             case RunStopped():
                 self._hide_bar()
                 self._console.print(f"Stopped ({event.reason}). {event.text}", soft_wrap=True)
@@ -280,7 +283,7 @@ def _epoch_sentence(event: EpochDone) -> str:
 def _recovered(event: Recovered) -> str:
     if event.rehearsed:
         return f"{event.cause} would run out: {event.change}. Found out in a rehearsal."
-    return f"{event.cause} ran out: {event.change}. The same samples are tried again."
+    return f"{event.cause} ran out: {event.change}. Training goes on from where it stood."
 
 
 def _skipped(event: EpochDone) -> str:

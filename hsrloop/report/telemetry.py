@@ -63,7 +63,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def _is_beyond(event: dict[str, Any], position: tuple[int, int]) -> bool:
     match event.get("event"):
-        case "EpochDone":
+        case "EpochDone" | "Climbed":
             return _number(event, "epoch") > position[0]
         case "CheckpointSaved" | "Recovered":
             return (_number(event, "epoch"), _number(event, "sample")) > position

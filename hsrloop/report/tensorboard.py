@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hsrloop.events import EpochDone, Event, Note, Recovered, RunStarted
+from hsrloop.events import Climbed, EpochDone, Event, Note, Recovered, RunStarted
 from hsrloop.report.files import SPELLED_OUT
 
 _LOG = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class TensorBoardSink:
             case Recovered():
                 text = f"{event.cause} ran out: {event.change} ({event.reason})"
                 self._text("run/recoveries", text, step=event.epoch)
+            case Climbed():
+                self._text("run/recoveries", f"room to spare: {event.change}", step=event.epoch)
             case Note(level="warning"):
                 self._text("run/warnings", event.text, step=0)
 

@@ -14,6 +14,7 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import WorkerDied
+from hsrloop.hardware.pressure import MemoryUse
 from hsrloop.records import Rung
 
 SIZES = (1280, 1024, 960, 800, 640, 512, 416, 320)
@@ -21,6 +22,10 @@ SIZES = (1280, 1024, 960, 800, 640, 512, 416, 320)
 
 SOUND_MICRO_BATCH = 4
 """Smaller ones leave BatchNorm too few images, so a smaller image is tried first."""
+
+
+class MemoryThrashing(RuntimeError):
+    """The GPU's memory is too full to work with, though nothing failed yet."""
 
 
 class Cause(enum.Enum):
@@ -72,7 +77,7 @@ def cause_of(error: BaseException, *, allocation_failed: bool = False) -> Cause 
             step; only then do cuDNN's vaguer errors count.
     """
     for link in _chain(error):
-        if isinstance(link, torch.OutOfMemoryError):
+        if isinstance(link, torch.OutOfMemoryError | MemoryThrashing):
             return Cause.GPU_MEMORY
         if isinstance(link, WorkerDied):
             return Cause.WORKER
@@ -155,6 +160,35 @@ def _drop_cache(config: TrainConfig) -> TrainConfig | None:
 
 def _fewer_workers(config: TrainConfig) -> TrainConfig | None:
     return config.replace(workers=config.workers // 2) if config.workers else None
+
+
+CLIMB_AFTER_EPOCHS = 2
+"""Whole epochs on a smaller rung before a larger micro-batch is tried (a guess)."""
+
+ROOMY_SHARE, CLIMB_SHARE = 0.6, 0.9
+"""Of the card: what the peak must stay under, and what is expected one rung up (guesses)."""
+
+
+def rung_above(
+    config: TrainConfig, rung: Rung, *, epochs: int, memory: MemoryUse | None
+) -> Rung | None:
+    """Return a rung with twice the micro-batch if there is room for it, else None.
+
+    Only the micro-batch goes up again: it costs nothing but time.
+
+    Args:
+        config: as asked for.
+        epochs: since memory ran out, the one in which it did not counted.
+        memory: since then; None on the CPU.
+    """
+    larger = min(2 * rung.micro_batch, config.largest_micro_batch)
+    if memory is None or larger <= rung.micro_batch or epochs < CLIMB_AFTER_EPOCHS:
+        return None
+    activations = (memory.peak_bytes - memory.fixed_bytes) * larger / rung.micro_batch
+    roomy = memory.peak_bytes <= ROOMY_SHARE * memory.capacity_bytes
+    if not roomy or memory.fixed_bytes + activations > CLIMB_SHARE * memory.capacity_bytes:
+        return None
+    return dataclasses.replace(rung, micro_batch=larger)
 
 
 def describe_change(before: Rung, after: Rung) -> str:

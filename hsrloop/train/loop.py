@@ -16,17 +16,19 @@ from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader, ValLoader
 from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, StepDone
 from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.pressure import Pressure, memory_use
 from hsrloop.model.yolo import set_train_mode
 from hsrloop.ops.schedule import lr_factor
-from hsrloop.records import Batch, Metrics
+from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train import checkpoint
 from hsrloop.train.checkpoint import RunIdentity
 from hsrloop.train.evaluate import evaluate
-from hsrloop.train.ladder import SOUND_MICRO_BATCH
+from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
 from hsrloop.train.state import LOSS_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
 REPORT_EVERY_S = 0.5  # a step report reads the device; more often would stall a fast GPU
+ROOM = "room"
 METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
 
 
@@ -44,6 +46,7 @@ class Runtime:
     emit: Callable[[Event], None]
     stop: Callable[[], bool]
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
+    pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
 
     @property
     def weights_dir(self) -> Path:
@@ -77,8 +80,8 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     """Train until the run is complete.
 
     Returns:
-        "completed", "patience" (early stopping ended it) or "interrupted" (`runtime.stop`; the
-        state is saved and can go on exactly).
+        "completed", "patience" (early stopping ended it), "interrupted" (`runtime.stop`; the
+        state is saved and can go on exactly) or ROOM: the next epoch could use more GPU memory.
     """
     config = runtime.config
     while True:
@@ -90,8 +93,18 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
                 return _interrupt(state, runtime)
         elif state.position.epoch + state.epochs_skipped >= config.epochs:
             return "patience" if state.epochs_skipped else "completed"
+        elif next_larger(state, config) is not None:
+            return ROOM
         elif not train_epoch(state, runtime):
             return _interrupt(state, runtime)
+
+
+def next_larger(state: TrainState, config: TrainConfig) -> Rung | None:
+    """Return the rung to climb to before the epoch that begins now; None: stay on this one."""
+    if state.climbed or not state.recoveries or state.position.sample:
+        return None
+    epochs = state.position.epoch - int(state.recoveries[-1]["epoch"]) - 1
+    return rung_above(config, state.rung, epochs=epochs, memory=memory_use(str(state.device)))
 
 
 def train_epoch(state: TrainState, runtime: Runtime) -> bool:
@@ -123,6 +136,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         if runtime.stop():
             meter.finish()
             return False
+        meter.judge()
     meter.finish()
     return True
 
@@ -255,7 +269,10 @@ class _Meter:
     def __init__(self, state: TrainState, runtime: Runtime) -> None:
         self._state, self._runtime = state, runtime
         self._started = self._reported = self._accounted = time.monotonic()
-        self._samples = 0
+        self._samples = self._judged_samples = 0
+        self._judged = self._started
+        if runtime.pressure is not None:
+            runtime.pressure.resume()
         self._first = state.position.sample
         if self._first == 0:
             state.epoch_s = 0.0
@@ -266,6 +283,23 @@ class _Meter:
         if now - self._reported >= REPORT_EVERY_S:
             self._reported = now
             self._runtime.emit(self._event(now))
+
+    def judge(self) -> None:
+        """Look, after a report, at how the GPU's memory does.
+
+        Raises:
+            MemoryThrashing: it is too full to work with.
+        """
+        pressure = self._runtime.pressure
+        if pressure is None or self._reported <= self._judged:
+            return
+        now = time.monotonic()
+        samples, seconds = self._samples - self._judged_samples, now - self._judged
+        self._judged, self._judged_samples = now, self._samples
+        problem = pressure.observe(samples, seconds)
+        if problem is not None:
+            self.finish()
+            raise MemoryThrashing(problem)
 
     def finish(self) -> None:
         """Add the time spent to the run's and the epoch's; CUDA is waited for."""

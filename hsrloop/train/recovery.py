@@ -14,12 +14,13 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.errors import ResourceError
-from hsrloop.events import Event, Recovered
+from hsrloop.events import Climbed, Event, Recovered
 from hsrloop.hardware.memory import gpu_neighbours
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.build import at
 from hsrloop.train.fits import Fits, at_most
-from hsrloop.train.ladder import Cause, cause_of, describe_change, next_rung
+from hsrloop.train.ladder import Cause, MemoryThrashing, cause_of, describe_change, next_rung
+from hsrloop.train.loop import ROOM, next_larger
 from hsrloop.train.rehearsal import RehearsalFailed
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import Transaction, finish_commit
@@ -58,6 +59,10 @@ def with_recovery(
     """
     while True:
         outcome = _outcome(attempt, state)
+        if outcome == ROOM:
+            _climb(state, config, emit)
+            free_memory()
+            continue
         if isinstance(outcome, str):
             return outcome
         free_memory()
@@ -79,13 +84,16 @@ def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
         return _Failure(
             cause,
             reason=(str(first).splitlines() or [type(first).__name__])[0],
-            validating=rehearsal.validating if rehearsal else _is_validating(state),
+            validating=_was_validating(error, state),
             rehearsed=rehearsal is not None,
         )
 
 
-def _is_validating(state: TrainState) -> bool:
-    return len(state.history) < state.position.epoch
+def _was_validating(error: Exception, state: TrainState) -> bool:
+    if isinstance(error, RehearsalFailed):
+        return error.validating
+    unvalidated = len(state.history) < state.position.epoch
+    return unvalidated and not isinstance(error, MemoryThrashing)  # training, up to its last step
 
 
 def _refused_allocations() -> int:
@@ -148,6 +156,17 @@ def start_where_it_fitted(
         reason = "it did when the same was tried before on this machine"
         failure = _Failure(Cause.GPU_MEMORY, reason, validating=False, rehearsed=True)
         _go_on_at(state, after, failure, emit)
+
+
+def _climb(state: TrainState, config: TrainConfig, emit: Callable[[Event], None]) -> None:
+    """Try a larger micro-batch, the only time in a run; if it fails, the ladder leads down."""
+    larger = next_larger(state, config)
+    state.climbed = True
+    if larger is None:  # the card filled up in the meantime
+        return
+    change = describe_change(state.rung, larger)
+    state.rung = larger
+    emit(Climbed(change=change, rung=dataclasses.asdict(larger), epoch=len(state.history)))
 
 
 def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:

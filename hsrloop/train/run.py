@@ -17,6 +17,7 @@ from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
 from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.pressure import spill_cap, watch
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
@@ -138,6 +139,9 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
     info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
+    cap = spill_cap(info)
+    if cap is not None:
+        torch.cuda.set_per_process_memory_fraction(cap, device)
     check_augment_device(config, info.kind)
     spec, synthesis = _data(resolved, hub)
     place = run_dir or folder.output_of(config)
@@ -220,6 +224,7 @@ def _go(
                 emit=hub.emit,
                 stop=stop,
                 governor=governor,
+                pressure=watch(str(state.device)),
             )
             rehearsal.run()
             return run_to_end(state, runtime)

@@ -25,6 +25,7 @@ _COUNTERS = (
     "best_saved",
     "epochs_skipped",
     "recoveries",
+    "climbed",
     "elapsed_s",
     "epoch_s",
     "val_s_per_epoch",
@@ -75,6 +76,7 @@ class TrainState:
     epoch_s: float = 0.0  # training time of the current epoch
     val_s_per_epoch: float = 0.0  # of the last validation: for the time left
     recoveries: list[dict[str, Any]] = field(default_factory=list)  # events.Recovered as dicts
+    climbed: bool = False  # a larger micro-batch was tried again; once is enough
     commit: Commit | None = None  # of a step in progress; never saved
     last_saved: bool = True  # False: an epoch's last.pt is still to be written; never saved
 

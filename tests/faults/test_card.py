@@ -72,7 +72,7 @@ def planned(
     content = torch.load(last, weights_only=False)
     state = content["hsrloop"]["state"]
     state["rung"] = dataclasses.asdict(on_rung(Rung(**state["rung"])))
-    state["recoveries"] = [{"rung": state["rung"], "change": "planned"}]
+    state["recoveries"] = [{"rung": state["rung"], "change": "planned", "epoch": 0}]
     torch.save(content, last)
     return end_of(train(resolve([]), resume=last).run_dir)
 
