@@ -1,0 +1,102 @@
+"""A run's state in main memory: checkpoints are written from it, and it can be gone back to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrloop.train.state import TrainState
+
+_Place = tuple[str | int, ...]  # keys and indices that lead to a tensor of the payload
+
+
+class Snapshot:
+    """A copy of a `TrainState` between two steps, in memory that is allocated once.
+
+    From CUDA the copies run on the current stream into pinned memory: `take` returns before they
+    are done, `payload` waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[_Place, Tensor] = {}
+        self._payload: dict[str, Any] | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def take(self, state: TrainState) -> None:
+        """Copy the state as it is now over what was held before.
+
+        Nobody may read the earlier payload any more. The first call allocates; when it fails, the
+        next one goes on where it stopped.
+
+        Raises:
+            RuntimeError, MemoryError: no memory; nothing is held then.
+        """
+        assert state.commit is None, "a step is in progress"
+        self._payload = None
+        with torch.no_grad():
+            payload = _mapped(state.to_payload(), self._into_held)
+        self._done = None
+        if state.device.type == "cuda":
+            self._done = torch.cuda.current_stream(state.device).record_event()
+        self._payload = payload
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What `TrainState.to_payload` gave, as copies on the CPU; any thread may read it."""
+        assert self._payload is not None, "nothing was taken"
+        if self._done is not None:
+            self._done.synchronize()
+        return self._payload
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(tensor.nbytes for tensor in self._held.values())
+
+    def restore(self, state: TrainState) -> None:
+        """Bring `state`, the one that was taken, back to what is held, which stays as it is."""
+
+        def apart(place: _Place, tensor: Tensor) -> Tensor:
+            # Optimizers keep the tensors they are given when these are on their device.
+            return tensor.clone() if place[0] == "optimizer" else tensor
+
+        state.load_payload(_mapped(self.payload, apart))
+
+    def _into_held(self, place: _Place, tensor: Tensor) -> Tensor:
+        held = self._held.get(place)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            # Strides are kept: channels_last stays so, and copies run at full speed.
+            held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._held[place] = held
+        return copy_into(held, tensor.detach())
+
+
+def copy_into(held: Tensor, tensor: Tensor) -> Tensor:
+    """Copy a tensor into one on the CPU of the same shape and dtype, without waiting for CUDA."""
+    if tensor.is_cuda or tensor.stride() != held.stride():
+        return held.copy_(tensor, non_blocking=True)
+    # One thread, one memcpy: 3 times as fast as copy_ on two cores, and ten times where other
+    # processes keep them busy (yolov8m: 60 ms against 200, measured).
+    np.copyto(_bytes(held), _bytes(tensor))
+    return held
+
+
+def _bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the bytes of a tensor without gaps, in the order they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def _mapped(value: Any, leaf: Callable[[_Place, Tensor], Tensor], place: _Place = ()) -> Any:
+    """Copy nested dicts, lists and tuples with each tensor replaced; other leaves are shared."""
+    match value:
+        case Tensor():
+            return leaf(place, value)
+        case dict():
+            return {key: _mapped(item, leaf, (*place, key)) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_mapped(x, leaf, (*place, i)) for i, x in enumerate(value))
+    return value
