@@ -170,6 +170,9 @@ class TrainConfig:
     tensorboard_port: int = setting(
         6006, "port of the server; the next free one if taken", low=0, high=65535
     )
+    profile: bool = setting(
+        False, "profile a few early steps: TensorBoard's profiler tab, and profile.txt"
+    )
     export: str | None = setting(None, "export best.pt after training", choices=(None, "onnx"))
 
     def __post_init__(self) -> None:

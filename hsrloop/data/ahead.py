@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.plan import AugmentPlan
+from hsrloop.ops.ranges import named
 
 T = TypeVar("T")
 
@@ -35,14 +36,14 @@ def rendered_ahead(
     """
     device = renderer.device
     if device.type != "cuda":
-        yield from ahead((renderer.pixels(plans), rest) for plans, rest in planned)
+        yield from ahead((_render(renderer, plans), rest) for plans, rest in planned)
         return
     side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream(device))  # the bank may still be filling
 
     def render(plans: Sequence[AugmentPlan]) -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(side_stream):
-            return renderer.pixels(plans), side_stream.record_event()
+            return _render(renderer, plans), side_stream.record_event()
 
     for (images, ready), rest in ahead((render(plans), rest) for plans, rest in planned):
         current = torch.cuda.current_stream(device)
@@ -50,3 +51,8 @@ def rendered_ahead(
         # Without this the memory could be given out again on the side stream while still in use.
         images.record_stream(current)
         yield images, rest
+
+
+def _render(renderer: TorchRenderer, plans: Sequence[AugmentPlan]) -> Tensor:
+    with named("render"):
+        return renderer.pixels(plans)

@@ -22,6 +22,7 @@ from hsrloop.data.scenes.scene import Scenes
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.data.stream import TrainStream
 from hsrloop.data.workers import WorkerDied, WorkerPool
+from hsrloop.ops.ranges import named
 from hsrloop.records import Batch, Position
 
 __all__ = ["TrainLoader", "ValBatch", "ValLoader", "WorkerDied"]
@@ -171,8 +172,9 @@ class TrainLoader:
         images = slot[: 3 * count * side**2].reshape(count, side, side, 3)
         # All plans first, then all pixels: each finds its own code and tables still in cache.
         plans, labels = self._plan(task)
-        for image, plan in zip(images, plans, strict=True):
-            renderer.pixels(plan, self._store, self._refs, image, self._cutouts)
+        with named("render"):
+            for image, plan in zip(images, plans, strict=True):
+                renderer.pixels(plan, self._store, self._refs, image, self._cutouts)
         return self._targets(labels)
 
     def _plan(self, task: _Task) -> tuple[list[AugmentPlan], _Labels]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsrloop.ops.ranges import named
+
 
 class Ema:
     """An exponential moving average of a module, float32, in eval mode.
@@ -31,6 +33,11 @@ class Ema:
             skipped: () bool on the device: True leaves the averaged floats as they are (a step
                 whose gradients overflowed); None means False.
         """
+        with named("EMA"):
+            self._move(module, decay, skipped)
+        self.updates += 1
+
+    def _move(self, module: nn.Module, decay: float, skipped: Tensor | None) -> None:
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
         floats = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
         others = [(ours, theirs) for ours, theirs in pairs if not ours.is_floating_point()]
@@ -43,7 +50,6 @@ class Ema:
             kept = [torch.where(skipped, a, c) for a, c in zip(averages, current, strict=True)]
             torch._foreach_lerp_(averages, kept, 1.0 - decay)
         torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
-        self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"updates", "module"}; the tensors are the live ones, not copies."""

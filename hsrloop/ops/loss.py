@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hsrloop.ops.anchors import anchor_points, at_least_float32, mean_distances
 from hsrloop.ops.assign import Assignment, assign
 from hsrloop.ops.boxes import ciou
+from hsrloop.ops.ranges import named
 from hsrloop.ops.targets import PaddedTargets, pad_targets
 from hsrloop.records import RawPredictions
 
@@ -81,13 +82,15 @@ def detection_loss(
     with torch.autocast(device.type, enabled=False):
         dtype = at_least_float32(raw.class_logits[:0]).dtype
         points, sizes = anchor_points(raw.shapes, strides, device=device, dtype=dtype)
-        boxes = _decoded_columns(raw.box_logits.detach(), points, sizes, reg_max=reg_max)
-        chosen = assign(boxes, raw.class_logits.detach(), targets)
-        box, dfl = _box_terms(raw.box_logits, points, sizes, targets, chosen, reg_max=reg_max)
-        _, classes, anchors = raw.class_logits.shape
-        labels = targets.labels.view(-1)[chosen.box]
-        index = (chosen.image * classes + labels) * anchors + chosen.anchor
-        cls = sparse_bce_sum(raw.class_logits, index, chosen.weight)
+        with named("assign"):
+            boxes = _decoded_columns(raw.box_logits.detach(), points, sizes, reg_max=reg_max)
+            chosen = assign(boxes, raw.class_logits.detach(), targets)
+        with named("loss"):
+            box, dfl = _box_terms(raw.box_logits, points, sizes, targets, chosen, reg_max=reg_max)
+            _, classes, anchors = raw.class_logits.shape
+            labels = targets.labels.view(-1)[chosen.box]
+            index = (chosen.image * classes + labels) * anchors + chosen.anchor
+            cls = sparse_bce_sum(raw.class_logits, index, chosen.weight)
     return LossSums(box=box, cls=cls, dfl=dfl, target_scores=chosen.weight.sum())
 
 

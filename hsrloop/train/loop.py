@@ -18,12 +18,14 @@ from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, St
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.pressure import Pressure, memory_use
 from hsrloop.model.yolo import set_train_mode
+from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train import checkpoint
 from hsrloop.train.checkpoint import RunIdentity
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
+from hsrloop.train.profile import StepProfiler
 from hsrloop.train.state import LOSS_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
@@ -47,6 +49,7 @@ class Runtime:
     stop: Callable[[], bool]
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
     pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
+    profiler: StepProfiler | None = None
 
     @property
     def weights_dir(self) -> Path:
@@ -133,6 +136,8 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         meter.count(samples)
         if runtime.governor is not None:
             runtime.governor.observe()
+        if runtime.profiler is not None:
+            runtime.profiler.step()
         if runtime.stop():
             meter.finish()
             return False
@@ -149,12 +154,17 @@ def set_modes(state: TrainState, config: TrainConfig) -> None:
 
 def by_step(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Group micro-batches into optimizer steps."""
-    step: list[Batch] = []
-    for batch in batches:
-        step.append(batch)
-        if batch.ends_step:
-            yield step
-            step = []
+    source = iter(batches)
+    while True:
+        step: list[Batch] = []
+        with named("data"):
+            for batch in source:
+                step.append(batch)
+                if batch.ends_step:
+                    break
+        if not step:
+            return
+        yield step
 
 
 def validate_epoch(state: TrainState, runtime: Runtime) -> bool:

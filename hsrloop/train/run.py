@@ -42,6 +42,7 @@ from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.pace import choose_micro_batch
 from hsrloop.train.precision import fp16_is_sound, set_kernels
+from hsrloop.train.profile import StepProfiler
 from hsrloop.train.recovery import sizes_trained, start_where_it_fitted, with_recovery
 from hsrloop.train.rehearsal import Rehearsal, most_boxes
 from hsrloop.train.resume import (
@@ -129,7 +130,11 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         governor = SpinGovernor() if state.device.type == "cpu" else None
         if governor is not None:
             closing.callback(governor.close)
-        reason = _go(ready, run_dir, governor, hub, stop)
+        profiler = None
+        if resolved.config.profile:
+            profiler = StepProfiler(run_dir, state.device, hub.emit)
+            closing.callback(profiler.close)
+        reason = _go(ready, run_dir, governor, profiler, hub, stop)
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
@@ -193,6 +198,7 @@ def _go(
     ready: _Ready,
     run_dir: Path,
     governor: SpinGovernor | None,
+    profiler: StepProfiler | None,
     hub: Hub,
     stop: Callable[[], bool],
 ) -> str:
@@ -225,6 +231,7 @@ def _go(
                 stop=stop,
                 governor=governor,
                 pressure=watch(str(state.device)),
+                profiler=profiler,
             )
             rehearsal.run()
             return run_to_end(state, runtime)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hsrloop.model.yolo import forward_train, norms_in_eval
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
+from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch
 from hsrloop.train.state import Commit, TrainState
@@ -111,7 +112,8 @@ def train_step(
     normaliser = totals.target_scores.clamp(min=1.0)
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, samples / state.grad_scale / normaliser)
-    norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    with named("optimizer"):
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     skipped = ~torch.isfinite(norm) if settings.amp else None
@@ -123,7 +125,8 @@ def train_step(
         skipped=skipped,
         ema_decay=ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau),
     )
-    state.scaler.step(state.optimizer)  # the commit point
+    with named("optimizer"):
+        state.scaler.step(state.optimizer)  # the commit point
     state.commit = commit
     finish_commit(state, transaction)
     return samples
@@ -166,12 +169,14 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
     ).to(settings.device)
     single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
     with (
+        named("forward"),
         torch.autocast(settings.device.type, torch.float16, enabled=settings.amp),
         norms_in_eval(state.model, when=single),  # one value a channel has no variance
     ):
         raw = forward_train(state.model, images)
     sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
-    torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
+    with named("backward"):
+        torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
     return sums
 
 

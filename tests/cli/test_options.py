@@ -23,6 +23,7 @@ TRAIN = {
     "--lrf", "--max-objects", "--max-occlusion", "--micro-batch", "--mixup", "--model",
     "--momentum", "--mosaic", "--negative-share", "--no-amp", "--no-auto-scale", "--no-cos-lr",
     "--no-deterministic", "--no-dynamic-synthetic", "--no-llrd", "--no-oom-recovery",
+    "--no-profile", "--profile",
     "--no-tensorboard", "--no-trust-checkpoint", "--object-degrees", "--object-scale-max",
     "--object-scale-min", "--oom-recovery", "--optimizer", "--output", "--patience",
     "--pretrained-lr-scale", "--rehearsal", "--resume", "--save-period", "--scale", "--seed",
