@@ -166,6 +166,9 @@ class TrainConfig:
     )
     # Reports
     save_period: int = setting(0, "keep weights/epochN.pt every N epochs; 0: never", low=0)
+    checkpoint_minutes: float = setting(
+        5.0, "minutes between saves of last.pt within an epoch; 0: at its end only", low=0
+    )
     tensorboard: bool = setting(True, "TensorBoard event files and server")
     tensorboard_port: int = setting(
         6006, "port of the server; the next free one if taken", low=0, high=65535

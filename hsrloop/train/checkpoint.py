@@ -7,11 +7,14 @@ carry names, config and metrics there, without the state.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -42,15 +45,19 @@ class RunIdentity:
     fresh_share: float | None  # of the classes when the run started; None: from scratch
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Any], None], *, check: Callable[[Path], None] | None = None
+) -> None:
     """Write a file so that `path` is at every instant the old content or the new, whole.
 
     Args:
         path: the final name.
         write: called with an open binary file in the same folder.
+        check: called with the new file's name for now, once it is on the disk and before the old
+            one goes; raises OSError when it is not as it should be.
 
     Raises:
-        OutputError: the disk is full or not writable; the old file is untouched.
+        OutputError: the disk is full or not writable, or memory ran out; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,11 +65,14 @@ def write_atomically(path: Path, write: Any) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, MemoryError) as error:  # torch says RuntimeError of a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OutputError(
             f"cannot write {path}: {reason}. Free space or choose --output."
         ) from error
@@ -77,15 +87,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode(errors=SPELLED_OUT)))
 
 
-def save(
-    path: Path,
+def content(
     state: TrainState,
     identity: RunIdentity,
     *,
     metrics: Mapping[str, float],
-    resumable: bool,
-) -> None:
-    """Write a checkpoint; with `resumable` it holds the whole state.
+) -> dict[str, Any]:
+    """Return what a checkpoint holds, none of it shared with the state, and without the state.
 
     Args:
         metrics: ap50, ap50_95, precision, recall of the averaged weights, as far as known.
@@ -102,9 +110,7 @@ def save(
         "epochs_completed": len(state.history),
         "metrics": dict(metrics),
     }
-    if resumable:
-        extra["state"] = state.to_payload()
-    payload = to_ultralytics_checkpoint(
+    return to_ultralytics_checkpoint(
         state.ema.module,
         names=identity.names,
         config=identity.config.to_json(),
@@ -112,7 +118,47 @@ def save(
         epoch=len(state.history) - 1,
         extra={KEY: extra},
     )
-    write_atomically(path, lambda file: torch.save(payload, file))
+
+
+def with_run(whole: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the payload of a `Snapshot` to `content` of the same state: a run can go on from it."""
+    return {**whole, KEY: {**whole[KEY], "state": run}}
+
+
+def write(path: Path, whole: Mapping[str, Any]) -> None:
+    """Write a checkpoint; the file before goes once the new one was read back.
+
+    Raises:
+        OutputError: as `write_atomically`, or what is read back differs from what was written.
+    """
+    write_atomically(path, lambda file: torch.save(whole, file), check=_read_back)
+
+
+def _read_back(path: Path) -> None:
+    """Read a file from its disk, not from memory, and compare its checksums.
+
+    Raises:
+        OSError: it is not what was written.
+    """
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        damaged = damaged_part(file)
+    if damaged is not None:
+        raise OSError(errno.EIO, f"the disk gave back other bytes than were written ({damaged})")
+
+
+def damaged_part(file: IO[bytes]) -> str | None:
+    """Return the first part of a checkpoint that does not match its CRC-32, or None.
+
+    `torch.save` writes a checksum with each tensor; `torch.load` does not look at them. A file that
+    is no archive at all has none: whoever reads it says so.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +179,15 @@ def read(path: Path, *, trust: bool = False) -> Saved:
     """
     if not is_file(path):
         raise CheckpointError(f"{path} is not a file; --resume takes weights/last.pt of a run.")
-    content = read_checkpoint(path, trust=trust)
-    extra = content.get(KEY)
+    whole = read_checkpoint(path, trust=trust)
+    with path.open("rb") as file:
+        damaged = damaged_part(file)
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged ({damaged} does not match its checksum). To start anew from the "
+            f"best weights use --model {path.with_name('best.pt')}."
+        )
+    extra = whole.get(KEY)
     if not isinstance(extra, dict) or not isinstance(extra.get("state"), dict):
         raise CheckpointError(
             f"{path} holds weights but no run to go on with; --resume takes weights/last.pt "

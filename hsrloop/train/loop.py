@@ -7,25 +7,24 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader, ValLoader
-from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, StepDone
+from hsrloop.events import EpochDone, Event, Note, Progress, StepDone
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.pressure import Pressure, memory_use
 from hsrloop.model.yolo import set_train_mode
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
-from hsrloop.train import checkpoint
 from hsrloop.train.checkpoint import RunIdentity
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
 from hsrloop.train.profile import StepProfiler
+from hsrloop.train.saver import Saver
 from hsrloop.train.state import LOSS_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
@@ -40,7 +39,7 @@ class Runtime:
 
     config: TrainConfig
     identity: RunIdentity
-    run_dir: Path
+    saver: Saver
     train_loader: TrainLoader
     val_loader: ValLoader
     settings: StepSettings
@@ -50,11 +49,6 @@ class Runtime:
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
     pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
     profiler: StepProfiler | None = None
-
-    @property
-    def weights_dir(self) -> Path:
-        """Where checkpoints go."""
-        return self.run_dir / "weights"
 
 
 def tail_epochs(config: TrainConfig) -> int:
@@ -141,6 +135,11 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         if runtime.stop():
             meter.finish()
             return False
+        if runtime.saver.due():
+            meter.finish()
+            if state.is_finite():  # else the epoch's end deals with it
+                _save(state, runtime, "last.pt")
+        runtime.saver.poll()
         meter.judge()
     meter.finish()
     return True
@@ -262,15 +261,11 @@ def _save_due(state: TrainState, runtime: Runtime) -> None:
 
 
 def _save(state: TrainState, runtime: Runtime, name: str) -> None:
+    """Copy what a checkpoint holds; it is written while training goes on."""
     row = state.history[-1] if state.history else {}
     metrics = {key: row[key] for key in METRIC_NAMES if key in row}
-    path = runtime.weights_dir / name
-    checkpoint.save(path, state, runtime.identity, metrics=metrics, resumable=name == "last.pt")
-    runtime.emit(
-        CheckpointSaved(
-            path=f"weights/{name}", epoch=len(state.history), sample=state.position.sample
-        )
-    )
+    runtime.saver.put(name, state, metrics)
+    runtime.saver.poll()
 
 
 class _Meter:

@@ -23,7 +23,7 @@ CHANGEABLE = frozenset(
     {"epochs", "patience", "micro_batch", "workers", "cache", "device", "dataset"}
     | {"augment_device"}
     | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
-    | {"save_period", "tensorboard", "tensorboard_port", "export", "profile"}
+    | {"save_period", "checkpoint_minutes", "tensorboard", "tensorboard_port", "export", "profile"}
     | {"trust_checkpoint", "oom_recovery", "rehearsal"}
 )
 

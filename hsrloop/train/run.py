@@ -54,6 +54,7 @@ from hsrloop.train.resume import (
     resumed_rung,
     resumed_settings,
 )
+from hsrloop.train.saver import Saver
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction
 
@@ -134,7 +135,16 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         if resolved.config.profile:
             profiler = StepProfiler(run_dir, state.device, hub.emit)
             closing.callback(profiler.close)
-        reason = _go(ready, run_dir, governor, profiler, hub, stop)
+        saver = closing.enter_context(
+            Saver(
+                run_dir / "weights",
+                ready.identity,
+                hub.emit,
+                minutes=resolved.config.checkpoint_minutes,
+            )
+        )
+        reason = _go(ready, saver, governor, profiler, hub, stop)
+        saver.finish()
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
@@ -196,7 +206,7 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
 
 def _go(
     ready: _Ready,
-    run_dir: Path,
+    saver: Saver,
     governor: SpinGovernor | None,
     profiler: StepProfiler | None,
     hub: Hub,
@@ -222,7 +232,7 @@ def _go(
             runtime = Runtime(
                 config=config,
                 identity=ready.identity,
-                run_dir=run_dir,
+                saver=saver,
                 train_loader=loaders.train,
                 val_loader=loaders.val,
                 settings=ready.settings,

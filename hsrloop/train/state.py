@@ -115,17 +115,22 @@ class TrainState:
         means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
         return {**means, "skipped_steps": skipped}
 
+    def is_finite(self) -> bool:
+        """Return whether the epoch's losses and averaged weights are numbers; reads the device."""
+        if not all(math.isfinite(value) for value in self.mean_losses().values()):
+            return False
+        averages = [t for t in self.ema.module.state_dict().values() if t.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(t).all() for t in averages]).all())
+
     def check_finite(self, lr0: float) -> None:
         """Check that training still computes with numbers; reads the device.
 
         Raises:
             DivergedError: the epoch's losses or the averaged weights are not finite.
         """
-        losses = all(math.isfinite(value) for value in self.mean_losses().values())
-        averages = [t for t in self.ema.module.state_dict().values() if t.is_floating_point()]
-        finite = torch.stack([torch.isfinite(t).all() for t in averages]).all()
-        if losses and bool(finite):
+        if self.is_finite():
             return
+        losses = all(math.isfinite(value) for value in self.mean_losses().values())
         what = "weights are" if losses else "loss is"
         raise DivergedError(
             f"Training diverged in epoch {len(self.history) + 1}: the {what} no finite number. "

@@ -15,7 +15,7 @@ from hsrloop.config import TrainConfig
 
 TRAIN = {
     "--amp", "--annotated-dir", "--augment-device", "--auto-scale", "--backgrounds-dir", "--batch",
-    "--cache",
+    "--cache", "--checkpoint-minutes",
     "--close-mosaic", "--config", "--cos-lr", "--dataset", "--degrees", "--deterministic",
     "--device", "--distractors-dir", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs",
     "--export", "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale",

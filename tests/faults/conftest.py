@@ -22,7 +22,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "scaler update": (torch.amp.GradScaler, "update"),
     "ema": (Ema, "update"),
     "validation": (evaluate, "detect"),
-    "checkpoint": (checkpoint, "save"),
+    "checkpoint": (checkpoint, "content"),
 }
 
 

@@ -133,26 +133,48 @@ def test_forgetting_any_part_of_the_state_shows(
     assert differences(state_of(never_stopped), state_of(stopped.run_dir)) != []
 
 
-def test_killed_between_two_steps_it_goes_on_from_the_last_epoch(
-    settings: Settings, never_stopped: Path
+KILL = """
+import json, os, signal, sys, time
+from pathlib import Path
+from hsrloop.config import resolve
+from hsrloop.train import checkpoint
+from hsrloop.train.run import train
+
+values, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+left = 6  # two epochs, and a step of the third
+
+
+def stop():
+    global left
+    left -= 1
+    if left >= 0:
+        return False
+    place = places.pop(0)
+    (last,) = Path(values["output"]).glob("*/weights/last.pt")
+    while checkpoint.read(last).state["position"] != place:
+        time.sleep(0.05)
+    if not places:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)  # until the saver is ready for the next
+    return False
+
+
+train(resolve([("test", values)]), stop=stop)
+"""
+
+
+@pytest.mark.parametrize("places", [[[2, 0]], [[2, 0], [2, 4]]], ids=["end", "within"])
+def test_killed_it_goes_on_from_the_last_save(
+    places: list[list[int]], settings: Settings, never_stopped: Path
 ) -> None:
-    """SIGKILL leaves last.pt of the newest finished epoch; what was reported beyond is cut back."""
-    script = (
-        "import os, signal, sys, json\n"
-        "from hsrloop.config import resolve\n"
-        "from hsrloop.train.run import train\n"
-        "left = 7\n"
-        "def stop():\n"
-        "    global left\n"
-        "    left -= 1\n"
-        "    if left < 0:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return False\n"
-        "train(resolve([('test', json.loads(sys.argv[1]))]), stop=stop)\n"
-    )
-    values = settings().config.to_json()
+    """SIGKILL leaves last.pt of the newest finished epoch, or of a moment within one.
+
+    What was reported beyond is cut back.
+    """
+    values = settings(checkpoint_minutes=1e-9 if len(places) > 1 else 0).config.to_json()
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(values)], env=env, check=False)
+    command = [sys.executable, "-c", KILL, json.dumps(values), json.dumps(places)]
+    done = subprocess.run(command, env=env, check=False)
     assert done.returncode == -9
     last = newest_unfinished(Path(values["output"]))
     train(resolve([]), resume=last)
