@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from hsrloop.config import TrainConfig
 from hsrloop.errors import ResourceError
 from hsrloop.events import Climbed, Event, Recovered
-from hsrloop.hardware.memory import gpu_neighbours
+from hsrloop.hardware.memory import GIB, gpu_neighbours
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.build import at
 from hsrloop.train.fits import Fits, at_most
@@ -83,7 +84,7 @@ def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
         first = error.__cause__ or error if rehearsal else error
         return _Failure(
             cause,
-            reason=(str(first).splitlines() or [type(first).__name__])[0],
+            reason=_first_line(first),
             validating=_was_validating(error, state),
             rehearsed=rehearsal is not None,
         )
@@ -197,11 +198,45 @@ def _last_words(state: TrainState, failure: _Failure, config: TrainConfig, info:
         return f"{words}, and recovery is off. Use a smaller --micro-batch or --imgsz."
     tried = ", ".join(str(row["change"]) for row in state.recoveries) or "nothing smaller exists"
     words += f" and no smaller settings are left; tried: {tried}."
-    others = gpu_neighbours(info.uuid) if failure.cause is Cause.GPU_MEMORY else ()
+    return words + _advice(failure.cause, info)
+
+
+@contextmanager
+def must_fit(info: DeviceInfo) -> Iterator[None]:
+    """Say it in one line when not even network and optimizer find room; nothing smaller helps.
+
+    Raises:
+        ResourceError: memory ran out meanwhile.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = cause_of(error)
+        if cause is None:
+            raise
+        words = f"{cause.value} ran out before training began ({_first_line(error)})."
+        raise ResourceError(words + _advice(cause, info)) from error
+
+
+def _advice(cause: Cause, info: DeviceInfo) -> str:
+    """Return what a user can do, in sentences that begin with a space."""
+    if cause is not Cause.GPU_MEMORY:
+        return " End other programs, or use a smaller model (-m yolov8n.pt)."
+    words, taken = "", info.total_bytes - info.free_bytes
+    others = gpu_neighbours(info.uuid)
     if others:
         held = ", ".join(f"process {pid} {size // 2**20} MiB" for pid, size in others)
-        words += f" Others hold memory on {info.name}: {held}; end them."
+        words = f" Others hold memory on {info.name}: {held}; end them."
+    elif taken > GIB:  # in a container and under Windows the driver does not tell who
+        words = (
+            f" {taken / GIB:.1f} of the {info.total_bytes / GIB:.1f} GiB of {info.name} were taken "
+            "when the run started; see nvidia-smi for who holds them."
+        )
     return f"{words} Use a smaller model (-m yolov8n.pt), or --device cpu."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sizes_trained(config: TrainConfig, state: TrainState) -> list[int]:

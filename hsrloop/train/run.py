@@ -43,7 +43,7 @@ from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.pace import choose_micro_batch
 from hsrloop.train.precision import fp16_is_sound, set_kernels
 from hsrloop.train.profile import StepProfiler
-from hsrloop.train.recovery import sizes_trained, start_where_it_fitted, with_recovery
+from hsrloop.train.recovery import must_fit, sizes_trained, start_where_it_fitted, with_recovery
 from hsrloop.train.rehearsal import Rehearsal, most_boxes
 from hsrloop.train.resume import (
     check_same,
@@ -169,8 +169,9 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
     fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
     identity = _identity(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
-    amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
-    state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
+    with must_fit(info):
+        amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
+        state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)

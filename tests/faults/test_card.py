@@ -16,11 +16,11 @@ import torch
 from hsrloop.config import Resolved, resolve
 from hsrloop.errors import ResourceError
 from hsrloop.events import Recovered
-from hsrloop.records import Rung
-from hsrloop.train import build, ladder, recovery
+from hsrloop.records import DeviceInfo, Rung
+from hsrloop.train import build, ladder, recovery, run
 from hsrloop.train.run import train
 from tests.conftest import write_tiny_dataset
-from tests.faults.conftest import Card
+from tests.faults.conftest import Card, gpu_error, host_error
 from tests.train.conftest import Recorder, run_settings
 from tests.train.test_resume import StopAfter, differences, state_of
 
@@ -142,6 +142,49 @@ def test_the_last_words_name_who_holds_the_memory(
         "Use a smaller model",
     ):
         assert expected in words
+
+
+GPU = DeviceInfo(kind="cuda", name="Card", total_bytes=8 * 2**30, free_bytes=2 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("error", "info", "others", "said"),
+    [
+        (gpu_error, GPU, ((4711, 3 * 2**30),), "on Card: process 4711 3072 MiB; end them. Use a"),
+        (gpu_error, GPU, (), "6.0 of the 8.0 GiB of Card were taken when the run started"),
+        (gpu_error, dataclasses.replace(GPU, free_bytes=8 * 2**30), (), "GiB.). Use a smaller mod"),
+        (host_error, GPU, (), "End other programs"),
+    ],
+)
+def test_a_network_that_finds_no_room_is_said_in_one_line(
+    error: Callable[[], Exception],
+    info: DeviceInfo,
+    others: tuple[tuple[int, int], ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery, "gpu_neighbours", lambda uuid: others)
+    began = pytest.raises(ResourceError, match="ran out before training began")
+    with began as raised, recovery.must_fit(info):
+        raise error()
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_run_says_so_before_it_makes_its_folder(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise gpu_error()
+
+    monkeypatch.setattr(run, "build_state", full)
+    with pytest.raises(ResourceError, match="GPU memory ran out before training began"):
+        train(settings())
+    assert not list((tmp_path / "runs").glob("*/weights"))
+
+
+def test_other_errors_of_building_are_raised_untouched() -> None:
+    with pytest.raises(ZeroDivisionError), recovery.must_fit(GPU):
+        raise ZeroDivisionError
 
 
 def test_a_rehearsal_finds_the_rung_before_the_first_step_and_the_next_run_knows_it(

@@ -67,18 +67,16 @@ def fits(tmp_path: Path) -> Fits:
     return Fits("key", tmp_path / "cache" / "fits.json")
 
 
-@pytest.fixture
-def made(tmp_path: Path, fits: Fits) -> Rehearsal:
+def make_rehearsal(tmp_path: Path, fits: Fits, device: torch.device) -> Rehearsal:
     """A rehearsal of batch 6 in micro-batches of 4 at 64 px, on a state of its own."""
     resolved = run_settings(tmp_path, tmp_path, batch=6, micro_batch=4)
     _, base = load_model(resolved, ("a", "b"), emit=lambda event: None)
-    cpu = torch.device("cpu")
-    state = build_state(resolved.config, base.module, cpu, fresh_share=None, amp=True)
+    state = build_state(resolved.config, base.module, device, fresh_share=None, amp=True)
     settings = StepSettings(
-        device=cpu,
+        device=device,
         strides=strides(base.module),
         reg_max=reg_max(base.module),
-        amp=False,  # the scaler is on all the same: it is part of the state
+        amp=device.type == "cuda",  # the scaler is on all the same: it is part of the state
         ema_decay=0.9999,
         ema_tau=2000,
     )
@@ -92,3 +90,9 @@ def made(tmp_path: Path, fits: Fits) -> Rehearsal:
         fits=fits,
         emit=lambda event: None,
     )
+
+
+@pytest.fixture
+def made(tmp_path: Path, fits: Fits) -> Rehearsal:
+    """A rehearsal on the CPU."""
+    return make_rehearsal(tmp_path, fits, torch.device("cpu"))

@@ -18,6 +18,7 @@ from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train import rehearsal
 from hsrloop.train.fits import KEPT, Fits, key_of
 from hsrloop.train.rehearsal import Rehearsal, RehearsalFailed, most_boxes, worst_batch
+from tests.train.conftest import make_rehearsal
 from tests.train.test_resume import differences
 
 RUNG = Rung(micro_batch=4, imgsz=64, cache="ram", workers=0, val_batch=4, bank="cv2")
@@ -46,6 +47,15 @@ def test_the_state_stays_as_it_was_bit_for_bit(made: Rehearsal, passes: list[int
     before = everything(made)
     made.rehearse()
     assert passes == [4, 2]  # a whole micro-batch, and the next one beside its gradients
+    assert differences(everything(made), before) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_state_stays_as_it_was_on_a_gpu_in_half_precision(tmp_path: Path, fits: Fits) -> None:
+    made = make_rehearsal(tmp_path, fits, torch.device("cuda", 0))
+    before = everything(made)
+    made.rehearse()
     assert differences(everything(made), before) == []
 
 
