@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 
 from hsrloop.events import EpochDone, Event
-from hsrloop.report.files import replace_text
+from hsrloop.report.files import append, replace_text
 
 FIRST_COLUMNS = (
     "epoch",
@@ -30,20 +29,23 @@ class CsvSink:
         self._path = path
 
     def handle(self, event: Event) -> None:
-        """Write the row of an `EpochDone`; other events are not for a table."""
+        """Write the row of an `EpochDone`; other events are not for a table.
+
+        Raises:
+            OSError: the disk does not take it; nothing of it was written.
+        """
         if not isinstance(event, EpochDone):
             return
         header = _header(self._path)
         new = header is None
         columns = header or [*FIRST_COLUMNS, *(f"lr/{name}" for name in event.lr), *_LAST_COLUMNS]
         cells = _cells(event)
-        with self._path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(columns)
-            writer.writerow([cells.get(column, "") for column in columns])
-            file.flush()
-            os.fsync(file.fileno())
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        if new:
+            writer.writerow(columns)
+        writer.writerow([cells.get(column, "") for column in columns])
+        append(self._path, text.getvalue().encode(), sync=True)
 
     def close(self) -> None:
         """Nothing is held between rows."""

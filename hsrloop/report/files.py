@@ -1,7 +1,8 @@
-"""Files that are whole at every moment."""
+"""Files that are whole at every moment, also on a disk that is full."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,3 +38,26 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def append(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Add `data` to the end of a file, made when it is not there: all of it, or nothing.
+
+    Args:
+        sync: wait until it is on the disk.
+
+    Raises:
+        OSError: the disk does not take it; `filename` is `path`.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            left = memoryview(data)
+            while left:  # a disk that fills takes the first part
+                left = left[file.write(left) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a disk that became read-only keeps the part
+                file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error

@@ -8,24 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from hsrloop.events import Event, is_logged
-from hsrloop.report.files import SPELLED_OUT, json_text, replace_text
+from hsrloop.report.files import SPELLED_OUT, append, json_text, replace_text
 
 
 class TelemetrySink:
     """Appends logged events; each line is handed to the operating system at once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", errors=SPELLED_OUT)
+        self._path = path
 
     def handle(self, event: Event) -> None:
-        """Write the event, unless it is one of the frequent ones."""
+        """Write the event, unless it is one of the frequent ones.
+
+        Raises:
+            OSError: the disk does not take it; nothing of it was written.
+        """
         if is_logged(event):
-            self._file.write(json_text(event.to_json()) + "\n")
-            self._file.flush()
+            line = json_text(event.to_json()) + "\n"
+            append(self._path, line.encode(errors=SPELLED_OUT))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is held between lines."""
 
 
 def cut_back(path: Path, epoch: int, sample: int = 0) -> None:

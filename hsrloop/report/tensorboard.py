@@ -1,20 +1,24 @@
 """TensorBoard: event files of a run, and a server that shows them.
 
-The files are written with TensorBoard's own writer, so this module does not load torch. The server
+The files hold TensorBoard's own records, so this module does not load torch. The server
 is a process of its own that ends with ours, however ours ends (`tensorboard_server`).
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import selectors
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from hsrloop.events import Climbed, EpochDone, Event, Note, Recovered, RunStarted
-from hsrloop.report.files import SPELLED_OUT
+from hsrloop.report.files import SPELLED_OUT, append
 
 _LOG = logging.getLogger(__name__)
 _START_LIMIT_S = 30.0  # a guess; 3 s on an idle machine
@@ -23,31 +27,41 @@ _START_LIMIT_S = 30.0  # a guess; 3 s on an idle machine
 class TensorBoardSink:
     """Writes losses, metrics, speed and the learning rate of each group, a point per epoch.
 
+    TensorBoard's own writer has a thread, which a full disk ends together with what it was given;
+    so its records are appended here, each before `handle` returns.
+
     Args:
         logdir: made when it is not there.
         purge_step: on resume, the first epoch to be run again; older points from it on are hidden.
+
+    Raises:
+        OSError: the disk does not take the file's first record.
     """
 
     def __init__(self, logdir: Path, *, purge_step: int | None = None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event as Record
         from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         logdir.mkdir(parents=True, exist_ok=True)
         self._record = Record
-        self._writer = EventFileWriter(str(logdir), flush_secs=10)
+        now = time.time_ns()
+        place = f"{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
+        self._path = logdir / f"events.out.tfevents.{place}"
+        start = [Record(wall_time=time.time(), file_version="brain.Event:2")]
         if purge_step is not None:
             restart = SessionLog(status=SessionLog.START)
-            self._writer.add_event(
-                Record(wall_time=time.time(), step=purge_step, session_log=restart)
-            )
+            start.append(Record(wall_time=time.time(), step=purge_step, session_log=restart))
+        self._append(*start)
 
     def handle(self, event: Event) -> None:
-        """Write the points of an `EpochDone`, and notes and settings as text."""
+        """Write the points of an `EpochDone`, and notes and settings as text.
+
+        Raises:
+            OSError: the disk does not take it; nothing of it was written.
+        """
         match event:
             case EpochDone():
                 self._scalars(event)
-                self._writer.flush()
             case RunStarted():
                 lines = [f"| {key} | {value} |" for key, value in sorted(event.config.items())]
                 table = "\n".join(["| setting | value |", "|---|---|", *lines])
@@ -61,8 +75,16 @@ class TensorBoardSink:
                 self._text("run/warnings", event.text, step=0)
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Nothing is held between records."""
+
+    def _append(self, *records: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        framed = io.BytesIO()
+        writer = RecordWriter(framed)
+        for record in records:
+            writer.write(record.SerializeToString())
+        append(self._path, framed.getvalue())
 
     def _scalars(self, event: EpochDone) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -79,7 +101,7 @@ class TensorBoardSink:
             **{f"lr/{name}": rate for name, rate in event.lr.items()},
         }
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
-        self._writer.add_event(
+        self._append(
             self._record(
                 wall_time=event.time or time.time(),
                 step=event.epoch,
@@ -91,9 +113,7 @@ class TensorBoardSink:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         spelled = text.encode(errors=SPELLED_OUT).decode()
-        self._writer.add_event(
-            self._record(wall_time=time.time(), step=step, summary=text_pb(tag, spelled))
-        )
+        self._append(self._record(wall_time=time.time(), step=step, summary=text_pb(tag, spelled)))
 
 
 class Server:
