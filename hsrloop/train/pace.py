@@ -13,7 +13,7 @@ from torch import Tensor
 from hsrloop.data.pixels.bank import BANK_SHARE, BYTES_PER_PIXEL
 from hsrloop.data.pixels.store import stored_size
 from hsrloop.data.sets.dataset import ImageRef
-from hsrloop.events import Note
+from hsrloop.events import Note, Progress
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, cause_of
 from hsrloop.train.loop import set_modes
 from hsrloop.train.recovery import free_memory
@@ -22,6 +22,7 @@ from hsrloop.train.step import forward_backward
 
 TIMED_S = 0.5  # of passes for each size, at least two of them (a guess: 3% apart at worst)
 AS_FAST = 0.97  # of the best rate: nobody sees the difference, BatchNorm sees more images
+TASK = "trying micro-batches"
 Clock = Callable[[], float]
 
 
@@ -97,8 +98,15 @@ def choose_micro_batch(
         text = f"micro_batch {chosen}, as chosen by an earlier run on this machine"
     else:
         taken = _room_for(images, rehearsal)
-        pace = measure(sizes_to_try(batch), lambda size: rate(rehearsal, size, clock))
+        sizes = sizes_to_try(batch)
+
+        def tried(size: int) -> float:
+            rehearsal.emit(Progress(task=TASK, done=sizes.index(size), total=len(sizes)))
+            return rate(rehearsal, size, clock)
+
+        pace = measure(sizes, tried)
         del taken
+        rehearsal.emit(Progress(task=TASK, done=len(sizes), total=len(sizes)))
         chosen, text = pace.best, str(pace)
     state.rung = dataclasses.replace(state.rung, micro_batch=chosen, val_batch=chosen)
     rehearsal.emit(Note(text=text))

@@ -84,7 +84,9 @@ def test_the_faster_one_is_chosen_and_nothing_else_of_the_state_changes(
     choose_micro_batch(made, (), clock=SlowInPasses(monkeypatch))
     after = made.state.to_payload()
     assert (made.state.rung.micro_batch, made.state.rung.val_batch) == (4, 4)
-    assert said[0].text == "micro_batch 4 is chosen (4: 4.0 images/s, 6: 2.0 images/s)"
+    progress = [(event.done, event.total) for event in said[:-1]]
+    assert progress == [(0, 2), (1, 2), (2, 2)]
+    assert said[-1].text == "micro_batch 4 is chosen (4: 4.0 images/s, 6: 2.0 images/s)"
     assert differences({**after, "rung": 0}, {**before, "rung": 0}) == []
 
 
