@@ -88,7 +88,7 @@ class EpochDone(Event):
     images_per_s: float
     train_s: float
     val_s: float
-    skipped_steps: int  # by the GradScaler, in this epoch
+    skipped_steps: int  # of this epoch, for loss or gradient that was no finite number
     micro_batch: int  # at the epoch's end, as is imgsz
     imgsz: int
     best: bool
@@ -122,6 +122,20 @@ class Climbed(Event):
     change: str  # such as "micro_batch 4 -> 8"
     rung: dict[str, Any]  # records.Rung, after the change
     epoch: int  # epochs completed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack(Event):
+    """Steps or weights were no finite numbers; the run went back, with lower scales."""
+
+    cause: str
+    number: int  # of this run's rollbacks, from 1
+    most: int  # of them that there may be
+    step: int  # optimizer steps done when it was found
+    epoch: int  # epochs completed
+    sample: int  # samples of the next epoch that stay trained
+    lr_scale: float  # of the planned learning rate, from now on
+    loss_scale: float  # in fp16; 1 without mixed precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +185,7 @@ _KINDS: Mapping[str, type[Event]] = {
         Note,
         Recovered,
         Climbed,
+        RolledBack,
         CheckpointSaved,
         RunStopped,
         RunFinished,

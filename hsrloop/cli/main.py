@@ -277,6 +277,36 @@ def bench(
     click.get_current_context().exit(code)
 
 
+@main.command()
+@click.argument("capsule", type=click.Path(path_type=Path))
+@click.option("--device", help="auto, cpu, cuda or cuda:N; the kind it was written on by default.")
+@click.option("--float32", is_flag=True, help="Without mixed precision.")
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Picture of the batch; beside the capsule by default.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write everything but the weights as JSON: plans, boxes, settings, numbers.",
+)
+def replay(
+    capsule: Path, device: str | None, float32: bool, sheet: Path | None, json_file: Path | None
+) -> None:
+    """Take the step again at which a diverged run gave up (RUN/capsule_N.pt).
+
+    Needs no data set. The exit code is 0 when the same happens again, 1 when not.
+    """
+    from hsrloop.cli.replay import run_replay
+
+    code = run_replay(capsule, device=device, float32=float32, sheet=sheet, json_file=json_file)
+    click.get_current_context().exit(code)
+
+
 @main.group()
 def weights() -> None:
     """Pretrained weights."""

@@ -83,10 +83,10 @@ class TrainLoader:
         renderer: TorchRenderer | None = None,
     ) -> None:
         self.batch = config.batch
-        self._stream = TrainStream.of(refs, config, scenes)
-        self.n_samples = self._stream.n_samples
+        self.stream = TrainStream.of(refs, config, scenes)
+        self.n_samples = self.stream.n_samples
         self.micro_batch = min(micro_batch or config.largest_micro_batch, config.batch)
-        self._refs = self._stream.images
+        self._refs = self.stream.images
         self._store = store
         self._cutouts = cutouts
         self.workers = workers
@@ -117,7 +117,7 @@ class TrainLoader:
         return self._run(position, mosaic)
 
     def _run(self, position: Position, mosaic: bool) -> Iterator[Batch]:
-        order = self._stream.order(position.epoch)
+        order = self.stream.order(position.epoch)
         tasks, ends = [], []
         for start in range(position.sample, self.n_samples, self.batch):
             stop = min(start + self.batch, self.n_samples)
@@ -178,8 +178,8 @@ class TrainLoader:
         return self._targets(labels)
 
     def _plan(self, task: _Task) -> tuple[list[AugmentPlan], _Labels]:
-        plans = [self._stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
-        return plans, [self._stream.labels(plan, self._store.imgsz) for plan in plans]
+        plans = [self.stream.plan(task.epoch, i, mosaic=task.mosaic) for i in task.indices]
+        return plans, [self.stream.labels(plan, self._store.imgsz) for plan in plans]
 
     def _targets(self, planned: _Labels) -> _Targets:
         """Join the labels of a task whose images are rendered: which are broken is known then."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hsrloop.errors import WeightsError
 from hsrloop.model import yolo
+from hsrloop.model.blueprint import shape_like
 from hsrloop.model.safe_load import read_checkpoint, tensors, walk
 
 _HEAD = f"model.{len(yolo.LAYERS) - 1}"
@@ -71,7 +72,7 @@ def load_base(
     module = yolo.build(f"yolov8{found.scale}.yaml", names=wanted, seed=seed)
     rows = _matching_rows(found.names, wanted)
     try:
-        _shape_like(module, found)
+        shape_like(module, _blueprint_of(found))
         _fill(module, found, names=wanted, rows=rows, seed=seed)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise _not_yolov8(found.path, str(error).splitlines()[-1].strip()[:160]) from error
@@ -147,26 +148,21 @@ def _matching_rows(have: Sequence[str], want: Sequence[str]) -> list[int | None]
     return [rows.get(name.strip().lower()) for name in want]
 
 
-def _shape_like(module: nn.Module, found: _Source) -> None:
-    """Give the module what a file may differ in: class branch width, activations, norms."""
-    conv: Any = type(yolo.layers(module)[0])
-    for level, branch in enumerate(yolo.head(module).cv3):
-        width = found.weights[f"{_HEAD}.cv3.{level}.0.conv.weight"].shape[0]
-        if width != branch[0].conv.out_channels:
-            branch[0] = conv(branch[0].conv.in_channels, width, 3)
-            branch[1] = conv(width, width, 3)
-            branch[2] = nn.Conv2d(width, branch[2].out_channels, 1)
-    acts = {"SiLU": nn.SiLU(), "Identity": nn.Identity()}
-    part: Any
-    for name, part in module.named_modules():
-        if isinstance(part, conv):
-            act = type(vars(found.parts[name])["_modules"]["act"]).__name__
-            if act not in acts:
-                raise ValueError(f"activation {act} at {name}")
-            part.act = acts[act]
-        elif isinstance(part, nn.BatchNorm2d):
-            constants = vars(found.parts[name])
-            part.eps, part.momentum = float(constants["eps"]), float(constants["momentum"])
+def _blueprint_of(found: _Source) -> dict[str, Any]:
+    """Return what a file's network differs in, as `blueprint` says it."""
+    parts = {name: vars(part) for name, part in found.parts.items()}
+    acts = {n: p["_modules"]["act"] for n, p in parts.items() if "act" in p.get("_modules", {})}
+    return {
+        "class_widths": [
+            found.weights[f"{_HEAD}.cv3.{level}.0.conv.weight"].shape[0] for level in range(3)
+        ],
+        "activations": {name: type(act).__name__ for name, act in acts.items()},
+        "norms": {
+            n: [p["eps"], p["momentum"]]
+            for n, p in parts.items()
+            if "running_mean" in p.get("_buffers", {})
+        },
+    }
 
 
 def _fill(

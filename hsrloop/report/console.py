@@ -21,6 +21,7 @@ from hsrloop.events import (
     Event,
     Note,
     Recovered,
+    RolledBack,
     RunFinished,
     RunStarted,
     RunStopped,
@@ -90,6 +91,9 @@ class ConsoleSink:
                 self._note(Note(text=_recovered(event), level="warning"))
             case Climbed():
                 self._note(Note(text=f"There is room to spare again: {event.change} is tried."))
+            case RolledBack():
+                self._drop("epoch")
+                self._note(Note(text=_rollback_sentence(event), level="warning"))
             case RunStopped():
                 self._hide_bar()
                 self._console.print(f"Stopped ({event.reason}). {event.text}", soft_wrap=True)
@@ -152,7 +156,7 @@ class ConsoleSink:
         self._rows += 1
         self._line(Text(_epoch_row(event), style="green" if event.best else ""))
         if event.skipped_steps:
-            self._line(Text(f"        {_skipped(event)} for overflow in fp16", style="dim"))
+            self._line(Text(f"        {_skipped(event)}: no finite loss or gradient", style="dim"))
 
     def _note(self, event: Note) -> None:
         if event.level == "warning":
@@ -284,6 +288,15 @@ def _recovered(event: Recovered) -> str:
     if event.rehearsed:
         return f"{event.cause} would run out: {event.change}. Found out in a rehearsal."
     return f"{event.cause} ran out: {event.change}. Training goes on from where it stood."
+
+
+def _rollback_sentence(event: RolledBack) -> str:
+    place = f"sample {event.sample} of" if event.sample else "the start of"
+    scale = f", loss scale {event.loss_scale:g}" if event.loss_scale != 1 else ""
+    return (
+        f"{event.cause} (step {event.step}): back to {place} epoch {event.epoch + 1}, learning "
+        f"rate x {event.lr_scale:g}{scale} ({event.number} of at most {event.most} times)."
+    )
 
 
 def _skipped(event: EpochDone) -> str:

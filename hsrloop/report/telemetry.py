@@ -31,27 +31,37 @@ class TelemetrySink:
         """Nothing is held between lines."""
 
 
-def cut_back(path: Path, epoch: int, sample: int = 0) -> None:
+def cut_back(path: Path, epoch: int, sample: int = 0, *, rollbacks: int = 0) -> None:
     """Drop what a run said after its checkpoint, so that it can be said again.
 
     Cuts at the first line that lies beyond the checkpoint: an `EpochDone` of a later epoch, a
-    `CheckpointSaved` of a later position, the run's end, or a line cut off by a crash.
+    `CheckpointSaved` of a later position, a later rollback, the run's end, or a line cut off by a
+    crash. What stands before the last rollback that the checkpoint knows of was said before it.
 
     Args:
         path: events.jsonl; a file that is not there stays so.
         epoch: epochs completed at the checkpoint.
         sample: samples of the next epoch already trained at the checkpoint.
+        rollbacks: of the run at the checkpoint.
     """
     if not path.exists():
         return
-    kept: list[str] = []
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            event = _parse(line)
-            if event is None or _is_beyond(event, (epoch, sample)):
-                break
-            kept.append(line)
-    replace_text(path, "".join(kept))
+        lines = list(file)
+    events = [_parse(line) for line in lines]
+    past = 0
+    for number, event in enumerate(events):
+        if event is not None and _rollback(event) in range(1, rollbacks + 1):
+            past = number + 1
+    end = next(
+        (
+            number
+            for number, event in enumerate(events[past:], past)
+            if event is None or _is_beyond(event, (epoch, sample)) or _rollback(event)
+        ),
+        len(lines),
+    )
+    replace_text(path, "".join(lines[:end]))
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -73,6 +83,12 @@ def _is_beyond(event: dict[str, Any], position: tuple[int, int]) -> bool:
         case "RunFinished":
             return True
     return False
+
+
+def _rollback(event: dict[str, Any]) -> int:
+    """Return which rollback an event tells of, from 1; 0: none."""
+    number = event.get("number") if event.get("event") == "RolledBack" else 0
+    return number if isinstance(number, int) else 0
 
 
 def _number(event: dict[str, Any], key: str) -> float:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hsrloop.events import Climbed, EpochDone, Event, Note, Recovered, RunStarted
+from hsrloop.events import Climbed, EpochDone, Event, Note, Recovered, RolledBack, RunStarted
 from hsrloop.report.files import SPELLED_OUT, append
 
 _LOG = logging.getLogger(__name__)
@@ -71,6 +71,9 @@ class TensorBoardSink:
                 self._text("run/recoveries", text, step=event.epoch)
             case Climbed():
                 self._text("run/recoveries", f"room to spare: {event.change}", step=event.epoch)
+            case RolledBack():
+                text = f"{event.cause}: learning rate x {event.lr_scale:g} from here on"
+                self._text("run/rollbacks", text, step=event.epoch)
             case Note(level="warning"):
                 self._text("run/warnings", event.text, step=0)
 

@@ -153,7 +153,7 @@ def build_state(
         grad_scale=initial_grad_scale(config.batch) if amp else 1.0,
         batch=config.batch,
         rung=first_rung(config),
-        loss_sums=torch.zeros(5, dtype=torch.float64, device=device),
+        loss_sums=torch.zeros(6, dtype=torch.float64, device=device),
     )
 
 

@@ -15,10 +15,10 @@ import yaml
 from hsrloop.config import TrainConfig
 from hsrloop.errors import CheckpointError, OutputError
 from hsrloop.paths import exists, expanded, is_file, is_folder
-from hsrloop.records import Position
 from hsrloop.report import csv, telemetry
 from hsrloop.report.files import json_text
 from hsrloop.train.checkpoint import write_text
+from hsrloop.train.state import TrainState
 
 try:
     import fcntl
@@ -197,13 +197,15 @@ def _is_running(run_dir: Path) -> bool:
         return True
 
 
-def cut_back(run_dir: Path, *, epochs: int, position: Position) -> None:
+def cut_back(run_dir: Path, state: TrainState) -> None:
     """Drop what the reports say beyond a checkpoint, so that a resumed run writes it once."""
     (run_dir / RESULT).unlink(missing_ok=True)  # the run is unfinished again
     for stale in (run_dir / "weights").glob(".*.tmp"):
         stale.unlink()
+    epochs, sample = len(state.history), state.position.sample
     csv.cut_back(run_dir / "results.csv", epochs)
-    telemetry.cut_back(run_dir / "events.jsonl", epochs, position.sample)
+    rollbacks = len(state.rollbacks)
+    telemetry.cut_back(run_dir / "events.jsonl", epochs, sample, rollbacks=rollbacks)
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:

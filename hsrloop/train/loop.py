@@ -20,8 +20,10 @@ from hsrloop.model.yolo import set_train_mode
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
+from hsrloop.train.capsule import diverged
 from hsrloop.train.checkpoint import RunIdentity
 from hsrloop.train.evaluate import evaluate
+from hsrloop.train.guard import Guard, LastStep, unsound
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.saver import Saver
@@ -44,6 +46,7 @@ class Runtime:
     val_loader: ValLoader
     settings: StepSettings
     transaction: Transaction
+    guard: Guard
     emit: Callable[[Event], None]
     stop: Callable[[], bool]
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
@@ -82,11 +85,12 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     """
     config = runtime.config
     while True:
+        _go_back_if_due(state, runtime)
         validated = len(state.history)
         _save_due(state, runtime)  # what memory ran out for when it was due
         if validated < state.position.epoch:
-            state.check_finite(config.lr0)
-            if not validate_epoch(state, runtime):
+            runtime.guard.due = unsound(state)
+            if runtime.guard.due is None and not validate_epoch(state, runtime):
                 return _interrupt(state, runtime)
         elif state.position.epoch + state.epochs_skipped >= config.epochs:
             return "patience" if state.epochs_skipped else "completed"
@@ -105,19 +109,26 @@ def next_larger(state: TrainState, config: TrainConfig) -> Rung | None:
 
 
 def train_epoch(state: TrainState, runtime: Runtime) -> bool:
-    """Train from the state's position to the end of its epoch; False when asked to stop."""
-    config, loader = runtime.config, runtime.train_loader
+    """Train from the state's position to the end of its epoch, or until the guard must go back.
+
+    Returns:
+        False when asked to stop.
+    """
+    config, loader, guard = runtime.config, runtime.train_loader, runtime.guard
     epoch = state.position.epoch
     planned = epoch + state.epochs_skipped
     if state.position.sample == 0:
-        state.loss_sums.zero_()
+        state.begin_epoch()
+    guard.begin(state)
     set_modes(state, config)
     transaction = runtime.transaction
     meter = _Meter(state, runtime)
-    batches = loader.batches(state.position, mosaic=planned < config.epochs - tail_epochs(config))
+    mosaic = planned < config.epochs - tail_epochs(config)
+    batches = loader.batches(state.position, mosaic=mosaic)
     for micro_batches in by_step(batches):
         step = planned * len(loader) + state.position.sample // config.batch
-        lr = learning_rate(config, step, len(loader))
+        lr = state.lr_scale * learning_rate(config, step, len(loader))
+        guard.last = LastStep(state.position, micro_batches, mosaic, lr)
         transaction.begin()
         try:
             samples = train_step(
@@ -128,6 +139,9 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
                 transaction.roll_back()
             raise
         meter.count(samples)
+        if guard.persists(state):
+            guard.due = unsound(state)
+            break
         if runtime.governor is not None:
             runtime.governor.observe()
         if runtime.profiler is not None:
@@ -137,7 +151,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
             return False
         if runtime.saver.due():
             meter.finish()
-            if state.is_finite():  # else the epoch's end deals with it
+            if unsound(state) is None:  # else the epoch's end deals with it
                 _save(state, runtime, "last.pt")
         runtime.saver.poll()
         meter.judge()
@@ -241,8 +255,33 @@ def _epoch_event(state: TrainState, runtime: Runtime, val_s: float, best: bool) 
     )
 
 
+def _go_back_if_due(state: TrainState, runtime: Runtime) -> None:
+    """Do what the guard asks for.
+
+    Raises:
+        DivergedError: it was done too often; the last step lies in a capsule then.
+    """
+    guard = runtime.guard
+    if guard.due is None:
+        return
+    if guard.can_go_back(state):
+        runtime.emit(guard.go_back(state))
+        return
+    raise diverged(
+        state,
+        runtime.transaction,
+        guard.last,
+        cause=guard.due,
+        run_dir=guard.run_dir,
+        identity=runtime.identity,
+        settings=runtime.settings,
+        loader=runtime.train_loader,
+    )
+
+
 def _interrupt(state: TrainState, runtime: Runtime) -> str:
-    state.check_finite(runtime.config.lr0)
+    runtime.guard.due = unsound(state)
+    _go_back_if_due(state, runtime)
     _save(state, runtime, "last.pt")
     return "interrupted"
 

@@ -37,6 +37,7 @@ from hsrloop.train.build import (
 )
 from hsrloop.train.checkpoint import RunIdentity, Saved
 from hsrloop.train.fits import Fits, key_of
+from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
@@ -123,7 +124,7 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
             run_dir = folder.make_run_folder(folder.output_of(resolved.config))
             closing.enter_context(folder.held(run_dir))
         else:
-            folder.cut_back(run_dir, epochs=len(state.history), position=state.position)
+            folder.cut_back(run_dir, state)
         server = _open_reports(hub, run_dir, resolved, state)
         if server is not None:
             closing.callback(server.close)
@@ -143,7 +144,8 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
                 minutes=resolved.config.checkpoint_minutes,
             )
         )
-        reason = _go(ready, saver, governor, profiler, hub, stop)
+        guard = Guard(state, run_dir)
+        reason = _go(ready, saver, guard, governor, profiler, hub, stop)
         saver.finish()
     return _finish(state, resolved, run_dir, reason, server, hub)
 
@@ -208,6 +210,7 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
 def _go(
     ready: _Ready,
     saver: Saver,
+    guard: Guard,
     governor: SpinGovernor | None,
     profiler: StepProfiler | None,
     hub: Hub,
@@ -238,6 +241,7 @@ def _go(
                 val_loader=loaders.val,
                 settings=ready.settings,
                 transaction=transaction,
+                guard=guard,
                 emit=hub.emit,
                 stop=stop,
                 governor=governor,
@@ -307,6 +311,7 @@ def _finish(
         "epochs_completed": len(state.history),
         "stopped_by": reason,
         "recoveries": state.recoveries,
+        "rollbacks": state.rollbacks,
         "imgsz_trained": sizes_trained(resolved.config, state),
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,20 @@ class Snapshot:
         """Bytes of the tensors held."""
         return sum(tensor.nbytes for tensor in self._held.values())
 
-    def restore(self, state: TrainState) -> None:
-        """Bring `state`, the one that was taken, back to what is held, which stays as it is."""
+    def restore(self, state: TrainState, *, only: Collection[str] = ()) -> None:
+        """Bring `state`, the one that was taken, back to what is held, which stays as it is.
+
+        Args:
+            only: the parts of the payload that go back; none named: all.
+        """
 
         def apart(place: _Place, tensor: Tensor) -> Tensor:
             # Optimizers keep the tensors they are given when these are on their device.
             return tensor.clone() if place[0] == "optimizer" else tensor
 
-        state.load_payload(_mapped(self.payload, apart))
+        held = _mapped(self.payload, apart)
+        wanted = {key: value for key, value in held.items() if not only or key in only}
+        state.load_payload({**state.to_payload(), **wanted})
 
     def _into_held(self, place: _Place, tensor: Tensor) -> Tensor:
         held = self._held.get(place)

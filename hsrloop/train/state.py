@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsrloop.errors import CheckpointError, DivergedError
+from hsrloop.errors import CheckpointError
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Position, Rung
@@ -26,6 +25,8 @@ _COUNTERS = (
     "epochs_skipped",
     "recoveries",
     "climbed",
+    "lr_scale",
+    "rollbacks",
     "elapsed_s",
     "epoch_s",
     "val_s_per_epoch",
@@ -44,7 +45,7 @@ class Commit:
     after: Position
     totals: LossSums
     normaliser: Tensor
-    skipped: Tensor | None
+    skipped: Tensor  # () bool on the device
     ema_decay: float
     done: int = 0
 
@@ -53,8 +54,9 @@ class Commit:
 class TrainState:
     """Weights, their average, the optimizer, and where the run stands.
 
-    `loss_sums` is (5,) float64 on the device: box, cls and dfl loss (normalised, gain-weighted)
-    added up over the epoch's steps, the number of these steps, and how many more overflowed fp16.
+    `loss_sums` is (6,) float64 on the device: box, cls and dfl loss (normalised, gain-weighted)
+    added up over the epoch's steps, the number of these steps, how many more were skipped because
+    they were no finite numbers, and how many in a row up to now, over epochs.
     """
 
     model: nn.Module
@@ -77,6 +79,8 @@ class TrainState:
     val_s_per_epoch: float = 0.0  # of the last validation: for the time left
     recoveries: list[dict[str, Any]] = field(default_factory=list)  # events.Recovered as dicts
     climbed: bool = False  # a larger micro-batch was tried again; once is enough
+    lr_scale: float = 1.0  # of the planned learning rate; halved by each rollback
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)  # events.RolledBack as dicts
     commit: Commit | None = None  # of a step in progress; never saved
     last_saved: bool = True  # False: an epoch's last.pt is still to be written; never saved
 
@@ -96,47 +100,29 @@ class TrainState:
         if saved:
             self.scaler.load_state_dict(dict(saved))
 
-    def record_losses(self, totals: LossSums, normaliser: Tensor, skipped: Tensor | None) -> None:
+    def record_losses(self, totals: LossSums, normaliser: Tensor, skipped: Tensor) -> None:
         """Add one step's losses to the epoch's; nothing is read back from the device."""
         terms = torch.stack(
             (GAINS.box * totals.box, GAINS.cls * totals.cls, GAINS.dfl * totals.dfl)
         )
         terms = terms / normaliser
-        if skipped is not None:  # what overflowed trained nothing, and may be no number
-            terms = torch.where(skipped, torch.zeros_like(terms), terms)
-            self.loss_sums[4] += skipped
-        self.loss_sums[:3] += terms
-        self.loss_sums[3] += 1 if skipped is None else ~skipped
+        # What is no number was not trained on.
+        terms = torch.where(skipped, torch.zeros_like(terms), terms)
+        counts = torch.stack((~skipped, skipped))
+        added = torch.cat((terms.to(self.loss_sums.dtype), counts))
+        in_a_row = (self.loss_sums[5:] + 1) * skipped
+        self.loss_sums.copy_(torch.cat((self.loss_sums[:5] + added, in_a_row)))
+
+    def begin_epoch(self) -> None:
+        """Set the epoch's sums to zero."""
+        self.loss_sums[:5].zero_()
 
     def mean_losses(self) -> dict[str, float]:
         """Return the epoch's mean losses so far and its `skipped_steps`; reads the device once."""
-        box, cls, dfl, steps, skipped = self.loss_sums.tolist()
+        box, cls, dfl, steps, skipped, _ = self.loss_sums.tolist()
         count = max(steps, 1.0)
         means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
         return {**means, "skipped_steps": skipped}
-
-    def is_finite(self) -> bool:
-        """Return whether the epoch's losses and averaged weights are numbers; reads the device."""
-        if not all(math.isfinite(value) for value in self.mean_losses().values()):
-            return False
-        averages = [t for t in self.ema.module.state_dict().values() if t.is_floating_point()]
-        return bool(torch.stack([torch.isfinite(t).all() for t in averages]).all())
-
-    def check_finite(self, lr0: float) -> None:
-        """Check that training still computes with numbers; reads the device.
-
-        Raises:
-            DivergedError: the epoch's losses or the averaged weights are not finite.
-        """
-        if self.is_finite():
-            return
-        losses = all(math.isfinite(value) for value in self.mean_losses().values())
-        what = "weights are" if losses else "loss is"
-        raise DivergedError(
-            f"Training diverged in epoch {len(self.history) + 1}: the {what} no finite number. "
-            f"What was saved before stays as it is. Start again with a smaller learning rate, such "
-            f"as --lr0 {lr0 / 10:g}; if that does not help, look the data over: hsrloop check."
-        )
 
     def to_payload(self) -> dict[str, Any]:
         """Return everything as tensors and plain containers; tensors are not copied."""

@@ -5,12 +5,16 @@ accumulated over micro-batches, and before clipping the gradient is multiplied b
 n / (k * max(S, 1)), where n counts the samples, S is the sum of target scores over all of them and
 k the constant that keeps fp16 gradients in range. How a batch is split changes nothing but
 BatchNorm's statistics and rounding.
+
+A step whose loss or gradient is no finite number moves the position and nothing else. On CUDA that
+is decided on the device, so that the host need not wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +23,7 @@ from hsrloop.model.yolo import forward_train, norms_in_eval
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
-from hsrloop.records import Batch
+from hsrloop.records import Batch, Position
 from hsrloop.train.state import Commit, TrainState
 
 MAX_GRADIENT_NORM = 10.0  # Source: ultralytics@8.4.190, trainer's optimizer_step
@@ -92,13 +96,51 @@ def train_step(
         state: changed in place, from the commit on.
         micro_batches: the samples of this step, the last one with `ends_step`.
         settings: constants of the runtime.
-        transaction: begun before this step; needed to undo what an overflow leaves in BatchNorm.
+        transaction: begun before this step; needed to undo what a step that is no finite number
+            leaves in BatchNorm.
         lr: learning rate of this step, warm-up included; each group multiplies it by its lr_scale.
 
     Returns:
         The number of samples trained.
     """
-    parameters = [p for g in state.optimizer.param_groups for p in g["params"]]
+    sought = accumulate(state, micro_batches, settings)
+    with named("optimizer"):
+        norm = nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
+    skipped = ~(torch.isfinite(norm) & torch.isfinite(GAINS.weigh(sought.totals)))  # () bool
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    commit = Commit(
+        samples=sought.samples,
+        after=sought.after,
+        totals=sought.totals,
+        normaliser=sought.normaliser,
+        skipped=skipped,
+        ema_decay=ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau),
+    )
+    with named("optimizer"):
+        _step_unless(skipped, state.optimizer)  # the commit point
+    state.commit = commit
+    finish_commit(state, transaction)
+    return sought.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """What a step's samples ask for; the gradient itself lies in the parameters' `grad`."""
+
+    samples: int
+    after: Position
+    totals: LossSums
+    normaliser: Tensor  # () max(S, 1)
+
+
+def trained_parameters(state: TrainState) -> list[nn.Parameter]:
+    """Return the parameters that the optimizer moves."""
+    return [p for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def accumulate(state: TrainState, micro_batches: Iterable[Batch], settings: StepSettings) -> Sought:
+    """Leave in `grad` the normalised gradient of a step's samples, not clipped yet."""
     totals: LossSums | None = None
     samples = 0
     for batch in micro_batches:
@@ -107,29 +149,23 @@ def train_step(
         after = batch.after
     if totals is None:
         raise ValueError("a step needs at least one micro-batch")
-
     state.scaler.unscale_(state.optimizer)
     normaliser = totals.target_scores.clamp(min=1.0)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in trained_parameters(state) if p.grad is not None]
     torch._foreach_mul_(gradients, samples / state.grad_scale / normaliser)
-    with named("optimizer"):
-        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    skipped = ~torch.isfinite(norm) if settings.amp else None
-    commit = Commit(
-        samples=samples,
-        after=after,
-        totals=totals,
-        normaliser=normaliser,
-        skipped=skipped,
-        ema_decay=ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau),
-    )
-    with named("optimizer"):
-        state.scaler.step(state.optimizer)  # the commit point
-    state.commit = commit
-    finish_commit(state, transaction)
-    return samples
+    return Sought(samples, after, totals, normaliser)
+
+
+def _step_unless(skipped: Tensor, optimizer: Any) -> None:
+    """Step, unless `skipped`: fused optimizers look at `found_inf` on the device.
+
+    Source: torch@2.15, amp/grad_scaler.py, which hands it over in the same way.
+    """
+    optimizer.found_inf = skipped.float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
 
 
 def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
@@ -139,7 +175,7 @@ def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
     skipped = commit.skipped
 
     def restore_norms() -> None:
-        if skipped is not None and transaction is not None:
+        if transaction is not None:
             transaction.undo_buffers(skipped)
 
     parts: tuple[Callable[[], None], ...] = (

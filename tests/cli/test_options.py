@@ -9,7 +9,7 @@ import sys
 import click
 import pytest
 
-from hsrloop.cli.main import bench, check, main, preview, train, validate
+from hsrloop.cli.main import bench, check, main, preview, replay, train, validate
 from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
@@ -38,6 +38,7 @@ VALIDATE = {
     "-d", "-h", "-m", "-o",
 }  # fmt: skip
 CHECK = {"--dataset", "--help", "--imgsz", "--json", "--plot", "-d", "-h"}
+REPLAY = {"capsule", "--device", "--float32", "--help", "--json", "--sheet", "-h"}
 PREVIEW = {
     "--annotated-dir", "--backgrounds-dir", "--config", "--dataset", "--degrees",
     "--distractors-dir", "--fliplr", "--flipud", "--help", "--hsv-h", "--hsv-s", "--hsv-v",
@@ -66,7 +67,14 @@ def options_of(command: click.Command) -> set[str]:
 
 @pytest.mark.parametrize(
     ("command", "frozen"),
-    [(train, TRAIN), (validate, VALIDATE), (check, CHECK), (preview, PREVIEW), (bench, BENCH)],
+    [
+        (train, TRAIN),
+        (validate, VALIDATE),
+        (check, CHECK),
+        (preview, PREVIEW),
+        (bench, BENCH),
+        (replay, REPLAY),
+    ],
 )
 def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> None:
     assert options_of(command) == frozen
@@ -74,7 +82,8 @@ def test_the_options_are_frozen(command: click.Command, frozen: set[str]) -> Non
 
 def test_the_commands_are_frozen() -> None:
     assert set(main.commands) == {
-        "train", "validate", "check", "preview", "bench", "weights", "tensorboard", "demo",
+        "train", "validate", "check", "preview", "bench", "replay", "weights", "tensorboard",
+        "demo",
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from hsrloop.events import (
     Event,
     Note,
     Progress,
+    RolledBack,
     RunFinished,
     RunStarted,
     RunStopped,
@@ -42,6 +43,23 @@ def show(*events: Event, terminal: bool = False, width: int = 120) -> str:
         sink.handle(event)
     sink.close()
     return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("sample", "scale", "sentence"),
+    [
+        (0, 1.0, "the loss is no finite number (step 70): back to the start of epoch 3, learning "
+         "rate x 0.5 (1 of at most 3 times)."),
+        (24, 4096.0, "the loss is no finite number (step 70): back to sample 24 of epoch 3, "
+         "learning rate x 0.5, loss scale 4096 (1 of at most 3 times)."),
+    ],
+)  # fmt: skip
+def test_going_back_is_said_with_its_reason(sample: int, scale: float, sentence: str) -> None:
+    event = RolledBack(
+        cause="the loss is no finite number", number=1, most=3, step=70, epoch=2, sample=sample,
+        lr_scale=0.5, loss_scale=scale,
+    )  # fmt: skip
+    assert show(step(24), event, width=300) == f"Warning: {sentence}\n"
 
 
 def test_the_settings_table_names_each_value_and_its_origin(run_started: RunStarted) -> None:

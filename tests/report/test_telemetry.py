@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hsrloop.events import CheckpointSaved, EpochDone, Event, Note, Progress, RunStopped, from_json
+from hsrloop.events import (
+    CheckpointSaved,
+    EpochDone,
+    Event,
+    Note,
+    Progress,
+    RolledBack,
+    RunStopped,
+    from_json,
+)
 from hsrloop.report.telemetry import TelemetrySink, cut_back
 
 Make = Callable[..., EpochDone]
@@ -50,6 +59,28 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path, epoch_done: M
     write(path, [*kept, Note(text="?"), saved(1, 32), epoch_done(2)])
     cut_back(path, 1, 16)
     assert read(path) == [*kept, Note(text="?")]
+
+
+def rolled_back(number: int) -> RolledBack:
+    return RolledBack(
+        cause="?", number=number, most=3, step=9, epoch=1, sample=0, lr_scale=0.5**number,
+        loss_scale=1.0,
+    )  # fmt: skip
+
+
+def test_what_came_before_a_known_rollback_stays_and_a_later_one_goes(
+    tmp_path: Path, epoch_done: Make
+) -> None:
+    path = tmp_path / "events.jsonl"
+    # Having gone back, the run stands where it was before: the place alone does not tell.
+    known = [epoch_done(1), saved(1, 48), rolled_back(1), saved(1, 16)]
+    write(path, [*known, saved(1, 32), rolled_back(2), saved(1, 8)])
+    cut_back(path, 1, 16, rollbacks=1)
+    assert read(path) == known
+    path.unlink()
+    write(path, [epoch_done(1), saved(1, 0), rolled_back(1), epoch_done(2)])
+    cut_back(path, 1, 0, rollbacks=0)
+    assert read(path) == [epoch_done(1), saved(1, 0)]
 
 
 @pytest.mark.parametrize("sample", [0, 16])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hsrloop.events import EpochDone, Note, RunStarted
+from hsrloop.events import EpochDone, Note, RolledBack, RunStarted
 from hsrloop.report import tensorboard
 from hsrloop.report.tensorboard import TensorBoardSink, start_server
 
@@ -46,6 +46,25 @@ def test_losses_metrics_and_rates(
     assert points["train/box_loss"] == [(1, 1.0), (2, 0.5)]
     assert points["metrics/mAP50-95"] == [(1, 0.25), (2, 0.25)]
     assert [value for _, value in points["lr/biases"]] == pytest.approx([0.002, 0.002])
+
+
+def test_going_back_is_a_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    sink.handle(
+        RolledBack(
+            cause="the loss is no finite number", number=1, most=3, step=70, epoch=2, sample=0,
+            lr_scale=0.5, loss_scale=1.0,
+        )
+    )  # fmt: skip
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("run/rollbacks")
+    assert text.step == 2
+    (words,) = text.tensor_proto.string_val
+    assert words == b"the loss is no finite number: learning rate x 0.5 from here on"
 
 
 def test_resuming_hides_the_points_that_are_run_again(tmp_path: Path, epoch_done: Make) -> None:

@@ -235,7 +235,7 @@ def test_a_diverged_state_is_not_saved_when_asked_to_stop(settings: Settings) ->
 
 
 def test_steps_that_overflow_do_not_count_as_losses(settings: Settings) -> None:
-    loss_sums = torch.zeros(5, dtype=torch.float64)
+    loss_sums = torch.zeros(6, dtype=torch.float64)
     config = settings().config
     module = load_base("yolov8n.yaml", names=("a",), seed=0).module
     state = build_state(config, module, torch.device("cpu"), fresh_share=None, amp=False)
