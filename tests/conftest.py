@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -30,6 +31,14 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarra
         cx, cy = (x + w / 2) / width, (y + h / 2) / height
         rows.append(f"{label} {cx:.6f} {cy:.6f} {w / width:.6f} {h / height:.6f}")
     return image, rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what runs remember between starts out of the user's folder; processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def write_tiny_dataset(root: Path, *, train: int = 8, val: int = 4, seed: int = 0) -> Path:

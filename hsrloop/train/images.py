@@ -58,7 +58,8 @@ def train_images(
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     scratch = int(min(max(free * SCRATCH_SHARE, SCRATCH_LIMITS[0]), SCRATCH_LIMITS[1]))
-    sources = Sources(ImageStore(images, imgsz=config.imgsz), cutouts)
+    kept = decoded_folder() if config.cache else None
+    sources = Sources(ImageStore(images, imgsz=config.imgsz, cache_dir=kept), cutouts)
     place = render_place(
         config,
         device.type,
@@ -149,7 +150,7 @@ def image_store(
         cache=config.cache,
         budget_bytes=None if config.cache == "disk" else budget_bytes,
         interpolation=interpolation,
-        cache_dir=cache_folder(),
+        cache_dir=decoded_folder() if config.cache else None,
         threads=usable_cores(),
         progress=_progress(task, emit),
     )
@@ -166,8 +167,13 @@ def val_image_store(
 
 
 def cache_folder() -> Path:
-    """Return the folder for decoded images: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
+    """Return where things are kept between runs: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsrloop"
+
+
+def decoded_folder() -> Path:
+    """Return the folder of decoded images; see `hsrloop.data.pixels.kept`."""
+    return cache_folder() / "images"
 
 
 def _progress(task: str, emit: Emit) -> Callable[[int, int], None]:

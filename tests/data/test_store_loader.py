@@ -75,22 +75,6 @@ def test_cached_partly_cached_and_uncached_images_are_the_same_bytes(
     np.testing.assert_array_equal(store[0], plain[0])
 
 
-def test_the_disk_cache_is_found_again_and_follows_the_images(
-    spec: DatasetSpec, tmp_path: Path
-) -> None:
-    calls: list[int] = []
-    for expected in (8, 8, 16):
-        if expected == 16:
-            image = cv2.imread(str(spec.train[2].path))
-            cv2.imwrite(str(spec.train[2].path), 255 - image)
-        store = ImageStore(
-            spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "c",
-            progress=lambda done, total: calls.append(done),
-        )  # fmt: skip
-        assert len(calls) == expected
-        np.testing.assert_array_equal(store[2], ImageStore(spec.train, imgsz=SIDE)[2])
-
-
 def test_a_disk_cache_inside_the_data_set_is_refused(spec: DatasetSpec, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="lies inside the data set"):
         ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=spec.root / "cache")

@@ -6,19 +6,16 @@ same code, only at another time.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import mmap
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from hsrloop.data.pixels.kept import KeptImages, refuse_inside_data
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.data.sets.scan import Unreadable, decode
 from hsrloop.data.threads import in_threads
@@ -63,19 +60,21 @@ class ImageStore:
     """The images of one split as (h, w, 3) uint8 RGB arrays, read-only, long side == imgsz.
 
     With cache "ram" they lie in one anonymous mapping, which forked workers see without a copy
-    (nobody writes to it) and which needs no /dev/shm; with "disk", in one mapped file below
-    `cache_dir`, found again by the next run. An image that fails to decode is grey, its index in
-    `broken`, warned of once.
+    (nobody writes to it) and which needs no /dev/shm; with "disk" they are mapped from files below
+    `cache_dir`. Whatever the cache, an image that was decoded by an earlier run is taken from those
+    files, if there is a `cache_dir`. An image that fails to decode is grey, its index in `broken`,
+    warned of once.
 
     Args:
         budget_bytes: upper bound of the cache; None for no bound. The first images that fit are
-            cached, the others decoded each time.
+            cached, the others read each time.
         interpolation: "area" when shrinking for training; "linear" as the peer validates.
-        cache_dir: folder for cache "disk", outside the data set.
+        cache_dir: folder for decoded images between runs, outside the data set; None for none.
         progress: called with (done, total) while the cache fills.
 
     Raises:
-        OutputError: `cache_dir` is missing, inside the data set, or cannot be written.
+        OutputError: cache is "disk", and `cache_dir` is missing or cannot be written, or it lies
+            inside the data set.
     """
 
     def __init__(
@@ -98,28 +97,24 @@ class ImageStore:
         self._shapes = [stored_size(ref.height, ref.width, imgsz) for ref in refs]
         sizes = [3 * height * width for height, width in self._shapes]
         self._starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-        self._block: np.ndarray | None = None
+        self._images: dict[int, np.ndarray] = {}
+        self._kept = self._keeping(cache, cache_dir)
+        self._names: dict[int, str | None] = {}
         self.cached_images = self._fitting(budget_bytes) if cache else 0
         if self.cached_images == 0:
             return
-        if cache == "disk":
-            self._fill_disk(cache_dir, threads, progress)
-        else:
-            mapping = mmap.mmap(-1, self.cached_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                mapping.madvise(mmap.MADV_HUGEPAGE)  # a warp 7% faster than from 4 KiB pages
-            self._block = np.frombuffer(mapping, np.uint8)
-            self._fill(self._block, threads, progress)
+        if cache != "disk":
+            self._images = self._slots()
+        self._fill(threads, progress)
 
     def __len__(self) -> int:
         return len(self._refs)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one image, read-only; grey when it cannot be decoded."""
-        if self._block is None or index >= self.cached_images:
+        pixels = self._images.get(index)
+        if pixels is None:
             pixels = self._load(index)
-        else:
-            pixels = self._slot(self._block, index)
         pixels.flags.writeable = False
         return pixels
 
@@ -139,8 +134,8 @@ class ImageStore:
         return int(self._starts[self.cached_images])
 
     def close(self) -> None:
-        """Let go of the cache; images are then decoded each time."""
-        self._block = None
+        """Let go of the cache; images are then read each time."""
+        self._images = {}
         self.cached_images = 0
 
     def _fitting(self, budget_bytes: int | None) -> int:
@@ -154,11 +149,79 @@ class ImageStore:
         )  # fmt: skip
         return count
 
-    def _slot(self, block: np.ndarray, index: int) -> np.ndarray:
-        start, end = self._starts[index], self._starts[index + 1]
-        return block[start:end].reshape(*self._shapes[index], 3)
+    def _keeping(self, cache: bool | str, folder: Path | None) -> KeptImages | None:
+        """Open the folder of decoded images; only cache "disk" cannot do without."""
+        if folder is None:
+            if cache == "disk":
+                raise OutputError("cache is disk, but there is no folder for it. Use cache: ram.")
+            return None
+        refuse_inside_data(folder, (ref.path for ref in self._refs))
+        try:
+            wanted = (self.bytes, len(self)) if cache == "disk" else (0, 0)
+            return KeptImages(folder, wanted=wanted)
+        except OSError as error:
+            if cache == "disk":
+                raise OutputError(
+                    f"The image cache in {folder} cannot be written: {error.strerror}."
+                ) from None
+            logger.warning(
+                "%s cannot be written (%s): images are decoded again at the next start.",
+                folder, error.strerror,
+            )  # fmt: skip
+            return None
+
+    def _slots(self) -> dict[int, np.ndarray]:
+        """Return memory for the images to be cached, one after the other."""
+        mapping = mmap.mmap(-1, self.cached_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)  # a warp 7% faster than from 4 KiB pages
+        block, starts = np.frombuffer(mapping, np.uint8), self._starts
+        return {
+            i: block[starts[i] : starts[i + 1]].reshape(*self._shapes[i], 3)
+            for i in range(self.cached_images)
+        }
+
+    def _fill(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
+        made = in_threads(self._put, range(self.cached_images), threads=threads)
+        for done, _ in enumerate(made, 1):
+            if progress:
+                progress(done, self.cached_images)
+
+    def _put(self, index: int) -> None:
+        """Cache one image: in its slot, or mapped from the folder of decoded images."""
+        pixels = self._load(index)
+        if index in self._images:
+            self._images[index][:] = pixels  # in RAM
+        elif index in self.broken:
+            self._images[index] = pixels
+        elif (mapped := self._kept_before(index)) is not None:
+            self._images[index] = mapped
 
     def _load(self, index: int) -> np.ndarray:
+        """Return one image as an earlier run decoded it, or decode it."""
+        found = self._kept_before(index)
+        if found is not None:
+            return found
+        pixels = self._decode(index)
+        name = self._names.get(index)
+        if self._kept is not None and name is not None and index not in self.broken:
+            self._kept.keep(name, pixels)
+        return pixels
+
+    def _kept_before(self, index: int) -> np.ndarray | None:
+        if self._kept is None:
+            return None
+        if index not in self._names:
+            self._names[index] = self._kept.name_of(self._refs[index].path, self._how(index))
+        name = self._names[index]
+        return None if name is None else self._kept.find(name, (*self._shapes[index], 3))
+
+    def _how(self, index: int) -> str:
+        """Return all that decides an image's bytes beside its file's content."""
+        shrink = self._shrink(self._refs[index])
+        return f"{FORMAT} {self._shapes[index]} {self.interpolation} {shrink} {cv2.__version__}"
+
+    def _decode(self, index: int) -> np.ndarray:
         """Decode and resize one image."""
         ref, (height, width) = self._refs[index], self._shapes[index]
         try:
@@ -182,85 +245,3 @@ class ImageStore:
         if self.interpolation != "area":
             return 1  # validation is decoded as the peer does
         return decode_shrink(ref.path, ref.height, ref.width, self.imgsz)
-
-    def _fill(
-        self, block: np.ndarray, threads: int, progress: Callable[[int, int], None] | None
-    ) -> None:
-        def put(index: int) -> None:
-            self._slot(block, index)[:] = self._load(index)
-
-        made = in_threads(put, range(self.cached_images), threads=threads)
-        for done, _ in enumerate(made, 1):
-            if progress:
-                progress(done, self.cached_images)
-
-    def _fill_disk(
-        self, cache_dir: Path | None, threads: int, progress: Callable[[int, int], None] | None
-    ) -> None:
-        """Map the cache file of these very images, writing it first when there is none."""
-        if cache_dir is None:
-            raise OutputError("cache is disk, but there is no folder for it. Use cache: ram.")
-        self._refuse_inside_data(cache_dir)
-        file = cache_dir / f"{self._key()}.images"
-        notes = file.with_suffix(".json")
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            whole = file.exists() and file.stat().st_size == self.cached_bytes
-            if not (whole and notes.exists()):
-                self._write_cache(file, notes, threads, progress)
-        except OSError as error:
-            raise OutputError(
-                f"The image cache in {cache_dir} cannot be written: {error.strerror}."
-            ) from None
-        if self.cached_images:
-            self.broken = set(json.loads(notes.read_text())["broken"])
-            self._block = np.memmap(file, np.uint8, mode="r")
-
-    def _write_cache(
-        self,
-        file: Path,
-        notes: Path,
-        threads: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Write the cache file, whole before it has its name; without room, cache nothing."""
-        free = shutil.disk_usage(file.parent).free
-        if free < self.cached_bytes * 1.05:
-            logger.warning(
-                "%s has %.2f GiB free and the image cache needs %.2f GiB: no cache.",
-                file.parent, free / 2**30, self.cached_bytes / 2**30,
-            )  # fmt: skip
-            self.cached_images = 0
-            return
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            block = np.memmap(temporary, np.uint8, mode="w+", shape=(self.cached_bytes,))
-            # A disk that fills up raises here; writing to the mapping later would kill the process.
-            with temporary.open("r+b") as reserved:
-                os.posix_fallocate(reserved.fileno(), 0, self.cached_bytes)
-            self._fill(block, threads, progress)
-            block.flush()
-            notes.write_text(json.dumps({"broken": sorted(self.broken)}))
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _refuse_inside_data(self, cache_dir: Path) -> None:
-        inside = cache_dir.resolve()
-        for folder in {ref.path.parent.resolve() for ref in self._refs}:
-            head, images, _ = f"{folder}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
-            top = Path(head) if images else folder
-            if inside == top or top in inside.parents:
-                raise OutputError(
-                    f"cache folder {cache_dir} lies inside the data set {top}; choose another."
-                )
-
-    def _key(self) -> str:
-        """Return a name for the cache file that changes with the images and how they are stored."""
-        how = f"{FORMAT} {self.imgsz} {self.interpolation} {cv2.__version__}"
-        digest = hashlib.sha256(how.encode())
-        for ref in self._refs[: self.cached_images]:
-            status = ref.path.stat() if ref.path.exists() else None
-            stamp = (status.st_mtime_ns, status.st_size) if status else (0, 0)
-            digest.update(os.fsencode(f"\0{os.path.abspath(ref.path)} {stamp}"))
-        return digest.hexdigest()[:32]
