@@ -156,18 +156,9 @@ def _content(
     settings: StepSettings,
     stream: TrainStream,
 ) -> dict[str, Any]:
-    """Return what the file holds; the step is taken once more, up to its gradient, to measure it.
-
-    A skipped step left everything as it was but the counters and the loss scale.
-    """
-    scaler = state.scaler.state_dict()
-    if scaler and state.loss_sums[5]:
-        scaler["scale"] /= scaler["backoff_factor"]
-    state.renew_scaler(scaler)
-    payload = state.to_payload()
-    payload["position"] = [last.start.epoch, last.start.sample]
-    payload["steps"] = state.steps - 1
-    payload["scaler"] = scaler
+    """Return what the file holds; the step is taken again, up to its gradient, to measure it."""
+    payload = _before(state, last)
+    state.renew_scaler(payload["scaler"])
     transaction.begin()
     measured = measure(state, last.micro_batches, settings)
     transaction.roll_back()
@@ -194,6 +185,24 @@ def _content(
         "cutouts": {p.cutout: str(stream.cutouts[p.cutout].path) for x in plans for p in x.pastes},
         "measured": dataclasses.asdict(measured),
     }
+
+
+def _before(state: TrainState, last: LastStep) -> dict[str, Any]:
+    """Return the state from before a step: a skipped one moved counters and loss scale alone.
+
+    Where it was not skipped the weights are those after it, which are what is wrong.
+    """
+    payload = state.to_payload()
+    payload["position"] = [last.start.epoch, last.start.sample]
+    payload["steps"] -= 1
+    payload["ema"] = {**payload["ema"], "updates": payload["ema"]["updates"] - 1}
+    if state.loss_sums[5]:
+        payload["loss_sums"] = state.loss_sums.clone()
+        payload["loss_sums"][4:] -= 1
+        if state.amp:
+            scaler = payload["scaler"]
+            payload["scaler"] = {**scaler, "scale": scaler["scale"] / scaler["backoff_factor"]}
+    return payload
 
 
 def _plain(batch: Batch) -> dict[str, Any]:

@@ -76,7 +76,6 @@ class Guard:
 
         Memory is taken by the first call only.
         """
-        self._steps = 0
         if self._good_at is None or state.position.sample == 0:
             self._take(state)
 
@@ -90,8 +89,6 @@ class Guard:
         if (event := self._events[slot]) is not None:
             event.record()
         self._steps += 1
-        if self._steps <= self.lag:
-            return False
         oldest = self._steps % len(self._seen)
         if (event := self._events[oldest]) is not None:
             event.synchronize()

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from hsrloop.cli.main import main
+from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
@@ -28,14 +29,20 @@ from hsrloop.records import Batch, Position
 from hsrloop.train import capsule as capsule_module
 from hsrloop.train import guard
 from hsrloop.train import step as step_module
-from hsrloop.train.capsule import Capsule, read
+from hsrloop.train.build import build_state
+from hsrloop.train.capsule import Capsule, diverged, read
+from hsrloop.train.checkpoint import RunIdentity, versions
+from hsrloop.train.guard import LastStep
+from hsrloop.train.loop import set_modes
 from hsrloop.train.replay import replay
 from hsrloop.train.run import train
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings
+from hsrloop.train.step import StepSettings, Transaction, train_step
 from hsrloop.train.trace import traced
 from tests.conftest import write_material, write_tiny_dataset
 from tests.train.conftest import run_settings
+from tests.train.test_resume import differences, state_of
+from tests.train.test_step import CPU, NAMES
 
 SHAPE = {"epochs": 2, "batch": 4, "micro_batch": 2, "imgsz": 64, "mixup": 1.0}
 
@@ -159,6 +166,50 @@ def test_it_holds_the_step_as_it_was(injected: Any) -> None:
         assert plan.mix is not None
         for layer in (*plan.layers, *plan.mix.layers):
             assert capsule.sources[layer.source]["path"] == str(refs[layer.source].path)
+
+
+def test_its_state_is_that_of_a_run_which_stopped_before(injected: Any, tmp_path: Path) -> None:
+    """Three rollbacks left an eighth of the learning rate."""
+    path, dataset, _ = injected
+    settings = run_settings(dataset, tmp_path, **{**SHAPE, "lr0": 0.001 / 8})
+    stopped = state_of(train(settings, stop=lambda: True).run_dir)
+    kept = dict(read(path).state)
+    for name in ("model", "ema", "loss_sums", "position", "steps", "torch_rng"):
+        assert differences(kept[name], stopped[name]) == [], name
+    assert differences(kept["optimizer"]["state"], stopped["optimizer"]["state"]) == []
+
+
+def test_a_loss_scale_that_was_too_high_is_the_one_in_the_file(tmp_path: Path) -> None:
+    dataset = write_tiny_dataset(tmp_path / "tiny")
+    refs = load_dataset(dataset).train
+    config = TrainConfig(batch=4, imgsz=32, model="yolov8n.yaml")
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    state = build_state(config, module, CPU, fresh_share=None, amp=True)
+    settings = StepSettings(
+        device=CPU, strides=(8, 16, 32), reg_max=16, amp=True, ema_decay=0.9, ema_tau=10.0
+    )
+    loader = TrainLoader(refs, ImageStore(refs, imgsz=32), config)
+    batches = list(loader.batches(Position(0, 0)))[:1]
+    transaction = Transaction(state)
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 1e30})
+    set_modes(state, config)
+    transaction.begin()
+    train_step(state, batches, settings=settings, lr=0.001, transaction=transaction)
+    assert state.scaler.get_scale() == pytest.approx(5e29)
+    identity = RunIdentity(
+        config=config, sources={}, names=NAMES, fingerprint="", versions=versions(),
+        threads=torch.get_num_threads(), fresh_share=None,
+    )  # fmt: skip
+    diverged(
+        state, transaction, LastStep(Position(0, 0), batches, True, 0.001), cause="as a test",
+        run_dir=tmp_path, identity=identity, settings=settings, loader=loader,
+    )  # fmt: skip
+    path = tmp_path / "capsule_000001.pt"
+    assert read(path).state["scaler"]["scale"] == pytest.approx(1e30)
+    assert run(path).exit_code == 0
+    in_float32 = run(path, "--float32")
+    assert in_float32.exit_code == 1
+    assert "does not happen again (mixed precision then, float32 now)" in in_float32.output
 
 
 def test_what_does_not_happen_again_is_said(injected: Any) -> None:

@@ -20,6 +20,7 @@ from hsrloop.train import guard as guard_module
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
 from hsrloop.train.guard import MOVED, Guard, unsound
+from hsrloop.train.loop import learning_rate
 from hsrloop.train.run import train
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
@@ -223,6 +224,7 @@ def half_way() -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         device=CPU, strides=(8, 16, 32), reg_max=16, amp=True, ema_decay=0.9, ema_tau=10.0
     )
     state.position = Position(1, 0)
+    state.loss_sums[5] = 3  # the epoch before ended with skipped steps
     start = copy.deepcopy(state.to_payload())
     transaction = Transaction(state)
     transaction.begin()
@@ -254,9 +256,15 @@ def expected(half_way: tuple[TrainState, dict[str, Any], dict[str, Any]]) -> dic
     event = RolledBack(
         cause="as a test", number=1, most=3, step=1, epoch=0, sample=0, lr_scale=0.5, loss_scale=64
     )
+    loss_sums = torch.cat((start["loss_sums"][:5], torch.zeros(1)))
     return {
-        **start, **learnt, "scaler": scaler, "lr_scale": 0.5, "rollbacks": [event.to_json()]
-    }  # fmt: skip
+        **start,
+        **learnt,
+        "loss_sums": loss_sums,
+        "scaler": scaler,
+        "lr_scale": 0.5,
+        "rollbacks": [event.to_json()],
+    }
 
 
 def test_going_back_restores_all_that_an_epoch_moves(half_way: Any) -> None:
@@ -297,9 +305,12 @@ def _out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_what_is_remembered_is_not_trained_and_serves_three_times(half_way: Any) -> None:
+@pytest.mark.parametrize("sample", [0, 8])
+def test_what_is_remembered_is_not_trained_and_serves_three_times(
+    sample: int, half_way: Any
+) -> None:
     state, start, later = half_way
-    state.load_payload(copy.deepcopy(start))
+    state.load_payload(copy.deepcopy({**start, "position": [1, sample]}))
     watch = Guard(state, NOWHERE)
     watch.begin(state)
     scales = []
@@ -387,6 +398,9 @@ def test_the_end_is_that_of_the_run_planned_to_go_slower(
     (event,) = recorder.of(RolledBack)
     assert (event.cause, event.step, event.number) == (cause, step, 1)
     assert (event.epoch, event.sample, event.lr_scale) == (1, 0, 0.5)
+    rates = [done.lr["biases"] for done in recorder.of(EpochDone)]
+    config = settings().config
+    assert rates == [learning_rate(config, 3, 4), learning_rate(config, 7, 4) / 2]
     ours, theirs = (
         {k: v for k, v in state_of(run).items() if k not in HOW_IT_GOT_THERE}
         for run in (outcome.run_dir, planned)
@@ -395,6 +409,16 @@ def test_the_end_is_that_of_the_run_planned_to_go_slower(
     assert rows(outcome.run_dir) == rows(planned)
     assert outcome.result is not None
     assert [row["lr_scale"] for row in outcome.result["rollbacks"]] == [0.5]
+
+
+def test_a_row_of_skipped_steps_goes_on_in_the_next_epoch(
+    settings: Callable[..., Resolved], poison: Poison, recorder: Recorder
+) -> None:
+    places = (Position(0, 6), Position(1, 0))
+    poison(lambda state: "gradient" if state.position in places and state.lr_scale == 1 else None)
+    train(settings(), sinks=[recorder])
+    (event,) = recorder.of(RolledBack)
+    assert (event.step, event.epoch, event.sample) == (5, 1, 0)
 
 
 def test_single_steps_are_skipped_and_counted_without_going_back(
