@@ -153,6 +153,16 @@ class TrainConfig:
         choices=("auto", "cpu", "gpu"),
     )
     amp: bool = setting(True, "mixed precision; CUDA only, the CPU computes in float32")
+    amp_dtype: str = setting(
+        "fp16",
+        "type of mixed precision; bf16 (RTX 30 and newer) keeps fewer digits and never overflows",
+        choices=("fp16", "bf16"),
+    )
+    compile: str = setting(
+        "off",
+        "torch.compile for network and loss; auto: on a GPU, when it saves more time than it takes",
+        choices=("off", "auto", "on"),
+    )
     oom_recovery: bool = setting(True, "go on at smaller settings when memory runs out")
     rehearsal: str = setting(
         "auto",

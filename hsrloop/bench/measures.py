@@ -221,14 +221,15 @@ def measure(
 def said_of(bench: Workbench) -> dict[str, Any]:
     """Return what figures depend on beside the machine."""
     config = bench.config
-    precision = "float32" if not bench.settings.amp else "fp16"
+    precision = str(bench.settings.amp_dtype if bench.settings.amp else torch.float32)
     return {
         "device": bench.info.name,
         "model": Path(config.model).name,
         "imgsz": config.imgsz,
         "batch": config.batch,
         "micro_batch": bench.state.rung.micro_batch,
-        "precision": precision,
+        "precision": precision.removeprefix("torch."),
+        "compile": config.compile,
         "threads": torch.get_num_threads(),
         "load": round(load_average(), 1),
     }
@@ -241,7 +242,7 @@ def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
 
     def once() -> None:
         for inputs, targets in prepared:
-            with torch.autocast(settings.device.type, torch.float16, enabled=settings.amp):
+            with torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp):
                 raw = forward_train(state.model, inputs)
             sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
             loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)

@@ -28,8 +28,9 @@ from hsrloop.train.build import (
     load_data,
     load_model,
 )
+from hsrloop.train.compiled import compiled_for
 from hsrloop.train.loop import set_modes
-from hsrloop.train.precision import fp16_is_sound, set_kernels
+from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
@@ -102,13 +103,16 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     spec, synthesis = load_data(config, dataset_of(resolved))
     resolved, base = load_model(resolved, spec.names, emit)
     config = resolved.config
-    amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, emit)
-    state = build_state(config, base.module, device, fresh_share=1.0, amp=amp)
+    amp_dtype = autocast_dtype(config, info, base.module, device, emit)
+    half = amp_dtype is torch.float16
+    state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
     settings = StepSettings(
         device=device,
         strides=strides(base.module),
         reg_max=reg_max(base.module),
-        amp=amp,
+        amp=amp_dtype is not None,
+        amp_dtype=amp_dtype or torch.float16,
+        compiled=compiled_for(config, device, micro_batch=state.rung.micro_batch),
         ema_decay=config.ema_decay,
         ema_tau=config.ema_tau,
     )

@@ -5,7 +5,7 @@ Source: ultralytics@8.4.190, v8DetectionLoss; its terms are gain * sum / max(tar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,12 @@ GAINS = LossGains()
 
 
 def detection_loss(
-    raw: RawPredictions, strides: Sequence[int], targets: PaddedTargets, *, reg_max: int = 16
+    raw: RawPredictions,
+    strides: Sequence[int],
+    targets: PaddedTargets,
+    *,
+    reg_max: int = 16,
+    assigner: Callable[[Tensor, Tensor, PaddedTargets], Assignment] = assign,
 ) -> LossSums:
     """Compare what the head says with the ground truth.
 
@@ -66,6 +71,7 @@ def detection_loss(
         targets: of the same images, on the same device; images without boxes are allowed, and so
             is a batch without any (then box, dfl and S are 0, and cls has its background part).
         reg_max: bins of a side's distribution, at least 2.
+        assigner: `assign`, or it kept from being compiled.
 
     Returns:
         Sums with a gradient to both kinds of logits. Nothing here waits for the device.
@@ -84,7 +90,7 @@ def detection_loss(
         points, sizes = anchor_points(raw.shapes, strides, device=device, dtype=dtype)
         with named("assign"):
             boxes = _decoded_columns(raw.box_logits.detach(), points, sizes, reg_max=reg_max)
-            chosen = assign(boxes, raw.class_logits.detach(), targets)
+            chosen = assigner(boxes, raw.class_logits.detach(), targets)
         with named("loss"):
             box, dfl = _box_terms(raw.box_logits, points, sizes, targets, chosen, reg_max=reg_max)
             _, classes, anchors = raw.class_logits.shape

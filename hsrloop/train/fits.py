@@ -44,7 +44,13 @@ def key_of(
         "versions": [hsrloop.__version__, str(torch.__version__), str(torch.version.cuda)],
         "model": [Path(config.model).name, parameters, classes, config.freeze],
         "sizes": [config.imgsz, config.batch, config.micro_batch, boxes, images],
-        "numbers": [config.amp, config.deterministic, config.optimizer, config.augment_device],
+        "numbers": [
+            config.amp,
+            config.amp_dtype,
+            config.deterministic,
+            config.optimizer,
+            config.augment_device,
+        ],
     }
     return json.dumps(facts)
 

@@ -22,6 +22,7 @@ from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train.capsule import diverged
 from hsrloop.train.checkpoint import RunIdentity
+from hsrloop.train.compiled import consider
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.guard import Guard, LastStep, unsound
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
@@ -121,6 +122,12 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         state.begin_epoch()
     guard.begin(state)
     set_modes(state, config)
+    consider(
+        runtime.settings.compiled,
+        steps_left=(config.epochs - planned) * len(loader),
+        step_s=state.epoch_s / len(loader),
+        emit=runtime.emit,
+    )
     transaction = runtime.transaction
     meter = _Meter(state, runtime)
     mosaic = planned < config.epochs - tail_epochs(config)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hsrloop.config import TrainConfig
+from hsrloop.errors import DeviceError
 from hsrloop.events import Event, Note
 from hsrloop.model.yolo import forward_train
+from hsrloop.records import DeviceInfo
 from hsrloop.train.step import to_input
 
 PROBE_PX = 128  # side of the probe image: large enough for every layer, small enough to be free
@@ -29,6 +32,30 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = True
+
+
+def autocast_dtype(
+    config: TrainConfig,
+    info: DeviceInfo,
+    module: nn.Module,
+    device: torch.device,
+    emit: Callable[[Event], None],
+) -> torch.dtype | None:
+    """Return the type of mixed precision; None: everything is computed in float32.
+
+    Raises:
+        DeviceError: bf16 is asked for, and the card has no hardware for it.
+    """
+    if not config.amp or device.type != "cuda":
+        return None
+    if config.amp_dtype == "fp16":
+        return torch.float16 if fp16_is_sound(module, device, emit) else None
+    if not info.bf16:
+        raise DeviceError(
+            f"amp_dtype is bf16, but {info.name} has no hardware for it (RTX 30 and newer do). "
+            "Use --amp-dtype fp16."
+        )
+    return torch.bfloat16
 
 
 def fp16_is_sound(module: nn.Module, device: torch.device, emit: Callable[[Event], None]) -> bool:

@@ -36,13 +36,14 @@ from hsrloop.train.build import (
     load_model,
 )
 from hsrloop.train.checkpoint import RunIdentity, Saved
+from hsrloop.train.compiled import compiled_for
 from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
 from hsrloop.train.pace import choose_micro_batch
-from hsrloop.train.precision import fp16_is_sound, set_kernels
+from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.recovery import must_fit, sizes_trained, start_where_it_fitted, with_recovery
 from hsrloop.train.rehearsal import Rehearsal, most_boxes
@@ -172,8 +173,14 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
     identity = _identity(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     with must_fit(info):
-        amp = config.amp and device.type == "cuda" and fp16_is_sound(base.module, device, hub.emit)
-        state = build_state(config, base.module, device, fresh_share=identity.fresh_share, amp=amp)
+        amp_dtype = autocast_dtype(config, info, base.module, device, hub.emit)
+        state = build_state(
+            config,
+            base.module,
+            device,
+            fresh_share=identity.fresh_share,
+            amp=amp_dtype is torch.float16,
+        )
     if saved is not None:
         check_same(saved, identity, hub.emit)
         state.load_payload(saved.state)
@@ -190,7 +197,9 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         device=device,
         strides=strides(base.module),
         reg_max=reg_max(base.module),
-        amp=amp,
+        amp=amp_dtype is not None,
+        amp_dtype=amp_dtype or torch.float16,
+        compiled=compiled_for(config, device, micro_batch=state.rung.micro_batch),
         ema_decay=config.ema_decay,
         ema_tau=config.ema_tau,
     )

@@ -24,6 +24,7 @@ from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, Position
+from hsrloop.train.compiled import Compiled
 from hsrloop.train.state import Commit, TrainState
 
 MAX_GRADIENT_NORM = 10.0  # Source: ultralytics@8.4.190, trainer's optimizer_step
@@ -36,10 +37,12 @@ class StepSettings:
     device: torch.device
     strides: tuple[int, ...]
     reg_max: int
-    amp: bool
+    amp: bool  # autocast to `amp_dtype`; in fp16 gradients are scaled too
     ema_decay: float
     ema_tau: float
     dtype: torch.dtype = torch.float32  # of inputs and weights; float64 in tests of exactness
+    amp_dtype: torch.dtype = torch.float16
+    compiled: Compiled | None = None
 
 
 class Transaction:
@@ -195,6 +198,9 @@ def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
 
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
+    compiled = settings.compiled
+    network = forward_train if compiled is None else compiled.forward
+    criterion = detection_loss if compiled is None else compiled.loss
     images = to_input(batch.images, settings.device, settings.dtype)
     targets = pad_targets(
         batch.boxes_cxcywh,
@@ -206,11 +212,11 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
     single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
     with (
         named("forward"),
-        torch.autocast(settings.device.type, torch.float16, enabled=settings.amp),
+        torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp),
         norms_in_eval(state.model, when=single),  # one value a channel has no variance
     ):
-        raw = forward_train(state.model, images)
-    sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
+        raw = network(state.model, images)
+    sums = criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
     with named("backward"):
         torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
     return sums

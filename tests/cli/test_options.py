@@ -14,8 +14,8 @@ from hsrloop.cli.options import fields, flag, given_settings
 from hsrloop.config import TrainConfig
 
 TRAIN = {
-    "--amp", "--annotated-dir", "--augment-device", "--auto-scale", "--backgrounds-dir", "--batch",
-    "--cache", "--checkpoint-minutes",
+    "--amp", "--amp-dtype", "--annotated-dir", "--augment-device", "--auto-scale",
+    "--backgrounds-dir", "--batch", "--cache", "--checkpoint-minutes", "--compile",
     "--close-mosaic", "--config", "--cos-lr", "--dataset", "--degrees", "--deterministic",
     "--device", "--distractors-dir", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs",
     "--export", "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale",
@@ -48,7 +48,8 @@ PREVIEW = {
 }  # fmt: skip
 
 BENCH = {
-    "--amp", "--augment-device", "--auto-scale", "--batch", "--cache", "--config", "--dataset",
+    "--amp", "--amp-dtype", "--augment-device", "--auto-scale", "--batch", "--cache", "--compile",
+    "--config", "--dataset",
     "--deterministic", "--device", "--gpu-tier", "--help", "--imgsz", "--json", "--micro-batch",
     "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale", "--no-deterministic",
     "--no-trust-checkpoint", "--optimizer", "--plot", "--rounds", "--seconds", "--seed", "--set",

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from hsrloop.config import TrainConfig
+from hsrloop.errors import DeviceError
 from hsrloop.events import Note
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import forward_train
+from hsrloop.records import DeviceInfo
 from hsrloop.train import precision
 from hsrloop.train.build import build_state
-from hsrloop.train.precision import fp16_is_sound
+from hsrloop.train.precision import autocast_dtype, fp16_is_sound
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 from tests.train.test_step import assert_same, make_batches, weights_of
@@ -143,3 +145,49 @@ def test_a_card_that_computes_nan_is_found_and_named(monkeypatch: pytest.MonkeyP
     module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
     assert not fp16_is_sound(module, CPU, listen)
     assert [note.level for note in said] == ["warning"] and "wrong values in fp16" in said[0].text
+
+
+def test_bf16_trains_without_scaling_and_as_float32_does() -> None:
+    """Autocast to bfloat16 on the CPU; losses are those of float32, roughly."""
+    ends = []
+    for amp in (False, True):
+        config = TrainConfig(batch=8, imgsz=64, model="yolov8n.yaml")
+        module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+        state = build_state(config, module, CPU, fresh_share=None, amp=False)
+        settings = StepSettings(
+            device=CPU,
+            strides=(8, 16, 32),
+            reg_max=16,
+            amp=amp,
+            amp_dtype=torch.bfloat16,
+            ema_decay=0.9,
+            ema_tau=10.0,
+        )
+        assert not state.scaler.is_enabled() and state.grad_scale == 1.0
+        for seed in range(3):
+            train_step(state, make_batches([4, 4], imgsz=32, seed=seed), settings=settings, lr=1e-3)
+        ends.append(state.mean_losses())
+        assert all(p.dtype == torch.float32 for p in state.model.parameters())
+    plain, half = ends
+    assert half["skipped_steps"] == 0
+    for name, tolerance in (("box_loss", 0.2), ("cls_loss", 0.05), ("dfl_loss", 0.2)):
+        assert half[name] == pytest.approx(plain[name], rel=tolerance)
+        assert half[name] != plain[name], "nothing was computed in bfloat16"
+
+
+def card(**has: Any) -> DeviceInfo:
+    return DeviceInfo(kind="cuda", name="Card", **has)
+
+
+def test_the_type_of_mixed_precision() -> None:
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+
+    def chosen(info: DeviceInfo, device: str = "cuda", **settings: Any) -> torch.dtype | None:
+        config = TrainConfig(**settings)
+        return autocast_dtype(config, info, module, torch.device(device), lambda _: None)
+
+    assert chosen(card(bf16=True), amp_dtype="bf16") is torch.bfloat16
+    assert chosen(card(bf16=True), amp=False, amp_dtype="bf16") is None
+    assert chosen(card(), device="cpu") is None
+    with pytest.raises(DeviceError, match="Card has no hardware for it .* Use --amp-dtype fp16"):
+        chosen(card(), amp_dtype="bf16")
