@@ -17,7 +17,6 @@ from hsrloop.events import Event, Note
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.weights import OFFICIAL, find_weights
-from hsrloop.model.yolo import reg_max, strides
 from hsrloop.records import Batch, DeviceInfo, Position
 from hsrloop.train.build import (
     Loaders,
@@ -27,8 +26,8 @@ from hsrloop.train.build import (
     first_rung,
     load_data,
     load_model,
+    step_settings,
 )
-from hsrloop.train.compiled import compiled_for
 from hsrloop.train.loop import set_modes
 from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.state import TrainState
@@ -106,16 +105,9 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     amp_dtype = autocast_dtype(config, info, base.module, device, emit)
     half = amp_dtype is torch.float16
     state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
-    settings = StepSettings(
-        device=device,
-        strides=strides(base.module),
-        reg_max=reg_max(base.module),
-        amp=amp_dtype is not None,
-        amp_dtype=amp_dtype or torch.float16,
-        compiled=compiled_for(config, device, micro_batch=state.rung.micro_batch),
-        ema_decay=config.ema_decay,
-        ema_tau=config.ema_tau,
-    )
+    settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
+    if settings.compiled is not None:
+        settings.compiled.micro_batch = state.rung.micro_batch
     set_modes(state, config)
     governor = SpinGovernor() if device.type == "cpu" else None
     rung = first_rung(config)

@@ -31,10 +31,13 @@ from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
+from hsrloop.model.yolo import reg_max, strides
 from hsrloop.records import DeviceInfo, Rung
+from hsrloop.train.compiled import compiled_for
 from hsrloop.train.images import train_images, val_image_store
 from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
+from hsrloop.train.step import StepSettings
 
 Emit = Callable[[Event], None]
 
@@ -154,6 +157,33 @@ def build_state(
         batch=config.batch,
         rung=first_rung(config),
         loss_sums=torch.zeros(6, dtype=torch.float64, device=device),
+    )
+
+
+def step_settings(
+    config: TrainConfig,
+    module: nn.Module,
+    device: torch.device,
+    *,
+    amp_dtype: torch.dtype | None,
+) -> StepSettings:
+    """Return what steps of a run need to know.
+
+    Args:
+        amp_dtype: of mixed precision; None computes in float32.
+
+    Raises:
+        DependencyError: compiling is asked for, and there is nothing to compile with.
+    """
+    return StepSettings(
+        device=device,
+        strides=strides(module),
+        reg_max=reg_max(module),
+        amp=amp_dtype is not None,
+        amp_dtype=amp_dtype or torch.float16,
+        compiled=compiled_for(config, device),
+        ema_decay=config.ema_decay,
+        ema_tau=config.ema_tau,
     )
 
 

@@ -37,12 +37,12 @@ class Compiled:
     every batch.
 
     Args:
-        micro_batch: images in an ordinary forward pass.
         backend: of torch.compile.
     """
 
-    def __init__(self, *, micro_batch: int, backend: str = "inductor") -> None:
-        self._micro_batch, self._backend = micro_batch, backend
+    def __init__(self, *, backend: str = "inductor") -> None:
+        self.micro_batch = 0  # images in an ordinary forward pass, as they are now
+        self._backend = backend
         self._network: Callable[[nn.Module, Tensor], RawPredictions] | None = None
         self._criterion: Callable[..., LossSums] | None = None
         self._assigner: Any = assign
@@ -60,7 +60,7 @@ class Compiled:
 
     def forward(self, module: nn.Module, images: Tensor) -> RawPredictions:
         """Run the network, as `forward_train`."""
-        if self._network is None or len(images) != self._micro_batch:
+        if self._network is None or len(images) != self.micro_batch:
             return forward_train(module, images)
         return self._network(module, images)
 
@@ -68,7 +68,7 @@ class Compiled:
         self, raw: RawPredictions, strides: tuple[int, ...], targets: PaddedTargets, *, reg_max: int
     ) -> LossSums:
         """Run the criterion, as `detection_loss`."""
-        if self._criterion is None or len(raw.class_logits) != self._micro_batch:
+        if self._criterion is None or len(raw.class_logits) != self.micro_batch:
             return detection_loss(raw, strides, targets, reg_max=reg_max)
         return self._criterion(raw, strides, targets, reg_max=reg_max, assigner=self._assigner)
 
@@ -77,7 +77,6 @@ def compiled_for(
     config: TrainConfig,
     device: torch.device,
     *,
-    micro_batch: int,
     find: Callable[[str], Any] = importlib.util.find_spec,
     which: Callable[[str], str | None] = shutil.which,
 ) -> Compiled | None:
@@ -95,26 +94,33 @@ def compiled_for(
     if config.compile == "on":
         if missing:
             raise DependencyError(f"--compile on needs {' and '.join(missing)}, or drop it.")
-        compiled = Compiled(micro_batch=micro_batch)
+        compiled = Compiled()
         compiled.start()
         return compiled
     hopeless = device.type == "cpu" or bool(missing) or config.deterministic
     if config.compile == "off" or hopeless:
         return None
-    return Compiled(micro_batch=micro_batch)
+    return Compiled()
 
 
 def consider(
-    compiled: Compiled | None, *, steps_left: int, step_s: float, emit: Callable[[Event], None]
+    compiled: Compiled | None,
+    *,
+    micro_batch: int,
+    steps_left: int,
+    step_s: float,
+    emit: Callable[[Event], None],
 ) -> None:
     """Start compiling when it is worth it, and say so.
 
     Args:
+        micro_batch: images in a forward pass from now on.
         step_s: seconds of a step so far; 0: not known yet.
     """
-    if compiled is None or compiled.started:
+    if compiled is None:
         return
-    if worth_compiling(steps_left=steps_left, step_s=step_s):
+    compiled.micro_batch = micro_batch
+    if not compiled.started and worth_compiling(steps_left=steps_left, step_s=step_s):
         compiled.start()
         saved = (steps_left * step_s * GAIN - COMPILE_S) / 60
         emit(Note(text=f"compiling the network: that should save about {saved:.0f} minutes"))

@@ -124,6 +124,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
     set_modes(state, config)
     consider(
         runtime.settings.compiled,
+        micro_batch=state.rung.micro_batch,
         steps_left=(config.epochs - planned) * len(loader),
         step_s=state.epoch_s / len(loader),
         emit=runtime.emit,

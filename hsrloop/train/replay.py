@@ -10,15 +10,13 @@ from torch import nn
 from hsrloop.errors import CheckpointError
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.blueprint import from_blueprint
-from hsrloop.model.yolo import reg_max, strides
-from hsrloop.train.build import build_state
+from hsrloop.train.build import build_state, step_settings
 from hsrloop.train.capsule import Capsule, Measured, measure
 from hsrloop.train.guard import computes
 from hsrloop.train.loop import set_modes
 from hsrloop.train.precision import set_kernels
 from hsrloop.train.resume import current_versions
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings
 from hsrloop.train.trace import traced
 
 
@@ -59,18 +57,18 @@ def replay(capsule: Capsule, *, device_name: str | None = None, float32: bool = 
     set_kernels(device, deterministic=capsule.config.deterministic)
     torch.set_num_threads(capsule.threads)  # sums on the CPU depend on it
     module = from_blueprint(capsule.network, names=capsule.names)
-    amp = capsule.amp and not float32
-    state = build_state(capsule.config, module, device, fresh_share=capsule.fresh_share, amp=amp)
+    amp_dtype = None if float32 else _amp_dtype(capsule)
+    state = build_state(
+        capsule.config,
+        module,
+        device,
+        fresh_share=capsule.fresh_share,
+        amp=amp_dtype is torch.float16,
+    )
     state.load_payload(capsule.state)
     set_modes(state, capsule.config)
-    settings = StepSettings(
-        device=device,
-        strides=strides(module),
-        reg_max=reg_max(module),
-        amp=amp,
-        ema_decay=capsule.config.ema_decay,
-        ema_tau=capsule.config.ema_tau,
-    )
+    as_written = capsule.config.replace(compile="off")  # so that layers can be looked at
+    settings = step_settings(as_written, module, device, amp_dtype=amp_dtype)
     try:
         measured = measure(state, capsule.batches, settings)
     except (ValueError, IndexError, AttributeError) as error:
@@ -80,8 +78,17 @@ def replay(capsule: Capsule, *, device_name: str | None = None, float32: bool = 
         measured=measured,
         norms=_norms(state),
         first_in_eval=_first_in_eval(state),
-        differences=_differences(capsule, device, amp=amp),
+        differences=_differences(capsule, device, float32=amp_dtype is None),
     )
+
+
+def _amp_dtype(capsule: Capsule) -> torch.dtype | None:
+    """Return the type of mixed precision that the step was computed in; None: float32."""
+    if capsule.amp:
+        return torch.float16
+    config = capsule.config
+    bf16 = capsule.device == "cuda" and config.amp and config.amp_dtype == "bf16"
+    return torch.bfloat16 if bf16 else None
 
 
 def _first_in_eval(state: TrainState) -> str:
@@ -100,14 +107,14 @@ def _norms(state: TrainState) -> dict[str, float]:
     return norms
 
 
-def _differences(capsule: Capsule, device: torch.device, *, amp: bool) -> tuple[str, ...]:
+def _differences(capsule: Capsule, device: torch.device, *, float32: bool) -> tuple[str, ...]:
     """Return what keeps the numbers from being equal bit by bit."""
     found: list[str] = []
     if device.type != capsule.device:
         found.append(f"device {capsule.device} then, {device.type} now")
     elif device.type == "cuda" and not capsule.config.deterministic:
         found.append("kernels on CUDA were not deterministic")
-    if amp != capsule.amp:
+    if float32 and _amp_dtype(capsule) is not None:
         found.append("mixed precision then, float32 now")
     versions, _ = current_versions()
     found += [

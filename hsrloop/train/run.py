@@ -21,7 +21,6 @@ from hsrloop.hardware.pressure import spill_cap, watch
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
 from hsrloop.model.groups import groups_table
-from hsrloop.model.yolo import reg_max, strides
 from hsrloop.paths import is_file
 from hsrloop.records import DeviceInfo
 from hsrloop.report.csv import CsvSink
@@ -34,9 +33,9 @@ from hsrloop.train.build import (
     dataset_of,
     load_data,
     load_model,
+    step_settings,
 )
 from hsrloop.train.checkpoint import RunIdentity, Saved
-from hsrloop.train.compiled import compiled_for
 from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
@@ -193,16 +192,7 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         if not is_file(saved.path.with_name("best.pt")):
             replace_best(state, hub.emit)
     folder.check_writable(place, _bytes_needed(state))
-    settings = StepSettings(
-        device=device,
-        strides=strides(base.module),
-        reg_max=reg_max(base.module),
-        amp=amp_dtype is not None,
-        amp_dtype=amp_dtype or torch.float16,
-        compiled=compiled_for(config, device, micro_batch=state.rung.micro_batch),
-        ema_decay=config.ema_decay,
-        ema_tau=config.ema_tau,
-    )
+    settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
     return _Ready(
         resolved=resolved,
         spec=spec,

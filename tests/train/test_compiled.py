@@ -38,13 +38,14 @@ def test_compiling_is_worth_it_once_it_saves_more_than_it_takes() -> None:
 
 
 def test_a_run_considers_it_until_it_has_started() -> None:
-    compiled, said = Compiled(micro_batch=4, backend="eager"), list[Event]()
-    consider(compiled, steps_left=100, step_s=0.1, emit=said.append)
+    compiled, said = Compiled(backend="eager"), list[Event]()
+    now = {"step_s": 0.1, "emit": said.append}
+    consider(compiled, micro_batch=4, steps_left=100, **now)
     assert not compiled.started and not said
-    for _ in range(2):
-        consider(compiled, steps_left=100_000, step_s=0.1, emit=said.append)
-    assert compiled.started and len(said) == 1
-    consider(None, steps_left=100_000, step_s=0.1, emit=said.append)
+    for micro_batch in (4, 2):  # memory ran out meanwhile
+        consider(compiled, micro_batch=micro_batch, steps_left=100_000, **now)
+    assert compiled.started and len(said) == 1 and compiled.micro_batch == 2
+    consider(None, micro_batch=4, steps_left=100_000, **now)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_what_is_compiled_where(
 ) -> None:
     config = TrainConfig(compile=mode, deterministic=deterministic)
     found = {"find": lambda _: object() if tools else None, "which": lambda _: "/usr/bin/cc"}
-    compiled = compiled_for(config, device, micro_batch=4, **found)
+    compiled = compiled_for(config, device, **found)
     state = "nothing" if compiled is None else "now" if compiled.started else "later"
     assert state == expected
 
@@ -72,7 +73,7 @@ def test_what_is_compiled_where(
 def test_without_tools_on_says_what_to_install() -> None:
     config = TrainConfig(compile="on")
     with pytest.raises(DependencyError, match="needs a C compiler .* and triton .*, or drop it"):
-        compiled_for(config, CUDA, micro_batch=4, find=lambda _: None, which=lambda _: None)
+        compiled_for(config, CUDA, find=lambda _: None, which=lambda _: None)
 
 
 @pytest.fixture
@@ -88,11 +89,12 @@ def fresh_counters() -> Any:
 def test_compiled_steps_train_as_plain_ones_and_are_captured_once(fresh_counters: Any) -> None:
     """Captured by dynamo and run as it was; of batches of another size nothing is captured."""
     ends = []
-    for compiled in (None, Compiled(micro_batch=4, backend="eager")):
+    for compiled in (None, Compiled(backend="eager")):
         state, settings = make_state(optimizer="SGD", frozen_norms=False)
         settings = dataclasses.replace(settings, compiled=compiled)
         if compiled is not None:
             compiled.start()
+            compiled.micro_batch = 4
         graphs = []
         for seed, sizes in enumerate([[4], [4], [4], [4, 2], [4]]):
             batches = make_batches(sizes, imgsz=32, seed=seed)
@@ -112,7 +114,8 @@ def test_a_run_starts_compiling_when_the_clock_says_so(
 
     asked: list[tuple[int, float]] = []
 
-    def note(compiled: Any, *, steps_left: int, step_s: float, emit: Any) -> None:
+    def note(compiled: Any, *, micro_batch: int, steps_left: int, step_s: float, emit: Any) -> None:
+        assert micro_batch == 4
         asked.append((steps_left, step_s))
 
     monkeypatch.setattr(loop, "consider", note)
