@@ -27,7 +27,6 @@ from typing import Any
 
 from reporting import describe_host, results_folder, write_markdown
 
-HERE = Path(__file__).parent
 PEER_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "auto": {"optimizer": "auto"},
     "AdamW 0.001": {"optimizer": "AdamW", "lr0": 0.001},
@@ -63,7 +62,7 @@ def run_peer(options: argparse.Namespace, data: str, **settings: Any) -> dict[st
         "threads": threads,
         "train": {**SHARED, "workers": options.workers, "close_mosaic": 2, **settings},
     }
-    return _call([sys.executable, str(HERE / "peer_cell.py"), json.dumps(request)], env)
+    return _call([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(request)], env)
 
 
 def run_ours(options: argparse.Namespace, data: str, **settings: Any) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def run_ours(options: argparse.Namespace, data: str, **settings: Any) -> dict[st
 def judge(options: argparse.Namespace, data: str, weights: Path) -> dict[str, Any]:
     """Let the peer's validator measure a best.pt."""
     request = {"data": data, "model": str(weights), "validate": {"imgsz": SHARED["imgsz"]}}
-    return _call([sys.executable, str(HERE / "peer_cell.py"), json.dumps(request)], os.environ)
+    return _call([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(request)], os.environ)
 
 
 def _call(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:

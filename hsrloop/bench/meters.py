@@ -138,7 +138,6 @@ def shares(whole: list[float], part: list[float]) -> Spread:
 
 def _steps_in(work: Work, seconds: float, device: torch.device, clock: Callable[[], float]) -> int:
     work(1)  # compiles, autotunes, allocates
-    work(2)
     finish(device)
     start = clock()
     work(2)

@@ -56,10 +56,10 @@ class Workbench:
         """Where the network is."""
         return self.settings.device
 
-    def step(self, batches: list[Batch]) -> None:
+    def step(self, batches: list[Batch], *, lr: float = LR) -> None:
         """Take one optimizer step as the loop takes it."""
         self.transaction.begin()
-        train_step(self.state, batches, settings=self.settings, lr=LR, transaction=self.transaction)
+        train_step(self.state, batches, settings=self.settings, lr=lr, transaction=self.transaction)
         if self.governor is not None:
             self.governor.observe()
 
@@ -94,7 +94,7 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     Raises:
         HsrloopError: as a run would raise.
     """
-    resolved = _at_hand(resolved, emit)
+    resolved = at_hand(resolved, emit)
     config = resolved.config
     info = probe(config.device)
     device = torch.device(torch_device(info))
@@ -129,7 +129,8 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
             governor.close()
 
 
-def _at_hand(resolved: Resolved, emit: Emit) -> Resolved:
+def at_hand(resolved: Resolved, emit: Emit) -> Resolved:
+    """Return the settings, an official model that is not on this machine replaced by its .yaml."""
     model = resolved.config.model
     if model not in OFFICIAL:
         return resolved

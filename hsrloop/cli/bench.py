@@ -6,24 +6,36 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsrloop.cli.layers import Request, add_machine, resolve_explicit
 from hsrloop.cli.run import check_file_place, from_anywhere, prepare
 from hsrloop.config import Resolved
 
+if TYPE_CHECKING:
+    from hsrloop.bench.results import Row
+    from hsrloop.report.console import ConsoleSink
+
+TIERS = "tiers"
 _SCENES = {"train": 128, "val": 32}  # of the set that is painted when none is given
+_TIER_STEPS = 6
+_EPOCHS_AGAINST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to measure and how thoroughly."""
+
+    parts: Sequence[str] = ()
+    against: bool = False
+    rounds: int | None = None
+    seconds: float = 2.0
 
 
 def run_bench(
-    request: Request,
-    parts: Sequence[str],
-    *,
-    rounds: int,
-    seconds: float,
-    json_file: Path | None,
-    plot: Path | None,
+    request: Request, wanted: Wanted, *, json_file: Path | None, plot: Path | None
 ) -> int:
     """Measure, print a table, write JSON and a picture if asked; return the exit code.
 
@@ -38,7 +50,6 @@ def run_bench(
     resolved = from_anywhere(add_machine(request, asked))
 
     from hsrloop.bench.machine import describe_host
-    from hsrloop.bench.measures import MEASURES, Effort, measure
     from hsrloop.bench.picture import save_bars
     from hsrloop.bench.results import Report, table
     from hsrloop.report.console import ConsoleSink, make_console
@@ -47,9 +58,7 @@ def run_bench(
     sink = ConsoleSink(console)
     try:
         with data_set(resolved) as given:
-            rows, settings = measure(
-                given, tuple(parts) or tuple(MEASURES), Effort(rounds, seconds), sink.handle
-            )
+            rows, settings = _measured(given, wanted, sink)
     finally:
         sink.close()
     report = Report(host=describe_host(), rows=rows, settings=settings)
@@ -63,6 +72,33 @@ def run_bench(
         save_bars(report, plot)
         console.print(f"Written: {plot}", soft_wrap=True)
     return 0
+
+
+def _measured(
+    resolved: Resolved, wanted: Wanted, sink: ConsoleSink
+) -> tuple[list[Row], dict[str, Any]]:
+    from hsrloop.bench.against import against_ultralytics
+    from hsrloop.bench.measures import MEASURES, Effort, measure
+    from hsrloop.bench.tiers import measure_tiers
+    from hsrloop.hardware.probe import probe, torch_device
+
+    if wanted.against:
+        if resolved.sources["epochs"] == "default":
+            resolved = with_settings(resolved, epochs=_EPOCHS_AGAINST)
+        config = resolved.config
+        device = torch_device(probe(config.device))
+        pairs = wanted.rounds or 3
+        rows = against_ultralytics(resolved, pairs=pairs, device=device, emit=sink.handle)
+        names = ("model", "imgsz", "batch", "epochs")
+        return rows, {name: getattr(config, name) for name in names}
+    parts = [part for part in wanted.parts or MEASURES if part != TIERS]
+    rows, settings = [], dict[str, Any]()
+    if parts:
+        effort = Effort(wanted.rounds or 7, wanted.seconds)
+        rows, settings = measure(resolved, parts, effort, sink.handle)
+    if TIERS in wanted.parts:
+        rows += measure_tiers(resolved, steps=_TIER_STEPS, emit=sink.handle)
+    return rows, settings
 
 
 @contextlib.contextmanager

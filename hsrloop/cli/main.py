@@ -29,7 +29,7 @@ from hsrloop.errors import HsrloopError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _NEWEST = "newest"
-BENCH_PARTS = ("step", "loader", "validate", "train")
+BENCH_PARTS = ("step", "loader", "validate", "train", "tiers")
 _CTRL_C = 130
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
@@ -237,9 +237,8 @@ def preview(
 @click.option(
     "--rounds",
     type=click.IntRange(1, 1000),
-    default=7,
-    show_default=True,
-    help="Interleaved rounds; the table shows median, lowest and highest.",
+    help="Interleaved rounds; the table shows median, lowest and highest.  [default: 7; 3 with "
+    "--against]",
 )
 @click.option(
     "--seconds",
@@ -248,6 +247,12 @@ def preview(
     show_default=True,
     help="Length of each part of a round, but at least three steps.",
 )
+@click.option(
+    "--against",
+    type=click.Choice(["ultralytics"]),
+    help="Train side by side with Ultralytics' own trainer instead: speed, and mAP at equal "
+    "epochs and in equal time.",
+)
 @click.option("--json", "json_file", type=_file, metavar="FILE", help="Also write JSON.")
 @click.option("--plot", type=_file, metavar="FILE", help="Also draw bars as one PNG.")
 @_file_option
@@ -255,8 +260,9 @@ def preview(
 @setting_options(*BENCH_SETTINGS)
 def bench(
     parts: tuple[str, ...],
-    rounds: int,
+    rounds: int | None,
     seconds: float,
+    against: str | None,
     json_file: Path | None,
     plot: Path | None,
     file: Path | None,
@@ -265,15 +271,19 @@ def bench(
 ) -> None:
     """Measure how fast this machine trains, and where the time goes.
 
-    Parts: step, loader, validate, train (loader and step together); all four when none is named.
+    Parts: step, loader, validate, train (loader and step together), all four when none is named;
+    tiers: a short run with each tier's defaults, on a large card with a smaller one's memory.
     Efficiency is the share of the bare step's speed: forward, loss, backward and optimizer alone.
     Without --dataset a small one is painted; without weights at hand the network is untrained.
     """
-    from hsrloop.cli.bench import run_bench
+    from hsrloop.cli.bench import Wanted, run_bench
     from hsrloop.cli.layers import Request
 
     request = Request(options=given_settings(options), assignments=assignments, file=file)
-    code = run_bench(request, parts, rounds=rounds, seconds=seconds, json_file=json_file, plot=plot)
+    if against is not None and parts:
+        raise click.UsageError("--against measures whole trainings; name no part with it.")
+    wanted = Wanted(parts, against is not None, rounds, seconds)
+    code = run_bench(request, wanted, json_file=json_file, plot=plot)
     click.get_current_context().exit(code)
 
 

@@ -47,7 +47,17 @@ PREVIEW_SETTINGS = (
 # What the speed of a run depends on.
 BENCH_SETTINGS = (
     *("dataset", "model", "device", "gpu_tier", "auto_scale", "batch", "micro_batch", "imgsz"),
-    *("optimizer", "mosaic", "mixup", "workers", "cache", "augment_device", "amp", "amp_dtype"),
+    *(
+        "epochs",
+        "optimizer",
+        "mosaic",
+        "mixup",
+        "workers",
+        "cache",
+        "augment_device",
+        "amp",
+        "amp_dtype",
+    ),
     *("compile", "seed"),
     *("deterministic", "trust_checkpoint"),
 )

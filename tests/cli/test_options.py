@@ -49,10 +49,11 @@ PREVIEW = {
 
 BENCH = {
     "--amp", "--amp-dtype", "--augment-device", "--auto-scale", "--batch", "--cache", "--compile",
-    "--config", "--dataset",
-    "--deterministic", "--device", "--gpu-tier", "--help", "--imgsz", "--json", "--micro-batch",
-    "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale", "--no-deterministic",
-    "--no-trust-checkpoint", "--optimizer", "--plot", "--rounds", "--seconds", "--seed", "--set",
+    "--against", "--config", "--dataset",
+    "--deterministic", "--device", "--epochs", "--gpu-tier", "--help", "--imgsz", "--json",
+    "--micro-batch", "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale",
+    "--no-deterministic", "--no-trust-checkpoint", "--optimizer", "--plot", "--rounds",
+    "--seconds", "--seed", "--set",
     "--trust-checkpoint", "--workers", "-d", "-h", "-m", "parts",
 }  # fmt: skip
 

@@ -1,0 +1,84 @@
+"""Fill the table of GPU figures in one short visit: at most 8 minutes, no network, no data set.
+
+    python benchmarks/gpu_suite.py              # on a machine with an NVIDIA GPU
+    python benchmarks/gpu_suite.py --smoke      # on any machine: does it work at all?
+
+The most telling parts come first, and what was found is written after every part, as
+benchmarks/results/gpu_suite_CARD.json and .md. What is missing says why. Networks are untrained and
+images painted: both cost what trained networks and photographs cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hsrloop.cli.run import prepare  # noqa: E402
+
+prepare()  # before torch is loaded
+
+from reporting import results_folder  # noqa: E402
+
+from hsrloop.bench.machine import describe_host, load_average  # noqa: E402
+from hsrloop.bench.results import Report, Row, markdown, table  # noqa: E402
+from hsrloop.bench.suite import FULL, SMOKE, cells_of, run_suite  # noqa: E402
+from hsrloop.cli.tabletop import write_data_set  # noqa: E402
+from hsrloop.config import resolve  # noqa: E402
+from hsrloop.hardware.probe import probe  # noqa: E402
+from hsrloop.report.console import ConsoleSink, make_console  # noqa: E402
+
+SCENES = {"train": 512, "val": 64}
+SMOKE_SCENES = {"train": 8, "val": 4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results")
+    options = parser.parse_args()
+    scope = SMOKE if options.smoke else FULL
+    device = "cpu" if options.smoke else "auto"
+    info = probe(device)
+    card = re.sub(r"\W+", "_", info.name).strip("_").lower()
+    stem = results_folder(options.output) / f"gpu_suite_{'smoke' if options.smoke else card}"
+    console = make_console()
+    sink = ConsoleSink(console)
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        report = Report(
+            host=describe_host(),
+            rows=rows,
+            settings={"device": info.name, "driver": info.driver, "load": load_average()},
+        )
+        console.print(table([row]))
+        text = json.dumps(report.to_json(), indent=2) + "\n"
+        for path, content in (
+            (stem.with_suffix(".json"), text),
+            (stem.with_suffix(".md"), "\n".join(markdown(report)) + "\n"),
+        ):
+            fresh = path.with_suffix(f"{path.suffix}.new")
+            fresh.write_text(content, encoding="utf-8")
+            os.replace(fresh, path)
+
+    with tempfile.TemporaryDirectory(prefix="hsrloop-suite-") as folder:
+        scenes = SMOKE_SCENES if options.smoke else SCENES
+        data = write_data_set(Path(folder), **scenes, seed=0)
+        asked = resolve([("suite", {"dataset": str(data), "device": device})])
+        cells = cells_of(asked, scope, sink.handle)
+        run_suite(cells, minutes=options.minutes, has_gpu=info.kind == "cuda", on_row=keep)
+    sink.close()
+    console.print(f"Written: {stem}.json and .md", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Side by side with Ultralytics' own trainer: same model, data, batch, size and augmentations.
+
+Both train in turn, each in a process of its own, as a user would start them. The first epoch of a
+training warms up and is not counted. Ratios are the peer's time over ours, pair by pair. Then ours
+trains once more with as many epochs as fit into the peer's time, and Ultralytics' own validator
+judges all the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hsrloop.bench.peer import ROW
+from hsrloop.bench.results import Row, Spread
+from hsrloop.bench.workbench import at_hand
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.sets.labels import label_path
+from hsrloop.errors import DependencyError
+from hsrloop.events import Event, Progress
+from hsrloop.hardware.memory import usable_cores
+from hsrloop.model.weights import find_weights
+from hsrloop.train.build import dataset_of
+
+Cell = Mapping[str, Any]
+_LAST_WORDS = 2000  # characters of a failed process' output that are shown
+
+# What both call by the same name, and mean alike.
+SHARED = (
+    *("imgsz", "batch", "epochs", "seed", "deterministic", "optimizer", "lr0", "lrf", "momentum"),
+    *("weight_decay", "warmup_epochs", "cos_lr", "close_mosaic", "hsv_h", "hsv_s", "hsv_v"),
+    *("degrees", "translate", "scale", "shear", "flipud", "fliplr", "mosaic", "mixup", "amp"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What both sides are given."""
+
+    config: TrainConfig
+    data: Path  # a copy, since the peer writes into it
+    device: str  # "cpu" or "cuda:N"
+    threads: int
+
+    def ours(self, *, epochs: int, seed: int) -> dict[str, Any]:
+        """Train with our command line and return its times and metrics."""
+        with tempfile.TemporaryDirectory() as output:
+            given = {k: getattr(self.config, k) for k in SHARED} | {"epochs": epochs, "seed": seed}
+            command = [sys.executable, "-m", "hsrloop", "train", "-d", str(self.data)]
+            command += ["-m", self.config.model, "-o", output, "--device", self.device]
+            command += ["--no-tensorboard", "--no-dynamic-synthetic", "--set", "patience=0"]
+            if self.config.amp_dtype != "fp16":
+                command += ["--amp-dtype", self.config.amp_dtype]
+            command += [a for k, v in given.items() for a in ("--set", f"{k}={_spelled(v)}")]
+            _run(command)
+            (run_dir,) = Path(output).iterdir()
+            lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+            epochs_done = [e for e in map(json.loads, lines) if e["event"] == "EpochDone"]
+            seconds = {k: [float(e[k]) for e in epochs_done] for k in ("train_s", "val_s")}
+            judged = self.peer(
+                model=str(run_dir / "weights" / "best.pt"), validate={"imgsz": self.config.imgsz}
+            )
+        return {**judged, **seconds}
+
+    def theirs(self, *, seed: int) -> dict[str, Any]:
+        """Train with Ultralytics and return its times and metrics."""
+        given = {k: getattr(self.config, k) for k in SHARED}
+        train = {**given, "seed": seed, "patience": 0, "workers": self.config.workers}
+        return self.peer(model=self.config.model, train=train, threads=self.threads)
+
+    def peer(self, **request: Any) -> dict[str, Any]:
+        """Ask `hsrloop.bench.peer`."""
+        device = self.device.removeprefix("cuda:")
+        whole = {"data": str(self.data), "device": device, **request}
+        said = _run([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(whole)])
+        if "NMS time limit" in said:
+            raise DependencyError("Ultralytics' NMS ran into its time limit: its metrics are void.")
+        lines = [line for line in said.splitlines() if line.startswith(ROW)]
+        row: dict[str, Any] = json.loads(lines[-1].removeprefix(ROW))
+        return row
+
+
+def against_ultralytics(
+    resolved: Resolved, *, pairs: int, device: str, emit: Callable[[Event], None]
+) -> list[Row]:
+    """Run the contest; return a row for ours, for the peer, and for ours in the peer's time.
+
+    Raises:
+        DependencyError: a process failed, with its last words.
+        HsrloopError: as a run would raise.
+    """
+    config = at_hand(resolved, emit).config
+    if not config.model.endswith((".yaml", ".yml")):
+        config = config.replace(model=str(find_weights(config.model, download=False).absolute()))
+    total = 2 * pairs + 1
+
+    def tell(done: int) -> None:
+        emit(Progress(task="trainings, Ultralytics' and ours", done=done, total=total))
+
+    with tempfile.TemporaryDirectory(prefix="hsrloop-against-") as scratch:
+        data, images = copy_set(dataset_of(resolved), Path(scratch), seed=config.seed)
+        contest = Contest(config, data, device, usable_cores())
+        mine: list[Cell] = []
+        peers: list[Cell] = []
+        tell(0)
+        for pair in range(pairs):
+            turns: list[tuple[list[Cell], Callable[[], Cell]]] = [
+                (mine, partial(contest.ours, epochs=config.epochs, seed=pair)),
+                (peers, partial(contest.theirs, seed=pair)),
+            ]
+            for cells, turn in turns if pair % 2 == 0 else turns[::-1]:
+                cells.append(turn())
+                tell(len(mine) + len(peers))
+        epochs = max(1, int(config.epochs * statistics.median(_ratios(peers, mine, _whole))))
+        longer = contest.ours(epochs=epochs, seed=0)
+        tell(total)
+    return rows_of(mine, peers, longer, images=images, epochs=(config.epochs, epochs))
+
+
+def rows_of(
+    mine: Sequence[Cell],
+    peers: Sequence[Cell],
+    longer: Cell,
+    *,
+    images: int,
+    epochs: tuple[int, int],
+) -> list[Row]:
+    """Return what came of it.
+
+    Args:
+        images: in an epoch.
+        epochs: of both, and of ours in the peer's time.
+    """
+    said = {
+        part: Spread.of(_ratios(peers, mine, seconds)).text(2)
+        for part, seconds in (("training", _training), ("validation", _validation))
+    }
+    whole = Spread.of(_ratios(peers, mine, _whole)).text(2)
+    ratio = f"training {said['training']}x, validation {said['validation']}x, whole {whole}x"
+
+    def row(name: str, cells: Sequence[Cell], note: str) -> Row:
+        speeds = [images / statistics.median(_counted(cell["train_s"])) for cell in cells]
+        scores = Spread.of([float(cell["mAP50-95"]) for cell in cells]).text(3)
+        return Row(
+            name=name, images_per_s=Spread.of(speeds), note=f"mAP50-95 {scores}; {note}".strip("; ")
+        )
+
+    return [
+        row("hsrloop", mine, ratio),
+        row("Ultralytics", peers, f"{epochs[0]} epochs each"),
+        row("hsrloop, equal time", [longer], f"{epochs[1]} epochs"),
+    ]
+
+
+def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:
+    """Copy a data set as both read it; return its data.yaml and the number of training images."""
+    spec = load_dataset(dataset, seed=seed)
+    for split, refs in (("train", spec.train), ("val", spec.val)):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for number, ref in enumerate(refs):
+            target = folder / "images" / split / f"{number:06d}{ref.path.suffix}"
+            shutil.copyfile(ref.path, target)
+            labels = label_path(ref.path)
+            if labels.exists():
+                shutil.copyfile(labels, label_path(target))
+    content = {"train": "images/train", "val": "images/val", "names": dict(enumerate(spec.names))}
+    path = folder / "data.yaml"
+    path.write_text(yaml.safe_dump({"path": str(folder), **content}), encoding="utf-8")
+    return path, len(spec.train)
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a process and return all it said."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise DependencyError(f"{' '.join(command[1:4])} failed: {said[-_LAST_WORDS:]}")
+    return said
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _counted(seconds: Sequence[float]) -> Sequence[float]:
+    """Leave the first epoch out, which warms up; it is kept when it is the only one."""
+    return seconds[1:] or seconds
+
+
+def _training(cell: Cell) -> float:
+    return sum(_counted(cell["train_s"]))
+
+
+def _validation(cell: Cell) -> float:
+    return sum(_counted(cell["val_s"]))
+
+
+def _whole(cell: Cell) -> float:
+    return sum(cell["train_s"]) + sum(cell["val_s"])
+
+
+def _ratios(
+    peers: Sequence[Cell], mine: Sequence[Cell], seconds: Callable[[Cell], float]
+) -> list[float]:
+    return [seconds(a) / seconds(b) for a, b in zip(peers, mine, strict=True)]

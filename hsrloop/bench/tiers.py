@@ -1,0 +1,168 @@
+"""Does every tier's default fit its card? A short real run for each, on this machine.
+
+On a large card the smaller tiers are emulated: the allocator may take no more than the smallest
+card of the tier has. What recovery makes of settings that do not fit is part of the answer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hsrloop.bench.meters import finish, nvml_reader, peak_bytes, power, reset_peak
+from hsrloop.bench.results import Row, Spread
+from hsrloop.bench.workbench import at_hand
+from hsrloop.config import Resolved
+from hsrloop.errors import HsrloopError
+from hsrloop.events import Event, Progress, Recovered
+from hsrloop.hardware.memory import GIB
+from hsrloop.hardware.probe import probe, torch_device
+from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
+from hsrloop.records import DeviceInfo, Tier
+from hsrloop.train.run import train
+
+SMALLEST_LOW_GIB = 4.0  # of the cards that train at all (a guess)
+WARM = 3  # steps before the clock starts
+
+
+def card_gib(tier: Tier) -> float:
+    """Return the memory of the smallest card of a tier, GiB."""
+    return tier.from_gib or SMALLEST_LOW_GIB
+
+
+def why_not(tier: Tier, info: DeviceInfo) -> str:
+    """Return why a tier cannot be tried on this machine; empty when it can."""
+    if tier is CPU:
+        return ""
+    if info.kind == "cpu":
+        return "skipped: no GPU"
+    has = nominal_gib(info.total_bytes)
+    wanted = card_gib(tier)
+    return f"skipped: it takes {wanted:g} GiB, the card has {has}" if has < wanted else ""
+
+
+class StepWatch:
+    """Listens to a run and ends it after enough steps on the settings it came to.
+
+    Args:
+        steps: to be timed, after `WARM` others.
+        settle: waits for the device.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        settle: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.changes: list[str] = []
+        self._steps, self._settle, self._clock = steps, settle, clock
+        self._seen = 0
+        self._from = self._to = 0.0
+
+    def handle(self, event: Event) -> None:
+        """Start over when settings change."""
+        if isinstance(event, Recovered):
+            self.changes.append(event.change)
+            self._seen = 0
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+    def __call__(self) -> bool:
+        """Count a step; return whether the run shall end."""
+        self._seen += 1
+        if self._seen == WARM:
+            self._settle()
+            self._from = self._clock()
+        if self._seen == WARM + self._steps:
+            self._settle()
+            self._to = self._clock()
+        return self._seen >= WARM + self._steps
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step; 0 when the run ended before."""
+        return max(0.0, self._to - self._from) / self._steps
+
+
+def measure_tiers(
+    resolved: Resolved,
+    *,
+    steps: int,
+    emit: Callable[[Event], None],
+    tiers: Sequence[Tier] = TIERS,
+    changes: Mapping[str, Any] | None = None,
+) -> Iterator[Row]:
+    """Yield a row for each tier; one that fails says how, and the others go on.
+
+    Args:
+        resolved: data set, device and whatever a tier does not decide.
+        changes: laid over each tier's settings, to try this code out in little time.
+    """
+    info = probe(resolved.config.device)
+    for done, tier in enumerate(tiers):
+        emit(Progress(task="trying the tiers", done=done, total=len(tiers)))
+        reason = why_not(tier, info)
+        values = {**settings_of(tier), **(changes or {})}
+        if reason:
+            yield Row(name=tier.name, note=reason, settings=values)
+            continue
+        device = "cpu" if tier is CPU else torch_device(info)
+        sources = {**resolved.sources, **dict.fromkeys(values, f"tier {tier.name}")}
+        asked = Resolved(resolved.config.replace(**values, device=device), sources)
+        yield _measured(tier, at_hand(asked, emit), info, steps)
+    emit(Progress(task="trying the tiers", done=len(tiers), total=len(tiers)))
+
+
+@contextmanager
+def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[None]:
+    """Let the allocator take no more than the tier's smallest card has."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    share = min(1.0, card_gib(tier) * GIB / total_bytes)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()
+
+
+def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
+    config = asked.config
+    device = torch.device(config.device)
+    watch = StepWatch(steps, settle=lambda: finish(device))
+    reader = nvml_reader(info.uuid) if device.type == "cuda" else None
+    reset_peak(device)
+    failure = ""
+    with (
+        tempfile.TemporaryDirectory(prefix="hsrloop-tier-") as output,
+        memory_of(tier, device, info.total_bytes),
+        power(reader) as reading,
+    ):
+        endless = config.replace(output=output, epochs=10_000, patience=0, tensorboard=False)
+        try:
+            train(Resolved(endless, asked.sources), sinks=[watch], stop=watch)
+        except HsrloopError as error:
+            failure = str(error)
+    speed = Spread.of([config.batch / watch.step_s]) if watch.step_s else None
+    watts, busy = reading.means()
+    return Row(
+        name=tier.name,
+        images_per_s=speed,
+        peak_memory_bytes=peak_bytes(device),
+        watts=watts,
+        utilisation=busy,
+        note=failure or "; ".join(watch.changes) or "fits",
+        settings={"model": config.model, "batch": config.batch, "imgsz": config.imgsz},
+    )

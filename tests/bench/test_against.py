@@ -1,0 +1,116 @@
+"""The contest with Ultralytics, its processes replaced: who is asked for what, in which order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from hsrloop.bench.against import SHARED, against_ultralytics, copy_set
+from hsrloop.config import Resolved, resolve
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.errors import DependencyError
+
+
+@pytest.fixture
+def asked(tiny_dataset: Path) -> Resolved:
+    values = {"dataset": str(tiny_dataset), "model": "yolov8n.yaml", "epochs": 4, "imgsz": 64}
+    return resolve([("test", {**values, "degrees": 3.0, "cos_lr": True})])
+
+
+class Processes:
+    """Answers in place of both trainers: ours takes 1 s an epoch, the peer 2 s."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.ours: list[dict[str, str]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.failing = False
+
+    def run(self, command: list[str], **_: Any) -> Any:
+        said = ""
+        if "hsrloop.bench.peer" in command:
+            request = json.loads(command[-1])
+            self.requests.append(request)
+            row: dict[str, Any] = {"mAP50-95": 0.25}
+            if "train" in request:
+                self.order.append("peer")
+                epochs = request["train"]["epochs"]
+                row = {
+                    "mAP50-95": 0.2,
+                    "train_s": [9.0] + [2.0] * (epochs - 1),
+                    "val_s": [1.0] * epochs,
+                }
+            said = f"noise\nROW {json.dumps(row)}\n"
+        else:
+            self.order.append("ours")
+            given = dict(command[i + 1].split("=") for i, a in enumerate(command) if a == "--set")
+            self.ours.append(given)
+            run_dir = Path(command[command.index("-o") + 1]) / "run"
+            run_dir.mkdir()
+            times = {"event": "EpochDone", "train_s": 1.0, "val_s": 0.5}
+            lines = [json.dumps(times)] * int(given["epochs"])
+            (run_dir / "events.jsonl").write_text("\n".join(lines))
+        return SimpleNamespace(returncode=int(self.failing), stdout=said, stderr="last words")
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    made = Processes()
+    monkeypatch.setattr(subprocess, "run", made.run)
+    return made
+
+
+def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Processes) -> None:
+    rows = against_ultralytics(asked, pairs=2, device="cuda:1", emit=lambda _: None)
+    assert processes.order == ["ours", "peer", "peer", "ours", "ours"]
+    trained = [request for request in processes.requests if "train" in request]
+    for ours, theirs in zip(processes.ours[:2], trained, strict=True):
+        for name in SHARED:
+            assert ours[name] == str(theirs["train"][name]).replace("T", "t").replace("F", "f"), (
+                name
+            )
+    assert [request["train"]["seed"] for request in trained] == [0, 1]
+    assert {request["device"] for request in processes.requests} == {"1"}
+    assert all(Path(request["data"]).name == "data.yaml" for request in processes.requests)
+    assert asked.config.dataset not in {request["data"] for request in processes.requests}
+    ours, peer, longer = rows
+    assert "training 2.00 (2.00-2.00)x" in ours.note
+    assert "validation 2.00 (2.00-2.00)x" in ours.note
+    assert "mAP50-95 0.250" in ours.note and "mAP50-95 0.200" in peer.note
+    # The peer's whole run took 9 + 3 * 2 + 4 = 19 s, ours 6 s: 3.17 times as many epochs fit.
+    assert processes.ours[-1]["epochs"] == "12" and "12 epochs" in longer.note
+    assert ours.images_per_s is not None and ours.images_per_s.median == 8.0
+
+
+def test_a_failed_process_is_an_error_with_its_last_words(
+    asked: Resolved, processes: Processes
+) -> None:
+    processes.failing = True
+    with pytest.raises(DependencyError, match="failed: last words"):
+        against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None)
+
+
+def test_the_peer_is_given_a_copy_that_reads_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
+    path, images = copy_set(str(tiny_dataset), tmp_path / "copy", seed=0)
+    ours, copy = load_dataset(tiny_dataset), load_dataset(path)
+    assert images == len(ours.train) == len(copy.train)
+    assert yaml.safe_load(path.read_text())["names"] == dict(enumerate(ours.names))
+    for split in ("train", "val"):
+        for a, b in zip(getattr(ours, split), getattr(copy, split), strict=True):
+            assert a.path.read_bytes() == b.path.read_bytes()
+            assert (a.boxes_cxcywh == b.boxes_cxcywh).all() and (a.labels == b.labels).all()
+
+
+def test_the_command_names_no_part_with_it() -> None:
+    from click.testing import CliRunner
+
+    from hsrloop.cli.main import main
+
+    done = CliRunner().invoke(main, ["bench", "step", "--against", "ultralytics"])
+    assert done.exit_code == 2 and "name no part with it" in done.output
