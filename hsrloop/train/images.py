@@ -58,8 +58,7 @@ def train_images(
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     scratch = int(min(max(free * SCRATCH_SHARE, SCRATCH_LIMITS[0]), SCRATCH_LIMITS[1]))
-    kept = decoded_folder() if config.cache else None
-    sources = Sources(ImageStore(images, imgsz=config.imgsz, cache_dir=kept), cutouts)
+    sources = Sources(ImageStore(images, imgsz=config.imgsz), cutouts)
     place = render_place(
         config,
         device.type,
@@ -70,18 +69,25 @@ def train_images(
     )
     place = max(place, cast(BankPlace, at_best), key=_PLACES.index)
     _say(config, device.type, place, sources, emit)
-    task = "caching training images"
-    if place == "device" and config.cache != "disk":
-        store = sources.images  # decoded once, for the bank
+    if place == "device" and config.cache != "disk":  # each is asked for once, for the bank
+        kept = decoded_folder() if config.cache else None
+        store = ImageStore(images, imgsz=config.imgsz, cache_dir=kept)
     else:
-        store = image_store(config, images, budget_bytes=budget_bytes, task=task, emit=emit)
+        store = image_store(
+            config, images, budget_bytes=budget_bytes, what="training images", emit=emit
+        )
     if place == "cv2":
         return TrainImages(store, None, place)
     bank: Bank
     if place == "device":
-        progress = _progress("loading training images onto the GPU", emit)
-        sources = Sources(store, cutouts)
-        bank = DeviceBank(sources, device, threads=usable_cores(), progress=progress)
+        task = "loading training images onto the GPU"
+        bank = DeviceBank(
+            Sources(store, cutouts),
+            device,
+            threads=usable_cores(),
+            progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
+        )
+        store.remember()
     else:
         bank = TileBank(Sources(store, cutouts), device)
     renderer = TorchRenderer(bank, images, imgsz=config.imgsz, device=device, scratch_bytes=scratch)
@@ -139,11 +145,11 @@ def image_store(
     refs: Sequence[ImageRef],
     *,
     budget_bytes: int,
-    task: str,
+    what: str,
     emit: Emit,
     interpolation: str = "area",
 ) -> ImageStore:
-    """Return images cached as the configuration asks; `task` names the progress."""
+    """Return images cached as the configuration asks; `what` they are, for the progress."""
     return ImageStore(
         refs,
         imgsz=config.imgsz,
@@ -152,7 +158,9 @@ def image_store(
         interpolation=interpolation,
         cache_dir=decoded_folder() if config.cache else None,
         threads=usable_cores(),
-        progress=_progress(task, emit),
+        progress=lambda task, done, total: emit(
+            Progress(task=f"{task} {what}", done=done, total=total)
+        ),
     )
 
 
@@ -160,9 +168,13 @@ def val_image_store(
     config: TrainConfig, refs: Sequence[ImageRef], *, budget_bytes: int, emit: Emit
 ) -> ImageStore:
     """Return validation images resized as Ultralytics does, so that metrics agree with its own."""
-    task = "caching validation images"
     return image_store(
-        config, refs, budget_bytes=budget_bytes, task=task, emit=emit, interpolation="linear"
+        config,
+        refs,
+        budget_bytes=budget_bytes,
+        what="validation images",
+        emit=emit,
+        interpolation="linear",
     )
 
 
@@ -174,10 +186,6 @@ def cache_folder() -> Path:
 def decoded_folder() -> Path:
     """Return the folder of decoded images; see `hsrloop.data.pixels.kept`."""
     return cache_folder() / "images"
-
-
-def _progress(task: str, emit: Emit) -> Callable[[int, int], None]:
-    return lambda done, total: emit(Progress(task=task, done=done, total=total))
 
 
 def _say(config: TrainConfig, kind: str, place: BankPlace, sources: Sources, emit: Emit) -> None:

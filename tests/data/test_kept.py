@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ def spec(tiny_dataset: Path) -> DatasetSpec:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of image files in the order they are decoded."""
     names: list[str] = []
-    real = store_module.decode
+    real = ImageStore._pixels
 
-    def counted(path: Path, *, shrink: int = 1) -> np.ndarray:
-        names.append(path.name)
-        return real(path, shrink=shrink)
+    def counted(store: ImageStore, index: int, data: np.ndarray) -> np.ndarray:
+        names.append(store._refs[index].path.name)
+        return real(store, index, data)
 
-    monkeypatch.setattr(store_module, "decode", counted)
+    monkeypatch.setattr(ImageStore, "_pixels", counted)
     return names
 
 
@@ -66,6 +67,139 @@ def test_a_second_start_decodes_only_what_is_new(
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert np.array_equal(a, b) == (i != 2)
     assert np.array_equal(second[2], ImageStore(spec.train, imgsz=SIDE)[2])
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of image files in the order they are read; all count as unchanged for long."""
+    monkeypatch.setattr(kept_module, "SETTLED_S", -1)
+    names: list[str] = []
+    real = store_module.read_bytes
+
+    def counted(path: Path) -> np.ndarray:
+        names.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(store_module, "read_bytes", counted)
+    return names
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_files_that_did_not_change_are_not_even_read(
+    cache: bool | str, spec: DatasetSpec, tmp_path: Path, read: list[str], decoded: list[str]
+) -> None:
+    expected = pixels_of(spec, "ram", tmp_path / "kept")
+    assert len(read) == 8
+    changed, touched = spec.train[2].path, spec.train[5].path
+    before = changed.stat()
+    content = bytearray(changed.read_bytes())
+    changed.write_bytes(spec.train[0].path.read_bytes().ljust(len(content), b"\0")[: len(content)])
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))  # only its ctime tells
+    os.utime(touched)
+    read.clear()
+    decoded.clear()
+    found = pixels_of(spec, cache, tmp_path / "kept")
+    assert set(read) == {changed.name, touched.name} and set(decoded) == {changed.name}
+    changed.write_bytes(content)
+    (tmp_path / "kept" / "index.json").write_text('{"a": [1, 2]}')
+    read.clear()
+    decoded.clear()
+    again = pixels_of(spec, cache, tmp_path / "kept")
+    assert len(read) == 8 and decoded == []
+    for i in range(8):
+        assert np.array_equal(found[i], expected[i]) == (i != 2)
+        assert np.array_equal(again[i], expected[i])
+
+
+def test_a_file_just_changed_is_read_again(
+    spec: DatasetSpec, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a tick of the file system's clock it could change twice with one stamp."""
+    monkeypatch.setattr(kept_module, "SETTLED_S", 60.0)
+    for _ in range(2):
+        pixels_of(spec, "ram", tmp_path / "kept")
+    assert len(read) == 16
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_file_that_changes_while_it_is_read_is_kept_as_it_was_read(
+    cache: bool | str, spec: DatasetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = spec.train[0].path
+    before, after = path.read_bytes(), path.with_name("after.png")
+    cv2.imwrite(str(after), 255 - cv2.imread(str(path)))
+    expected = pixels_of(spec, False, None)[0]
+    real = store_module.read_bytes
+
+    def overtaken(asked: Path) -> np.ndarray:
+        data = real(asked)
+        if asked == path:
+            path.write_bytes(after.read_bytes())
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_module, "SETTLED_S", -1)
+        patch.setattr(store_module, "read_bytes", overtaken)
+        assert np.array_equal(pixels_of(spec, cache, tmp_path / "kept")[0], expected)
+    assert not np.array_equal(pixels_of(spec, cache, tmp_path / "kept")[0], expected)
+    path.write_bytes(before)
+    assert np.array_equal(pixels_of(spec, cache, tmp_path / "kept")[0], expected)
+
+
+def test_reading_and_decoding_are_told_apart(spec: DatasetSpec, tmp_path: Path) -> None:
+    said: list[tuple[str, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_module, "SETTLED_S", -1)
+        for count in (6, 8):
+            ImageStore(
+                spec.train[:count], imgsz=SIDE, cache="ram", cache_dir=tmp_path / "kept",
+                progress=lambda *part: said.append(part),
+            )  # fmt: skip
+    assert said == [
+        *(("decoding", i + 1, 6) for i in range(6)),
+        *(("reading", i + 1, 6) for i in range(6)),
+        *(("decoding", i + 1, 2) for i in range(2)),
+    ]
+
+
+def test_mapped_images_hold_no_file_open(spec: DatasetSpec, tmp_path: Path) -> None:
+    """A process may have 1,024 open files; a data set has more images."""
+    before = len(os.listdir("/proc/self/fd"))
+    store = ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "kept")
+    assert store.cached_images == 8 and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_images_beyond_the_mappings_of_a_process_are_read_each_time(
+    spec: DatasetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[str]
+) -> None:
+    monkeypatch.setattr(store_module, "MOST_MAPPED", 5)
+    store = ImageStore(spec.train, imgsz=SIDE, cache="disk", cache_dir=tmp_path / "kept")
+    assert store.cached_images == 5
+    for _ in range(2):
+        for i in range(8):
+            assert np.array_equal(store[i], ImageStore(spec.train, imgsz=SIDE)[i])
+    assert all(decoded.count(ref.path.name) == 3 for ref in spec.train)  # two of them by others
+
+
+def test_runs_that_start_together_share_the_folder(spec: DatasetSpec, tmp_path: Path) -> None:
+    expected = pixels_of(spec, False, None)
+    with ThreadPoolExecutor(4) as pool:
+        starts = [
+            pool.submit(pixels_of, spec, cache, tmp_path / "kept")
+            for _ in range(5)
+            for cache in CACHES
+        ]
+    for start in starts:
+        assert all(map(np.array_equal, start.result(), expected))
+    assert len(list((tmp_path / "kept").glob("*/*"))) == 8
+
+
+def test_a_cache_folder_inside_the_data_set_is_not_used(
+    spec: DatasetSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    ImageStore(spec.train, imgsz=SIDE, cache="ram", cache_dir=spec.root / "kept")
+    assert caplog.text.count("lies inside the data set") == 1
+    assert not (spec.root / "kept").exists()
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -59,14 +59,14 @@ def test_cached_partly_cached_and_uncached_images_are_the_same_bytes(
     spec: DatasetSpec, tmp_path: Path, cache: bool | str, budget: int | None
 ) -> None:
     plain = ImageStore(spec.train, imgsz=SIDE)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     store = ImageStore(
         spec.train, imgsz=SIDE, cache=cache, budget_bytes=budget, cache_dir=tmp_path / "cache",
-        threads=2, progress=lambda done, total: seen.append((done, total)),
+        threads=2, progress=lambda *said: seen.append(said),
     )  # fmt: skip
     expected = {None: 8, 0: 0, 60_000: 2}[budget] if cache else 0
     assert store.cached_images == expected and len(store) == 8
-    assert seen == [(i + 1, expected) for i in range(expected)]
+    assert seen == [("decoding", i + 1, expected) for i in range(expected)]
     assert store.cached_bytes <= (budget if budget is not None else 10**9)
     for i in range(8):
         np.testing.assert_array_equal(store[i], plain[i])

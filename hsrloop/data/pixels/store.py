@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from hsrloop.data.pixels.kept import KeptImages, refuse_inside_data
+from hsrloop.data.pixels.kept import MOST_MAPPED, KeptImages, data_set_around, stamp_of
 from hsrloop.data.sets.dataset import ImageRef
-from hsrloop.data.sets.scan import Unreadable, decode
+from hsrloop.data.sets.scan import Unreadable, decode_bytes, read_bytes
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import OutputError
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
 
 SPARE = 2  # how much larger than imgsz a JPEG is decoded at least, where it is that large
 FORMAT = 2  # of what is stored; raise it when the same image would become other bytes
@@ -70,11 +73,12 @@ class ImageStore:
             cached, the others read each time.
         interpolation: "area" when shrinking for training; "linear" as the peer validates.
         cache_dir: folder for decoded images between runs, outside the data set; None for none.
-        progress: called with (done, total) while the cache fills.
+        progress: called with (task, done, total) while the cache fills; the task is "reading" for
+            what an earlier run decoded, "decoding" for the rest.
 
     Raises:
-        OutputError: cache is "disk", and `cache_dir` is missing or cannot be written, or it lies
-            inside the data set.
+        OutputError: cache is "disk", and `cache_dir` is missing, cannot be written or lies inside
+            the data set. With another cache, nothing is kept there then.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class ImageStore:
         interpolation: str = "area",
         cache_dir: Path | None = None,
         threads: int = 1,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         assert interpolation in ("area", "linear"), interpolation
         self.imgsz = imgsz
@@ -99,8 +103,10 @@ class ImageStore:
         self._starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
         self._images: dict[int, np.ndarray] = {}
         self._kept = self._keeping(cache, cache_dir)
-        self._names: dict[int, str | None] = {}
+        self._names: dict[int, str] = {}  # of entries, for images that were read
         self.cached_images = self._fitting(budget_bytes) if cache else 0
+        if cache == "disk":
+            self.cached_images = min(self.cached_images, MOST_MAPPED)
         if self.cached_images == 0:
             return
         if cache != "disk":
@@ -114,7 +120,9 @@ class ImageStore:
         """Return one image, read-only; grey when it cannot be decoded."""
         pixels = self._images.get(index)
         if pixels is None:
-            pixels = self._load(index)
+            pixels = self._taken(index)
+        if pixels is None:
+            pixels = self._decoded(index)
         pixels.flags.writeable = False
         return pixels
 
@@ -138,6 +146,11 @@ class ImageStore:
         self._images = {}
         self.cached_images = 0
 
+    def remember(self) -> None:
+        """Note for the next start what was read of the images' files since the last call."""
+        if self._kept is not None:
+            self._kept.remember()
+
     def _fitting(self, budget_bytes: int | None) -> int:
         if budget_bytes is None or self._starts[-1] <= budget_bytes:
             return len(self._refs)
@@ -155,20 +168,22 @@ class ImageStore:
             if cache == "disk":
                 raise OutputError("cache is disk, but there is no folder for it. Use cache: ram.")
             return None
-        refuse_inside_data(folder, (ref.path for ref in self._refs))
-        try:
-            wanted = (self.bytes, len(self)) if cache == "disk" else (0, 0)
-            return KeptImages(folder, wanted=wanted)
-        except OSError as error:
-            if cache == "disk":
-                raise OutputError(
-                    f"The image cache in {folder} cannot be written: {error.strerror}."
-                ) from None
-            logger.warning(
-                "%s cannot be written (%s): images are decoded again at the next start.",
-                folder, error.strerror,
-            )  # fmt: skip
-            return None
+        data_set = data_set_around(folder, (ref.path for ref in self._refs))
+        if data_set is not None:
+            problem = f"{folder} lies inside the data set {data_set}"
+        else:
+            try:
+                wanted = (self.bytes, len(self)) if cache == "disk" else (0, 0)
+                return KeptImages(folder, wanted=wanted)
+            except OSError as error:
+                problem = f"{folder} cannot be written ({error.strerror})"
+        if cache == "disk":
+            raise OutputError(
+                f"The image cache in {problem}. Set XDG_CACHE_HOME to another folder, or use "
+                "--cache ram."
+            )
+        logger.warning("%s: images are decoded again at the next start.", problem)
+        return None
 
     def _slots(self) -> dict[int, np.ndarray]:
         """Return memory for the images to be cached, one after the other."""
@@ -181,65 +196,101 @@ class ImageStore:
             for i in range(self.cached_images)
         }
 
-    def _fill(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
-        made = in_threads(self._put, range(self.cached_images), threads=threads)
-        for done, _ in enumerate(made, 1):
-            if progress:
-                progress(done, self.cached_images)
+    def _fill(self, threads: int, progress: Progress | None) -> None:
+        """Read what is known to be decoded, then decode the rest."""
+        known = [i for i in range(self.cached_images) if self._is_kept(i)]
+        rest = sorted(set(range(self.cached_images)) - set(known))
+        for task, indices in (("reading", known), ("decoding", rest)):
+            made = in_threads(self._put, indices, threads=threads)
+            for done, _ in enumerate(made, 1):
+                if progress:
+                    progress(task, done, len(indices))
+        self.remember()
+
+    def _is_kept(self, index: int) -> bool:
+        if self._kept is None:
+            return False
+        name = self._kept.known(self._refs[index].path, self._how(index))
+        return name is not None and self._kept.has(name)
 
     def _put(self, index: int) -> None:
         """Cache one image: in its slot, or mapped from the folder of decoded images."""
-        pixels = self._load(index)
-        if index in self._images:
-            self._images[index][:] = pixels  # in RAM
-        elif index in self.broken:
+        slot = self._images.get(index)
+        pixels = self._taken(index, slot)
+        if pixels is None:
+            pixels = self._decoded(index)
+            if slot is None and index not in self.broken:
+                pixels = self._taken(index)  # mapped from now on, if there was room for it
+        if slot is None and pixels is not None:
             self._images[index] = pixels
-        elif (mapped := self._kept_before(index)) is not None:
-            self._images[index] = mapped
+        elif slot is not None and pixels is not slot:
+            slot[:] = pixels
 
-    def _load(self, index: int) -> np.ndarray:
-        """Return one image as an earlier run decoded it, or decode it."""
-        found = self._kept_before(index)
-        if found is not None:
-            return found
-        pixels = self._decode(index)
-        name = self._names.get(index)
-        if self._kept is not None and name is not None and index not in self.broken:
-            self._kept.keep(name, pixels)
-        return pixels
-
-    def _kept_before(self, index: int) -> np.ndarray | None:
+    def _taken(self, index: int, slot: np.ndarray | None = None) -> np.ndarray | None:
+        """Return an image from its entry, in `slot` if given, else mapped; None if not there."""
         if self._kept is None:
             return None
-        if index not in self._names:
-            self._names[index] = self._kept.name_of(self._refs[index].path, self._how(index))
-        name = self._names[index]
-        return None if name is None else self._kept.find(name, (*self._shapes[index], 3))
+        name = self._names.get(index)
+        if name is None:
+            name = self._kept.known(self._refs[index].path, self._how(index))
+        if name is None:
+            return None
+        if slot is None:
+            return self._kept.find(name, (*self._shapes[index], 3))
+        return slot if self._kept.read_into(name, slot) else None
+
+    def _decoded(self, index: int) -> np.ndarray:
+        """Decode one image and keep it; or find that its content was decoded before.
+
+        What is decoded is what was read, whatever becomes of the file meanwhile.
+        """
+        path, name = self._refs[index].path, None
+        stamp = stamp_of(path)
+        try:
+            data = read_bytes(path)
+            if self._kept is not None:
+                name = self._kept.name_of(path, stamp, data, self._how(index))
+                self._names[index] = name
+                found = self._kept.find(name, (*self._shapes[index], 3))
+                if found is not None:
+                    return found
+            pixels = self._pixels(index, data)
+        except Unreadable as error:
+            return self._grey(index, error)
+        if self._kept is not None and name is not None:
+            self._kept.keep(name, pixels)
+        return pixels
 
     def _how(self, index: int) -> str:
         """Return all that decides an image's bytes beside its file's content."""
         shrink = self._shrink(self._refs[index])
-        return f"{FORMAT} {self._shapes[index]} {self.interpolation} {shrink} {cv2.__version__}"
+        software = f"{cv2.__version__} {platform.machine()}"
+        return f"{FORMAT} {self._shapes[index]} {self.interpolation} {shrink} {software}"
 
-    def _decode(self, index: int) -> np.ndarray:
-        """Decode and resize one image."""
-        ref, (height, width) = self._refs[index], self._shapes[index]
-        try:
-            pixels = decode(ref.path, shrink=self._shrink(ref))
-        except Unreadable as error:
-            if index not in self.broken:
-                self.broken.add(index)
-                logger.warning(
-                    "%s became unreadable: %s. It is grey from now on, without labels.",
-                    ref.path,
-                    error,
-                )
-            return np.full((height, width, 3), GREY, np.uint8)
+    def _pixels(self, index: int, data: np.ndarray) -> np.ndarray:
+        """Return an image as it is stored, from its file's bytes.
+
+        Raises:
+            Unreadable: it cannot be decoded.
+        """
+        height, width = self._shapes[index]
+        pixels = decode_bytes(data, shrink=self._shrink(self._refs[index]))
         if pixels.shape[:2] == (height, width):
             return pixels
         shrinks = height * width < pixels.shape[0] * pixels.shape[1]
         method = cv2.INTER_AREA if self.interpolation == "area" and shrinks else cv2.INTER_LINEAR
         return cv2.resize(pixels, (width, height), interpolation=method)
+
+    def _grey(self, index: int, error: Unreadable) -> np.ndarray:
+        """Return what stands for an image that cannot be decoded; say so the first time."""
+        if index not in self.broken:
+            self.broken.add(index)
+            logger.warning(
+                "%s became unreadable: %s. It is grey from now on, without labels.",
+                self._refs[index].path,
+                error,
+            )
+        return np.full((*self._shapes[index], 3), GREY, np.uint8)
 
     def _shrink(self, ref: ImageRef) -> int:
         if self.interpolation != "area":

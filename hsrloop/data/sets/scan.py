@@ -91,19 +91,40 @@ def _png_chunks(path: Path) -> list[bytes]:
 
 
 def decode(path: Path, *, shrink: int = 1) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB, EXIF orientation applied, alpha dropped.
-
-    Args:
-        shrink: 1, 2, 4 or 8: decode at this fraction of the size, rounded up. A JPEG then takes
-            half the time or less, since it is never made whole; other kinds gain nothing.
+    """Return an image as (H, W, 3) uint8 RGB; see `decode_bytes`.
 
     Raises:
         Unreadable: the file cannot be read or decoded.
     """
+    return decode_bytes(read_bytes(path), shrink=shrink)
+
+
+def read_bytes(path: Path) -> np.ndarray:
+    """Return a file's bytes, (n,) uint8.
+
+    Raises:
+        Unreadable: it cannot be read.
+    """
     try:
-        data = np.fromfile(path, np.uint8)
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise Unreadable(" ".join(str(error).split())) from None
+
+
+def decode_bytes(data: np.ndarray, *, shrink: int = 1) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB, EXIF orientation applied, alpha dropped.
+
+    Args:
+        data: (n,) uint8, all of an image file.
+        shrink: 1, 2, 4 or 8: decode at this fraction of the size, rounded up. A JPEG then takes
+            half the time or less, since it is never made whole; other kinds gain nothing.
+
+    Raises:
+        Unreadable: it cannot be decoded.
+    """
+    try:
         pixels = cv2.imdecode(data, _DECODE[shrink]) if data.size else None
-    except (OSError, cv2.error) as error:
+    except cv2.error as error:
         raise Unreadable(" ".join(str(error).split())) from None
     if pixels is None:
         raise Unreadable("it cannot be decoded")
