@@ -1,12 +1,14 @@
 """The process of a TensorBoard server; its arguments are LOGDIR PORT HOST.
 
 It writes one line to stdout, its address once it listens or why it cannot, and ends when its stdin
-closes. Thus it never outlives the run that started it, even one that was killed.
+closes. Thus it never outlives the run that started it, even one that was killed; nor do the
+processes that TensorBoard's plugins start, since all of its process group end together.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 _PORTS_TRIED = 100
@@ -32,6 +34,8 @@ def serve(logdir: str, port: int, host: str) -> str:
 
 def _main() -> None:
     logdir, port, host = sys.argv[1:]
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
     os.nice(10)  # the run comes first on a machine with few cores
     try:
         line = serve(logdir, int(port), host)
@@ -40,7 +44,7 @@ def _main() -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
     sys.stdin.read()
-    os._exit(0)  # TensorBoard's threads do not end by themselves
+    os.killpg(0, signal.SIGKILL)  # neither threads nor processes of plugins end by themselves
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ def _is_running(run_dir: Path) -> bool:
 def cut_back(run_dir: Path, state: TrainState) -> None:
     """Drop what the reports say beyond a checkpoint, so that a resumed run writes it once."""
     (run_dir / RESULT).unlink(missing_ok=True)  # the run is unfinished again
-    for stale in (run_dir / "weights").glob(".*.tmp"):
-        stale.unlink()
+    for place in (run_dir, run_dir / "weights"):
+        for stale in place.glob("*.tmp"):
+            stale.unlink()
     epochs, sample = len(state.history), state.position.sample
     csv.cut_back(run_dir / "results.csv", epochs)
     rollbacks = len(state.rollbacks)

@@ -130,6 +130,7 @@ def check_equal(run_dir: Path, reference: Path) -> None:
     assert kinds(run_dir) == kinds(reference)
     assert read_checkpoint(run_dir / "weights" / "best.pt")["hsrloop"]["names"]
     assert sorted(path.name for path in (run_dir / "weights").iterdir()) == ["best.pt", "last.pt"]
+    assert not list(run_dir.glob("*.tmp"))
 
 
 def test_twenty_runs_killed_at_any_instant(

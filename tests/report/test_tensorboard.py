@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hsrloop.events import EpochDone, Note, RolledBack, RunStarted
@@ -114,6 +115,18 @@ def test_the_server_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
     while time.monotonic() < deadline and _alive(pid):
         time.sleep(0.1)
     assert not _alive(pid)
+
+
+def test_processes_of_plugins_end_with_the_server(tmp_path: Path) -> None:
+    server = start_server(tmp_path, 0)
+    assert server.url is not None and server._process is not None
+    leader = psutil.Process(server._process.pid)
+    until = time.monotonic() + 30
+    while not (family := leader.children(recursive=True)) and time.monotonic() < until:
+        time.sleep(0.1)
+    server.close()
+    _, outliving = psutil.wait_procs(family, timeout=30)
+    assert family and outliving == []
 
 
 def test_failing_to_start_is_one_warning(

@@ -183,6 +183,14 @@ def test_killed_it_goes_on_from_the_last_save(
     assert rows(run_dir) == rows(never_stopped)
 
 
+def test_what_a_kill_left_half_written_is_cleared_away(settings: Settings) -> None:
+    stopped = train(settings(epochs=1), stop=StopAfter(1))
+    for name in (".config.yaml.7.tmp", "results.csv.tmp", "weights/.last.pt.7.tmp"):
+        (stopped.run_dir / name).touch()
+    train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt", stop=StopAfter(0))
+    assert not list(stopped.run_dir.rglob("*.tmp"))
+
+
 def test_another_data_set_is_refused(settings: Settings, tiny_dataset: Path) -> None:
     stopped = train(settings(), stop=StopAfter(1))
     label = next(tiny_dataset.parent.rglob("labels/train/*.txt"))
