@@ -15,8 +15,9 @@ import torch
 from hsrloop.config import AUTO, Resolved
 from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
-from hsrloop.events import Note, RunFinished, RunStarted, RunStopped, Sink
+from hsrloop.events import Event, Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.power import Power
 from hsrloop.hardware.pressure import spill_cap, watch
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import BaseModel, load_base
@@ -145,7 +146,8 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
             )
         )
         guard = Guard(state, run_dir)
-        reason = _go(ready, saver, guard, governor, profiler, hub, stop)
+        power = closing.enter_context(Power(hub.emit))
+        reason = _go(ready, saver, guard, governor, profiler, power.emit, stop)
         saver.finish()
     return _finish(state, resolved, run_dir, reason, server, hub)
 
@@ -212,22 +214,22 @@ def _go(
     guard: Guard,
     governor: SpinGovernor | None,
     profiler: StepProfiler | None,
-    hub: Hub,
+    emit: Callable[[Event], None],
     stop: Callable[[], bool],
 ) -> str:
     """Run to the end, on smaller settings where memory runs out; return how it ended."""
     state, config = ready.state, ready.resolved.config
     transaction = Transaction(state)
-    rehearsal = _rehearsal(ready, transaction, hub)
+    rehearsal = _rehearsal(ready, transaction, emit)
     if ready.choose:
         choose_micro_batch(rehearsal, _images(ready))
     if rehearsal.wanted:
-        start_where_it_fitted(state, rehearsal.fits, config, hub.emit)
+        start_where_it_fitted(state, rehearsal.fits, config, emit)
 
     def attempt() -> str:
         scenes = ready.synthesis.scenes
         with build_loaders(
-            ready.resolved, ready.spec, scenes, ready.info, rung=state.rung, emit=hub.emit
+            ready.resolved, ready.spec, scenes, ready.info, rung=state.rung, emit=emit
         ) as loaders:
             state.rung = dataclasses.replace(
                 state.rung, bank=loaders.bank, workers=loaders.train.workers
@@ -241,7 +243,7 @@ def _go(
                 settings=ready.settings,
                 transaction=transaction,
                 guard=guard,
-                emit=hub.emit,
+                emit=emit,
                 stop=stop,
                 governor=governor,
                 pressure=watch(str(state.device)),
@@ -250,7 +252,7 @@ def _go(
             rehearsal.run()
             return run_to_end(state, runtime)
 
-    return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=hub.emit)
+    return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=emit)
 
 
 def _images(ready: _Ready) -> Sequence[ImageRef]:
@@ -258,7 +260,7 @@ def _images(ready: _Ready) -> Sequence[ImageRef]:
     return (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
 
 
-def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal:
+def _rehearsal(ready: _Ready, transaction: Transaction, emit: Callable[[Event], None]) -> Rehearsal:
     """Return what tries the worst step out, where the user and the device want it."""
     config, scenes, state = ready.resolved.config, ready.synthesis.scenes, ready.state
     boxes = most_boxes(ready.spec.train, scenes, config)
@@ -279,7 +281,7 @@ def _rehearsal(ready: _Ready, transaction: Transaction, hub: Hub) -> Rehearsal:
         boxes=boxes,
         classes=classes,
         fits=Fits.of(key),
-        emit=hub.emit,
+        emit=emit,
         wanted=config.rehearsal == "always"
         or (config.rehearsal == "auto" and state.device.type == "cuda"),
     )

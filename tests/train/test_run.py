@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,23 @@ from tests.conftest import write_tiny_dataset
 
 Settings = Callable[..., Resolved]
 FIRST_COLUMNS = ["epoch", "box_loss", "cls_loss", "dfl_loss", "mAP50", "mAP50-95", "precision"]
+
+
+def test_a_laptop_on_battery_is_warned_of(
+    settings: Settings, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    percents = iter((63, 21, 19, 18))
+    monkeypatch.setattr(
+        "psutil.sensors_battery", lambda: SimpleNamespace(
+            percent=next(percents), secsleft=3600, power_plugged=False
+        )
+    )  # fmt: skip
+    train(settings(), sinks=[recorder])
+    said = [n.text.partition(":")[0] for n in recorder.of(Note) if "battery" in n.text]
+    assert said == [
+        "running on battery (63 %, for about 60 minutes)",
+        "the battery is low (19 %, for about 60 minutes)",
+    ]
 
 
 def test_a_run_writes_what_is_promised(settings: Settings, recorder: Any) -> None:
