@@ -27,9 +27,10 @@ class Ema:
     def update(self, module: nn.Module, decay: float, *, skipped: Tensor | None = None) -> None:
         """Move the average towards `module`: decay * average + (1 - decay) * module, in place.
 
-        Allocates nothing of size as long as `module` is float32 too. Counts in `updates`.
+        A few kernels do it for all tensors. Counts in `updates`.
 
         Args:
+            module: holds finite numbers only, skipped or not: 0 * NaN would be NaN.
             skipped: () bool on the device: True leaves the averaged floats as they are (a step
                 whose gradients overflowed); None means False.
         """
@@ -46,9 +47,9 @@ class Ema:
         if skipped is None:
             torch._foreach_lerp_(averages, current, 1.0 - decay)
         else:
-            # Chosen, not weighted: what overflowed may hold NaN, and 0 * NaN is NaN.
-            kept = [torch.where(skipped, a, c) for a, c in zip(averages, current, strict=True)]
-            torch._foreach_lerp_(averages, kept, 1.0 - decay)
+            way = torch._foreach_sub(current, averages)
+            torch._foreach_mul_(way, torch.where(skipped, 0.0, 1.0 - decay))
+            torch._foreach_add_(averages, way)
         torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
 
     def state_dict(self) -> dict[str, Any]:

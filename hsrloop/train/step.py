@@ -45,6 +45,27 @@ class StepSettings:
     compiled: Compiled | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Buffers of one type, and twice as much memory in one piece: few kernels move all of them."""
+
+    buffers: list[Tensor]
+    kept: Tensor  # (n,)
+    kept_views: list[Tensor]
+    now: Tensor  # (n,)
+    now_views: list[Tensor]
+
+    @classmethod
+    def of(cls, buffers: list[Tensor]) -> _Block:
+        sizes = [b.numel() for b in buffers]
+        kept, now = (buffers[0].new_empty(sum(sizes)) for _ in range(2))
+        kept_views, now_views = (
+            [v.view(b.shape) for v, b in zip(torch.split(m, sizes), buffers, strict=True)]
+            for m in (kept, now)
+        )
+        return cls(buffers, kept, kept_views, now, now_views)
+
+
 class Transaction:
     """What undoes an uncommitted step: a shadow copy of BatchNorm's buffers.
 
@@ -54,18 +75,21 @@ class Transaction:
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._buffers = list(state.model.buffers())
-        self._shadow = [b.clone() for b in self._buffers]
+        buffers = list(state.model.buffers())
+        kinds = dict.fromkeys(b.dtype for b in buffers)
+        self._blocks = [_Block.of([b for b in buffers if b.dtype is kind]) for kind in kinds]
+        self.begin()
 
     @property
     def shadow(self) -> Sequence[Tensor]:
-        """The copies, which lie on the device for as long as this lives."""
-        return self._shadow
+        """Memory that lies on the device for as long as this lives."""
+        return [memory for block in self._blocks for memory in (block.kept, block.now)]
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember where the next step starts from."""
-        torch._foreach_copy_(self._shadow, self._buffers)
+        for block in self._blocks:
+            torch._foreach_copy_(block.kept_views, block.buffers)
 
     @torch.no_grad()
     def undo_buffers(self, skipped: Tensor) -> None:
@@ -73,13 +97,16 @@ class Transaction:
 
         A forward that overflows leaves NaN in the running statistics.
         """
-        for buffer, shadow in zip(self._buffers, self._shadow, strict=True):
-            buffer.copy_(torch.where(skipped, shadow, buffer))
+        for block in self._blocks:
+            torch._foreach_copy_(block.now_views, block.buffers)
+            torch.where(skipped, block.kept, block.now, out=block.now)
+            torch._foreach_copy_(block.buffers, block.now_views)
 
     @torch.no_grad()
     def roll_back(self) -> None:
         """Return to where `begin` was called; gradients are dropped."""
-        torch._foreach_copy_(self._buffers, self._shadow)
+        for block in self._blocks:
+            torch._foreach_copy_(block.buffers, block.kept_views)
         self._state.optimizer.zero_grad(set_to_none=True)
         # The scale changes only after the commit; what must go is the mark "already unscaled".
         self._state.renew_scaler(self._state.scaler.state_dict())

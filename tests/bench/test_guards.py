@@ -26,7 +26,7 @@ from hsrloop.model.yolo import build
 from hsrloop.train import evaluate
 from hsrloop.train.build import build_state
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings, Transaction, train_step
+from hsrloop.train.step import StepSettings, Transaction, forward_backward, train_step
 from tests.train.test_step import NAMES, make_batches
 
 CPU = torch.device("cpu")
@@ -68,6 +68,11 @@ def test_a_steady_step_waits_for_nothing_and_sends_each_batch_in_two_copies(
     assert not watch.waits
     assert watch.sent == 2 * 2, "of each micro-batch the images and the targets"
     assert watch.kernels["convolution"] == 2 * 63, "the whole network was watched"
+    with DeviceWatch(CPU, resident(state, *scale)) as network:
+        for batch in make_batches([4, 4], imgsz=64, seed=1):
+            forward_backward(state, batch, settings)
+    added = sum(watch.kernels.values()) - sum(network.kernels.values())
+    assert added < 100, "clipping, optimizer, averages and what guards them"
 
 
 def test_validation_waits_a_fixed_number_of_times_for_each_batch() -> None:
