@@ -40,6 +40,10 @@ from hsrloop.train.state import TrainState, initial_grad_scale
 from hsrloop.train.step import StepSettings
 
 Emit = Callable[[Event], None]
+SYNTHESIS_SETTINGS = (
+    *("synthetic_ratio", "synthetic_images", "max_objects", "object_scale_min"),
+    *("object_scale_max", "object_degrees", "max_occlusion", "negative_share"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,26 @@ def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis
     folders = find_folders(config, dataset)
     spec = load_dataset(dataset, seed=config.seed, train_optional=folders.suffice)
     return spec, load_synthesis(config, folders, spec, threads=usable_cores())
+
+
+def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> str | None:
+    """Return what to say about settings of synthesis given in vain; None when there are none."""
+    given = [
+        name
+        for name in SYNTHESIS_SETTINGS
+        if not resolved.sources[name].startswith(("default", "tier", "preset"))
+    ]
+    why = synthesis.text
+    if synthesis.scenes is not None:
+        vain = "synthetic_images" if spec.train else "synthetic_ratio"
+        instead = "synthetic_ratio" if spec.train else "synthetic_images"
+        given = [name for name in given if name == vain]
+        why = f"with {len(spec.train)} real images, {instead} counts"
+    elif resolved.config.synthetic_ratio == 0:
+        given = [name for name in given if name != "synthetic_ratio"]  # it says so itself
+    return (
+        f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} ignored: {why}" if given else None
+    )
 
 
 def load_model(

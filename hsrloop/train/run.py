@@ -32,6 +32,7 @@ from hsrloop.train.build import (
     build_loaders,
     build_state,
     dataset_of,
+    ignored_synthesis,
     load_data,
     load_model,
     step_settings,
@@ -380,6 +381,8 @@ def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
     given = config.annotated_dir or config.backgrounds_dir or config.distractors_dir
     vain = given is not None and synthesis.scenes is None
     hub.emit(Note(text=synthesis.text, level="warning" if vain else "info"))
+    if ignored := ignored_synthesis(resolved, spec, synthesis):
+        hub.emit(Note(text=ignored, level="warning"))
     return spec, synthesis
 
 

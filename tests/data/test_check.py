@@ -130,6 +130,25 @@ def test_roboflows_versions_of_a_picture_belong_together(tmp_path: Path) -> None
     assert group.text.startswith("with cup_jpg.rf.")
 
 
+def test_labels_of_a_split_that_is_not_named_are_found(tmp_path: Path) -> None:
+    """In folders as Roboflow writes them too; those of a set beside this one are none of it."""
+    beside = write_tiny_dataset(tmp_path / "beside")
+    (tmp_path / "near/labels").mkdir(parents=True)
+    (tmp_path / "near/labels/lost.txt").write_text("0 .5 .5 .4 .4\n")
+    for number, place in enumerate(("one/train", "one/valid", "one/test", "two/train")):
+        for kind in ("images", "labels"):
+            (tmp_path / place / kind).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / place / "images/a.png"), photo(number))
+        (tmp_path / place / "labels/a.txt").write_text("0 .5 .5 .4 .4\n")
+    (tmp_path / "one/test/labels/b.txt").write_text("0 .5 .5 .4 .4\n")
+    yaml = tmp_path / "one/data.yaml"
+    yaml.write_text("train: train/images\nval: valid/images\nnames: [cup]\n")
+    for kind, name in (("labels-unused", "a.txt"), ("labels-alone", "b.txt")):
+        (problem,) = found(check(yaml), kind).problems
+        assert problem.file == tmp_path / "one/test/labels" / name
+    assert not {f.kind for f in check(beside).findings} & {"labels-unused", "labels-alone"}
+
+
 def test_look_alikes_in_a_split_are_one_group(tmp_path: Path) -> None:
     yaml = write_tiny_dataset(tmp_path)
     for i in range(6):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import signal
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
 from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import ImageStore, decode_shrink, stored_size
+from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.sets.scan import ORIENTATION, decode, image_size
 from hsrloop.errors import OutputError
@@ -238,6 +241,63 @@ def test_a_killed_worker_raises_and_the_loader_starts_again(spec: DatasetSpec) -
     loader.close()
     assert_same(list(loader.batches(Position(0, 0))), expected)
     loader.close()
+
+
+def private_bytes(pid: int, address: int) -> int:
+    """Return how much of the mapping at an address a process has for itself.
+
+    Raises:
+        LookupError: there is no such mapping, or nothing of it is in memory.
+    """
+    found, private, resident = False, 0, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            found = low <= address < high
+        elif found and first in ("Private_Clean:", "Private_Dirty:"):
+            private += 1024 * int(line.split()[1])
+        elif found and first == "Rss:":
+            resident += 1024 * int(line.split()[1])
+    if not resident:
+        raise LookupError(address)
+    return private
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_workers_share_the_cache(spec: DatasetSpec, tmp_path: Path, cache: str) -> None:
+    """However many they are, it is in memory once."""
+    store = ImageStore(spec.train, imgsz=640, cache=cache, cache_dir=tmp_path / "cache")
+    with TrainLoader(spec.train, store, config(imgsz=640), workers=2) as loader:
+        list(loader.batches(Position(0, 0)))
+        assert loader._pool is not None
+        for process in loader._pool._processes:
+            for index in range(len(store)):
+                address = store[index].ctypes.data + store[index].nbytes // 2
+                assert private_bytes(process.pid or 0, address) == 0
+
+
+def test_epochs_leave_nothing_behind(spec: DatasetSpec) -> None:
+    """Neither objects nor bytes: what the loader holds after 20 epochs it held after 5."""
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    loader = TrainLoader(spec.train, store, config())
+
+    def held(epochs: range) -> tuple[int, int]:
+        for epoch in epochs:
+            for batch in loader.batches(Position(epoch, 0), mosaic=epoch % 2 == 0):
+                del batch
+        gc.collect()
+        kinds = (list, dict, torch.Tensor, AugmentPlan)  # others come and go with caches
+        count = sum(type(thing) in kinds for thing in gc.get_objects())
+        return count, tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        (before, its_bytes), (after, more_bytes) = held(range(5)), held(range(5, 20))
+    finally:
+        tracemalloc.stop()
+    assert after - before < 10  # of 15 epochs
+    assert more_bytes - its_bytes < 15 * 1024  # tables of the interpreter's grow now and then
 
 
 def test_backgrounds_only_make_empty_targets(spec: DatasetSpec) -> None:

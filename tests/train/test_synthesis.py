@@ -10,6 +10,7 @@ import pytest
 from hsrloop.config import resolve
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Note
+from hsrloop.train.build import ignored_synthesis, load_data
 from hsrloop.train.run import train
 from tests.conftest import write_material, write_tiny_dataset
 from tests.train.conftest import Recorder, run_settings
@@ -96,4 +97,43 @@ def test_a_folder_given_in_vain_is_a_warning(
         sinks=[recorder],
     )
     (note,) = [n for n in recorder.of(Note) if "no synthetic images: no cut-outs" in n.text]
+    assert note.level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("given", "material", "real", "says"),
+    [
+        ({"max_objects": 3, "degrees": 5.0}, False, True, "max_objects is ignored: no synthetic"),
+        (
+            {"max_objects": 3, "negative_share": 0.1, "dynamic_synthetic": False}, True, True,
+            "max_objects, negative_share are ignored: no synthetic images: --no-dynamic-synthetic",
+        ),
+        ({"synthetic_ratio": 0.0, "max_objects": 3}, True, True, "max_objects is ignored"),
+        ({"synthetic_ratio": 0.0}, True, True, None),
+        ({"synthetic_ratio": 1.0, "max_objects": 3}, True, True, None),
+        ({"synthetic_images": 9}, True, True, "with 8 real images, synthetic_ratio counts"),
+        ({"synthetic_ratio": 1.0}, True, False, "with 0 real images, synthetic_images counts"),
+        ({}, False, True, None),
+    ],
+)  # fmt: skip
+def test_settings_of_synthesis_given_in_vain_are_named(
+    tmp_path: Path, given: dict[str, object], material: bool, real: bool, says: str | None
+) -> None:
+    dataset = write_tiny_dataset(tmp_path / "tiny")
+    if material:
+        write_material(dataset.parent)
+    if not real:
+        dataset.write_text("train:\nval: images/val\nnames: [square, disc, bar]\n")
+    defaults = ("tier high", {"max_objects": 8, "synthetic_ratio": 2.0})
+    resolved = resolve([defaults, ("command line", given)])
+    spec, synthesis = load_data(resolved.config, str(dataset))
+    text = ignored_synthesis(resolved, spec, synthesis)
+    assert (text is None) if says is None else (text is not None and says in text)
+
+
+def test_what_is_ignored_is_warned_of_once(
+    tiny_dataset: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    train(run_settings(tiny_dataset, tmp_path / "runs", epochs=1, max_objects=3), sinks=[recorder])
+    (note,) = [n for n in recorder.of(Note) if "max_objects" in n.text]
     assert note.level == "warning"

@@ -85,6 +85,10 @@ ADVICE: dict[str, _Advice] = {
         "warning", "label file", "no image", "Its objects are not trained.",
         "Put the image where its name says, or delete the file.",
     ),
+    "labels-unused": _Advice(
+        "note", "label file", "its image is in no split", "Its objects are not trained.",
+        "Add the image, or its folder, to train, val or test in data.yaml.",
+    ),
     "class-untrained": _Advice(
         "warning", "class", "no training example", "The model will never find it.",
         "Photograph and label it, or take it out of names.",

@@ -15,7 +15,7 @@ from hsrloop.data.doctor import objects
 from hsrloop.data.doctor.advice import by_kind, finding, worst_first
 from hsrloop.data.doctor.leaks import Album, leaks, repeats
 from hsrloop.data.doctor.names import name_findings
-from hsrloop.data.doctor.strays import labels_alone
+from hsrloop.data.doctor.strays import stray_labels
 from hsrloop.data.sets.alike import Look, look_at
 from hsrloop.data.sets.dataset import ImageRef, SplitScan, scan_split, why_unusable
 from hsrloop.data.sets.manifest import SPLITS, Manifest, list_images
@@ -60,7 +60,7 @@ def check_dataset(
         albums[split] = _look(scan, _named(progress, f"{split} images"))
         scans[split] = scan
         _note_split(notes, manifest, split, scan, imgsz)
-    notes.add("labels-alone", labels_alone(listings.values()))
+    notes.found += by_kind(stray_labels(listings.values(), manifest.root))
     _note_repeats(notes, manifest, albums)
     notes.found += objects.class_findings(manifest, scans)
     return _report(manifest, imgsz, scans, notes.found)

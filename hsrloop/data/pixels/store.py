@@ -118,9 +118,10 @@ class ImageStore:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one image, read-only; grey when it cannot be decoded."""
-        pixels = self._images.get(index)
-        if pixels is None:
-            pixels = self._taken(index)
+        cached = self._images.get(index)
+        if cached is not None:
+            return cached
+        pixels = self._taken(index)
         if pixels is None:
             pixels = self._decoded(index)
         pixels.flags.writeable = False
@@ -205,6 +206,8 @@ class ImageStore:
             for done, _ in enumerate(made, 1):
                 if progress:
                     progress(task, done, len(indices))
+        for pixels in self._images.values():
+            pixels.flags.writeable = False
         self.remember()
 
     def _is_kept(self, index: int) -> bool:
