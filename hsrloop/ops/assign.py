@@ -87,9 +87,9 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
     images, classes, anchors = class_logits.shape
     places = targets.boxes_xyxy_px.shape[1]
     scene = _Scene(
-        predicted=Columns.of(boxes.reshape(4, -1), dim=0),
+        predicted=Columns.of(boxes.reshape(4, -1)),
         logits=class_logits.reshape(-1),
-        truth=Columns.of(targets.boxes_xyxy_px.to(boxes.dtype).view(-1, 4).t().contiguous(), dim=0),
+        truth=Columns.of(targets.boxes_xyxy_px.to(boxes.dtype).view(-1, 4).t()),
         labels=targets.labels.view(-1),
         images=images,
         classes=classes,
@@ -108,7 +108,7 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     place, so that a maximum over boxes finds both.
     """
     levels = len(targets.shapes)
-    device, dtype = targets.rows.device, scene.predicted.x1.dtype
+    device, dtype = targets.rows.device, scene.predicted.area.dtype
     best = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=dtype)
     where = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=torch.int64)
     ranking = torch.zeros(scene.images * scene.anchors, device=device, dtype=torch.int64)

@@ -132,7 +132,7 @@ def _box_terms(
     bins = torch.arange(reg_max, device=log_p.device, dtype=log_p.dtype)[:, None]
     distances = (log_p.exp() * bins).sum(1)  # (4, T)
     boxes = torch.cat((point - distances[:2], point + distances[2:]))
-    box = ((1 - ciou(boxes.t(), truth.t())) * chosen.weight).sum()
+    box = ((1 - ciou(boxes, truth)) * chosen.weight).sum()
 
     aim = torch.cat((point - truth[:2], truth[2:] - point))
     aim = aim.clamp_(0, reg_max - 1 - _DFL_MARGIN)[:, None]  # (4, 1, T)
