@@ -7,8 +7,9 @@ import datetime
 import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,35 +25,30 @@ _SHARED_SETTINGS = (
 
 
 def to_ultralytics_checkpoint(
-    module: nn.Module,
+    network: nn.Module,
     *,
-    names: Sequence[str],
     config: Mapping[str, Any],
     metrics: Mapping[str, float],
     epoch: int,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a dict for `torch.save`; `module`, on any device, stays as it is.
-
-    The network in it is a copy on the CPU: half, NCHW, eval mode, without loss or gradients.
+    """Return a dict for `torch.save`.
 
     Args:
-        names: class names in data.yaml's order.
+        network: of `half_network`; it is part of what is returned.
         config: of the run, as `TrainConfig.to_json` gives it.
         metrics: of this network, by name.
         epoch: epochs completed.
         extra: further top-level keys; plain containers, tensors, numbers and strings only.
     """
-    settings = {key: config[key] for key in _SHARED_SETTINGS if key in config}
-    settings.update(task="detect", mode="train", data=config.get("dataset"), single_cls=False)
     content: dict[str, Any] = {
         "epoch": int(epoch),
         "best_fitness": None,
-        "model": _network(module, names, settings),
+        "model": network,
         "ema": None,
         "updates": None,
         "optimizer": None,
-        "train_args": settings,
+        "train_args": _settings(config),
         "train_metrics": {key: float(value) for key, value in metrics.items()},
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "version": importlib.metadata.version("ultralytics"),
@@ -63,8 +59,17 @@ def to_ultralytics_checkpoint(
     return {**content, **(extra or {})}
 
 
-def _network(module: nn.Module, names: Sequence[str], settings: Mapping[str, Any]) -> Any:
-    """Copy the network without a byte of GPU memory: its tensors are replaced while copying."""
+def half_network(
+    module: nn.Module, *, names: Sequence[str], config: Mapping[str, Any]
+) -> nn.Module:
+    """Return a copy of `module`, on any device, on the CPU: half, NCHW, eval mode, no gradients.
+
+    Without a byte of GPU memory: its tensors are replaced while copying.
+
+    Args:
+        names: class names in data.yaml's order.
+        config: of the run, as `TrainConfig.to_json` gives it.
+    """
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         memo[id(tensor)] = _as_half(tensor)
@@ -74,14 +79,30 @@ def _network(module: nn.Module, names: Sequence[str], settings: Mapping[str, Any
     )
     network: Any = copy.deepcopy(module, memo).eval()
     network.names = dict(enumerate(names))
-    network.args = dict(settings)
+    network.args = _settings(config)
     network.criterion = None
     network.stride = yolo.head(network).stride = _as_half(yolo.head(module).stride)
     for cache in ("anchors", "strides", "shape", "_end2end"):
         vars(yolo.head(network)).pop(
             cache, None
         )  # of an earlier image size; absent in old releases
-    return network
+    return cast(nn.Module, network)
+
+
+def refill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put other weights, on the CPU and by name, into a `half_network`.
+
+    NumPy rounds as torch does, and in one thread: it may run beside a training.
+    """
+    with np.errstate(over="ignore"):  # beyond half's range is infinite, as torch has it
+        for name, ours in network.state_dict().items():
+            np.copyto(ours.numpy(), tensors[name].numpy(), casting="unsafe")
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key: config[key] for key in _SHARED_SETTINGS if key in config}
+    settings.update(task="detect", mode="train", data=config.get("dataset"), single_cls=False)
+    return settings
 
 
 def _as_half(tensor: Tensor) -> Tensor:

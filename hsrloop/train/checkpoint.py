@@ -2,13 +2,15 @@
 
 `last.pt` is an Ultralytics checkpoint (the averaged weights under "model") with one more key,
 "hsrloop": the whole `TrainState` and what else a resumed run needs. `best.pt` and `epochN.pt`
-carry names, config and metrics there, without the state.
+carry names, config and metrics there, without the state; `last_previous.pt`
+is the `last.pt` before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ from typing import IO, Any
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from hsrloop.config import TrainConfig
 from hsrloop.errors import CheckpointError, ConfigError, OutputError
@@ -28,8 +31,11 @@ from hsrloop.paths import is_file
 from hsrloop.report.files import SPELLED_OUT
 from hsrloop.train.state import TrainState
 
+_LOG = logging.getLogger(__name__)
 FORMAT = 1
 KEY = "hsrloop"
+LAST = "last.pt"
+PREVIOUS = "last_previous.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +63,7 @@ def write_atomically(
             one goes; raises OSError when it is not as it should be.
 
     Raises:
-        OutputError: the disk is full or not writable, or memory ran out; the old file is untouched.
+        OutputError: the disk is full or not writable; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -69,13 +75,24 @@ def write_atomically(
             check(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError, MemoryError) as error:  # torch says RuntimeError of a full disk
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OutputError(
-            f"cannot write {path}: {reason}. Free space or choose --output."
-        ) from error
+        refused = _refusal(error)
+        if refused is None:
+            raise
+        reason = refused.strerror or str(refused)
+        raise OutputError(f"cannot write {path}: {reason}. Free space.") from refused
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """Return what the disk said; torch.save turns it into a RuntimeError, its context."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno != errno.ENOMEM:
+            return link
+        link = link.__context__ if isinstance(link, RuntimeError) else None
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,15 +105,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def content(
-    state: TrainState,
+    network: nn.Module,
     identity: RunIdentity,
     *,
     metrics: Mapping[str, float],
+    epochs: int,
+    run: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds, none of it shared with the state, and without the state.
+    """Return what a checkpoint holds, for `write`.
 
     Args:
-        metrics: ap50, ap50_95, precision, recall of the averaged weights, as far as known.
+        network: of `half_network`.
+        metrics: ap50, ap50_95, precision, recall of the network, as far as known.
+        epochs: completed.
+        run: the payload of a `TrainState` that a run can go on from; None: weights alone.
     """
     extra: dict[str, Any] = {
         "format": FORMAT,
@@ -107,31 +129,81 @@ def content(
         "versions": dict(identity.versions),
         "threads": identity.threads,
         "fresh_share": identity.fresh_share,
-        "epochs_completed": len(state.history),
+        "epochs_completed": epochs,
         "metrics": dict(metrics),
     }
+    if run is not None:
+        extra["state"] = run
     return to_ultralytics_checkpoint(
-        state.ema.module,
-        names=identity.names,
+        network,
         config=identity.config.to_json(),
         metrics=metrics,
-        epoch=len(state.history) - 1,
+        epoch=epochs - 1,
         extra={KEY: extra},
     )
 
 
-def with_run(whole: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the payload of a `Snapshot` to `content` of the same state: a run can go on from it."""
-    return {**whole, KEY: {**whole[KEY], "state": run}}
-
-
-def write(path: Path, whole: Mapping[str, Any]) -> None:
+def write(path: Path, whole: Mapping[str, Any], *, previous: Path | None) -> None:
     """Write a checkpoint; the file before goes once the new one was read back.
+
+    Args:
+        previous: the name that a last.pt keeps when a new one takes its place, where the disk
+            knows hard links; it makes room when the disk is full. None: it is not touched.
 
     Raises:
         OutputError: as `write_atomically`, or what is read back differs from what was written.
     """
-    write_atomically(path, lambda file: torch.save(whole, file), check=_read_back)
+
+    def check(temporary: Path) -> None:
+        _read_back(temporary)
+        if previous is not None and path.name == LAST:
+            _keep(path, previous)
+
+    def attempt() -> None:
+        write_atomically(path, lambda file: torch.save(whole, file), check=check)
+
+    try:
+        attempt()
+    except OutputError as error:
+        cause = error.__cause__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or previous is None or not is_file(previous):
+            raise
+        with contextlib.suppress(OSError):
+            previous.unlink()
+        attempt()
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name, also when another has it; without links it goes."""
+    draft = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(path, draft)
+    except OSError as error:  # nothing there yet, or a disk such as exFAT
+        _LOG.debug("%s is not kept: %s", path, error)
+        return
+    os.replace(draft, name)
+    draft.unlink(missing_ok=True)  # it stays when both were names of one file
+
+
+def bytes_needed(state: TrainState, config: TrainConfig) -> int:
+    """Return the bytes that all checkpoints of a run take on the disk, at their most."""
+    weights: int = 2 * sum(t.numel() for t in state.ema.module.state_dict().values())
+    run = weights + _tensor_bytes(state.to_payload())
+    kept = config.epochs // config.save_period if config.save_period else 0
+    # last.pt, the one before, the one being written; best.pt, twice for as long.
+    return 3 * run + (2 + kept) * weights
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_tensor_bytes(item) for item in value)
+    return 0
 
 
 def _read_back(path: Path) -> None:
@@ -151,14 +223,13 @@ def _read_back(path: Path) -> None:
 def damaged_part(file: IO[bytes]) -> str | None:
     """Return the first part of a checkpoint that does not match its CRC-32, or None.
 
-    `torch.save` writes a checksum with each tensor; `torch.load` does not look at them. A file that
-    is no archive at all has none: whoever reads it says so.
+    `torch.save` writes a checksum with each tensor; `torch.load` does not look at them.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip()
-    except zipfile.BadZipFile:
-        return None
+    except zipfile.BadZipFile as error:
+        return str(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

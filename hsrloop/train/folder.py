@@ -105,6 +105,14 @@ def of_checkpoint(path: Path) -> Path:
     return weights.parent
 
 
+def checkpoint_bytes(run_dir: Path | None) -> int:
+    """Return the bytes that a run's checkpoints take already; 0 for a new run."""
+    if run_dir is None:
+        return 0
+    files = {(s.st_ino, s.st_size) for s in (f.stat() for f in (run_dir / "weights").glob("*.pt"))}
+    return sum(size for _, size in files)
+
+
 def newest_unfinished(output: Path) -> Path:
     """Return weights/last.pt of the newest run below `output` that has no result yet.
 

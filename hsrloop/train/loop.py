@@ -21,19 +21,18 @@ from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train.capsule import diverged
-from hsrloop.train.checkpoint import RunIdentity
+from hsrloop.train.checkpoint import LAST, RunIdentity
 from hsrloop.train.compiled import consider
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.guard import Guard, LastStep, unsound
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.saver import Saver
-from hsrloop.train.state import LOSS_NAMES, TrainState
+from hsrloop.train.state import LOSS_NAMES, METRIC_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
 REPORT_EVERY_S = 0.5  # a step report reads the device; more often would stall a fast GPU
 ROOM = "room"
-METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +87,13 @@ def run_to_end(state: TrainState, runtime: Runtime) -> str:
     while True:
         _go_back_if_due(state, runtime)
         validated = len(state.history)
-        _save_due(state, runtime)  # what memory ran out for when it was due
+        runtime.saver.save(state)  # what memory ran out for when it was due
         if validated < state.position.epoch:
             runtime.guard.due = unsound(state)
             if runtime.guard.due is None and not validate_epoch(state, runtime):
                 return _interrupt(state, runtime)
         elif state.position.epoch + state.epochs_skipped >= config.epochs:
+            runtime.saver.finish(state)
             return "patience" if state.epochs_skipped else "completed"
         elif next_larger(state, config) is not None:
             return ROOM
@@ -157,11 +157,9 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         if runtime.stop():
             meter.finish()
             return False
-        if runtime.saver.due():
+        if runtime.saver.due(state):
             meter.finish()
-            if unsound(state) is None:  # else the epoch's end deals with it
-                _save(state, runtime, "last.pt")
-        runtime.saver.poll()
+            runtime.saver.save(state)
         meter.judge()
     meter.finish()
     return True
@@ -213,14 +211,22 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
     state.val_s_per_epoch = val_s
     best = metrics.ap50_95 > state.best_ap50_95
     _append_history(state, metrics)
-    state.last_saved = False
     if best:
         state.best_ap50_95, state.best_epoch = metrics.ap50_95, len(state.history)
-        state.best_saved = False
+    _add_due(state, runtime.config, best=best)
     _apply_patience(state, runtime)
     runtime.emit(_epoch_event(state, runtime, val_s, best))
-    _save_due(state, runtime)
+    runtime.saver.save(state)
     return True
+
+
+def _add_due(state: TrainState, config: TrainConfig, *, best: bool) -> None:
+    """Note what the epoch just validated has to leave behind."""
+    done, period = len(state.history), config.save_period
+    due = ["best.pt"] if best else []
+    if period and done % period == 0:
+        due.append(f"epoch{done}.pt")
+    state.due = list(dict.fromkeys([*state.due, *due, LAST]))
 
 
 def _append_history(state: TrainState, metrics: Metrics) -> None:
@@ -290,29 +296,9 @@ def _go_back_if_due(state: TrainState, runtime: Runtime) -> None:
 def _interrupt(state: TrainState, runtime: Runtime) -> str:
     runtime.guard.due = unsound(state)
     _go_back_if_due(state, runtime)
-    _save(state, runtime, "last.pt")
+    state.due.append(LAST)
+    runtime.saver.finish(state)
     return "interrupted"
-
-
-def _save_due(state: TrainState, runtime: Runtime) -> None:
-    """Write what the last validated epoch still has to leave behind."""
-    if not state.best_saved:
-        _save(state, runtime, "best.pt")
-        state.best_saved = True
-    if not state.last_saved:
-        period = runtime.config.save_period
-        if period and len(state.history) % period == 0:
-            _save(state, runtime, f"epoch{len(state.history)}.pt")
-        _save(state, runtime, "last.pt")
-        state.last_saved = True
-
-
-def _save(state: TrainState, runtime: Runtime, name: str) -> None:
-    """Copy what a checkpoint holds; it is written while training goes on."""
-    row = state.history[-1] if state.history else {}
-    metrics = {key: row[key] for key in METRIC_NAMES if key in row}
-    runtime.saver.put(name, state, metrics)
-    runtime.saver.poll()
 
 
 class _Meter:

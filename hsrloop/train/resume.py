@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hsrloop.config import AUTO, Resolved, TrainConfig
-from hsrloop.errors import CheckpointError
+from hsrloop.errors import CheckpointError, WeightsError
 from hsrloop.events import Event, Note
-from hsrloop.paths import expanded, has_folder
+from hsrloop.paths import expanded, has_folder, is_file
 from hsrloop.records import Position, Rung
+from hsrloop.train import checkpoint
 from hsrloop.train.build import first_rung
-from hsrloop.train.checkpoint import RunIdentity, Saved, versions
+from hsrloop.train.checkpoint import LAST, PREVIOUS, RunIdentity, Saved, versions
 from hsrloop.train.state import TrainState
 
 # What may change when a run goes on; everything else was decided when it started.
@@ -26,6 +28,27 @@ CHANGEABLE = frozenset(
     | {"save_period", "checkpoint_minutes", "tensorboard", "tensorboard_port", "export", "profile"}
     | {"trust_checkpoint", "oom_recovery", "rehearsal", "compile"}
 )
+
+
+def read_newest(path: Path, emit: Callable[[Event], None], *, trust: bool) -> Saved:
+    """Read the checkpoint to go on from; in place of a damaged last.pt the one before it.
+
+    Raises:
+        CheckpointError, WeightsError: as `checkpoint.read`.
+    """
+    try:
+        return checkpoint.read(path, trust=trust)
+    except (CheckpointError, WeightsError) as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != LAST or not is_file(previous):
+            raise
+        try:
+            saved = checkpoint.read(previous, trust=trust)
+        except (CheckpointError, WeightsError):
+            raise error from None
+        text = f"{error} The run goes on from the one before, {previous.name}."
+    emit(Note(text=text, level="warning"))
+    return saved
 
 
 def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None]) -> Resolved:
@@ -100,14 +123,14 @@ def replace_best(state: TrainState, emit: Callable[[Event], None]) -> None:
 
     Else the next epoch is the best one.
     """
-    if not state.history or not state.best_saved:
+    if not state.history:
         return
     text = "weights/best.pt is gone: the next epoch takes its place"
     state.best_ap50_95, state.best_epoch = -1.0, len(state.history)
     if state.position == Position(len(state.history), 0):
         text = f"weights/best.pt is gone: epoch {len(state.history)}, the last one, takes its place"
         state.best_ap50_95 = float(state.history[-1]["ap50_95"])
-        state.best_saved = False
+        state.due.append("best.pt")
     emit(Note(text=text, level="warning"))
 
 

@@ -37,12 +37,12 @@ from hsrloop.train.build import (
     load_model,
     step_settings,
 )
-from hsrloop.train.checkpoint import RunIdentity, Saved
+from hsrloop.train.checkpoint import LAST, RunIdentity, Saved
 from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
-from hsrloop.train.loop import METRIC_NAMES, Runtime, run_to_end
+from hsrloop.train.loop import Runtime, run_to_end
 from hsrloop.train.pace import choose_micro_batch
 from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.profile import StepProfiler
@@ -53,16 +53,16 @@ from hsrloop.train.resume import (
     current_versions,
     kept_choice,
     plans_anew,
+    read_newest,
     replace_best,
     resumed_rung,
     resumed_settings,
 )
 from hsrloop.train.saver import Saver
-from hsrloop.train.state import TrainState
+from hsrloop.train.state import METRIC_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction
 
-CHECKPOINT_BYTES_PER_PARAMETER = 20  # weights, average and two moments in float32, half weights
-CHECKPOINTS_ON_DISK = 3  # last, the one being written, best
+REPORTS_BYTES = 16 * 2**20  # tables, event files, pictures: a guess, from above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,8 @@ def train(
         closing.callback(hub.close)
         if resume is not None:  # before it is read, since who holds it may write it anew
             closing.enter_context(folder.held(folder.of_checkpoint(resume)))
-        saved = checkpoint.read(resume, trust=resolved.config.trust_checkpoint) if resume else None
+        trust = resolved.config.trust_checkpoint
+        saved = read_newest(resume, hub.emit, trust=trust) if resume else None
         if saved is not None:
             resolved = resumed_settings(resolved, saved, hub.emit)
         return _train(resolved, saved, hub, stop)
@@ -144,12 +145,12 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
                 ready.identity,
                 hub.emit,
                 minutes=resolved.config.checkpoint_minutes,
+                last_is_good=saved is None or saved.path.name == LAST,
             )
         )
         guard = Guard(state, run_dir)
         power = closing.enter_context(Power(hub.emit))
         reason = _go(ready, saver, guard, governor, profiler, power.emit, stop)
-        saver.finish()
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
@@ -194,7 +195,8 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
             state.epochs_skipped = 0  # another plan, with another tail
         if not is_file(saved.path.with_name("best.pt")):
             replace_best(state, hub.emit)
-    folder.check_writable(place, _bytes_needed(state))
+    needed = checkpoint.bytes_needed(state, config) + REPORTS_BYTES
+    folder.check_writable(place, needed - folder.checkpoint_bytes(run_dir))
     settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
     return _Ready(
         resolved=resolved,
@@ -251,6 +253,7 @@ def _go(
                 profiler=profiler,
             )
             rehearsal.run()
+            saver.reserve(state)
             return run_to_end(state, runtime)
 
     return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=emit)
@@ -391,8 +394,3 @@ def _fresh_share(base: BaseModel) -> float | None:
     if not base.source_names:
         return None
     return sum(base.fresh_classes) / len(base.fresh_classes)
-
-
-def _bytes_needed(state: TrainState) -> int:
-    parameters = sum(p.numel() for p in state.model.parameters())
-    return CHECKPOINTS_ON_DISK * CHECKPOINT_BYTES_PER_PARAMETER * parameters

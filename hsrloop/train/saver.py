@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
 from hsrloop.errors import OutputError
 from hsrloop.events import CheckpointSaved, Event, Note
+from hsrloop.model.published import half_network, refill
 from hsrloop.train import checkpoint
-from hsrloop.train.checkpoint import RunIdentity
-from hsrloop.train.snapshot import Snapshot
+from hsrloop.train.checkpoint import LAST, PREVIOUS, RunIdentity
+from hsrloop.train.snapshot import Snapshot, copy_into
 from hsrloop.train.state import TrainState
 
-RETRY_S = 60.0  # between attempts on a disk that is full
+RETRY_S = 60.0  # between attempts on a disk that is full, while training goes on
+END_RETRY_S = 5.0  # the same when there is nothing left but to save
+END_PATIENCE_S = 120.0  # for which the end of a run waits for room
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """One file to be written, and what of the run it holds."""
 
     name: str
-    content: Mapping[str, Any]
-    snapshot: Snapshot | None
+    averages: Mapping[str, Tensor] | None  # None: what the snapshot holds, with the whole state
+    metrics: Mapping[str, float]
     epoch: int
     sample: int
 
 
-@dataclass(slots=True)
-class _Shared:
-    """What both threads see; only touched with the condition held."""
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of some jobs, written in order up to the first that failed."""
 
-    waiting: dict[str, _Job] = field(default_factory=dict)  # by name, in the order of writing
-    writing: _Job | None = None
-    hurry: bool = False  # try at once, even after a failure
-    closing: bool = False
-    spare: list[Snapshot] = field(default_factory=list)
+    written: Sequence[_Job]
+    failure: OutputError | None
 
 
 class Saver:
-    """Takes snapshots of a run and writes them from a thread of its own.
+    """Copies a run's state between two steps, and writes it from a thread of its own.
 
-    A file that waits is replaced by a newer one of its name. Files are written in the order given,
-    so best.pt is on the disk before a last.pt that says so. What cannot be written is tried again
-    every `RETRY_S` and whenever there is something new; the file before stays meanwhile.
+    Weights (best.pt, epochN.pt) are copied when they are due; the newest of a name waits until it
+    is on the disk. last.pt is copied once the writer has nothing else to do, into memory that is
+    allocated once, so a slow disk sets the pace. It is written after the weights, so that it never
+    tells of a best.pt that is not there. What cannot be written is tried again; what was written
+    before stays meanwhile.
 
     Args:
         weights_dir: where the files go.
         identity: of the run; in every checkpoint.
-        emit: hears what was saved and what could not be, on the thread that calls `poll`.
+        emit: hears what was saved and what could not be, on the thread that calls.
         minutes: between timed saves of last.pt; 0 for none.
-        clock: monotonic seconds; replaced in tests.
+        last_is_good: whether a last.pt that is there may become the previous one.
+        clock: monotonic seconds; replaced in tests, as is `sleep`.
     """
 
     def __init__(
@@ -66,15 +72,22 @@ class Saver:
         emit: Callable[[Event], None],
         *,
         minutes: float,
+        last_is_good: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._weights_dir, self._identity, self._emit = weights_dir, identity, emit
-        self._every_s, self._clock = 60 * minutes, clock
-        self._last_asked = clock()
-        self._done: queue.SimpleQueue[_Job | OutputError | BaseException] = queue.SimpleQueue()
-        self._shared, self._changed = _Shared(), threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._failing: OutputError | None = None
+        self._every_s = 60 * minutes or float("inf")
+        self._last_is_good = last_is_good
+        self._clock, self._sleep = clock, sleep
+        self._next_at = clock() + self._every_s
+        self._snapshot = Snapshot()
+        self._network: nn.Module | None = None  # refilled for each file
+        self._waiting: dict[str, _Job] = {}  # weights that are not on the disk yet, in order
+        self._owed = False  # last.pt could not be written
+        self._failure: OutputError | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: Future[_Outcome] | None = None
 
     def __enter__(self) -> Saver:
         return self
@@ -85,156 +98,177 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give what waits one more chance; after an error of the run, without complaint."""
-        if kind is None or issubclass(kind, Exception):
-            with contextlib.suppress(OutputError):
-                self.finish()
-        self._close()
-
-    def due(self) -> bool:
-        """Return whether it is time for another last.pt in the middle of an epoch.
-
-        Not while one is on its way: a slow disk sets the pace.
-        """
-        if not self._every_s or self._clock() - self._last_asked < self._every_s:
-            return False
-        with self._changed:
-            return self._shared.writing is None or bool(self._failing)
-
-    def put(self, name: str, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Have a checkpoint of the state as it is now written under a name.
-
-        Args:
-            name: "last.pt", which a run can go on from, or that of a file with weights alone.
-            metrics: of the averaged weights, as far as known.
-
-        Raises:
-            MemoryError, RuntimeError: the host has no memory for the copy; nothing is written.
-        """
-        resumable = name == "last.pt"
-        snapshot = self._snapshot(state) if resumable else None
-        content = checkpoint.content(state, self._identity, metrics=metrics)
-        job = _Job(name, content, snapshot, len(state.history), state.position.sample)
-        with self._changed:
-            self._spare(self._shared.waiting.pop(name, None))
-            self._shared.waiting[name] = job  # at the end
-            self._shared.hurry = True
-            self._changed.notify_all()
-        if resumable:
-            self._last_asked = self._clock()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-            self._thread.start()
-
-    def poll(self) -> None:
-        """Report what was written, and what could not be, since the last call."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._report(self._done.get_nowait())
-
-    def finish(self) -> None:
-        """Return when all is on the disk.
-
-        Raises:
-            OutputError: something still cannot be written.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._shared.writing is None)
-            self._shared.hurry = True  # one more attempt, begun now
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy())
-            waiting = list(self._shared.waiting)
-        self.poll()
-        if waiting:
-            assert self._failing is not None
-            raise OutputError(f"{self._failing} Not written: {', '.join(waiting)}.")
-
-    def _busy(self) -> bool:
-        shared = self._shared
-        return shared.writing is not None or bool(shared.waiting and shared.hurry)
-
-    def _snapshot(self, state: TrainState) -> Snapshot:
-        """Copy the state into memory that no file still needs."""
-        with self._changed:
-            waiting = self._shared.waiting.get("last.pt")
-            if waiting is not None:  # it will be replaced anyway
-                del self._shared.waiting["last.pt"]
-                self._spare(waiting)
-            snapshot = self._shared.spare.pop() if self._shared.spare else Snapshot()
-        snapshot.take(state)
-        return snapshot
-
-    def _spare(self, job: _Job | None) -> None:
-        if job is not None and job.snapshot is not None:
-            self._shared.spare.append(job.snapshot)
-
-    def _report(self, outcome: _Job | OutputError | BaseException) -> None:
-        if isinstance(outcome, _Job):
-            if self._failing is not None:
-                self._failing = None
-                self._emit(Note(text=f"weights/{outcome.name} could be written again"))
-            self._emit(
-                CheckpointSaved(
-                    path=f"weights/{outcome.name}", epoch=outcome.epoch, sample=outcome.sample
-                )
-            )
-        elif isinstance(outcome, OutputError):
-            if self._failing is None:
-                text = f"{outcome} Training goes on; the file before is kept, and it is tried again"
+        """End the writer; after an error of the run, weights that wait get one more chance."""
+        if kind is not None and issubclass(kind, Exception):
+            self._wait()
+            if self._waiting:
+                self._writing = self._writer.submit(self._write, [*self._waiting.values()])
+                self._wait()
+            if self._waiting:
+                text = f"{', '.join(self._waiting)} could not be written: {self._failure}"
                 self._emit(Note(text=text, level="warning"))
-            self._failing = outcome
-        else:
-            raise outcome
+        self._writer.shutdown()
 
-    def _work(self) -> None:
-        """Write what waits until told to end; the thread's own loop."""
+    def reserve(self, state: TrainState) -> None:
+        """Allocate what copies need, before training does not want to wait for it.
+
+        Raises:
+            RuntimeError, MemoryError: the host has no memory for a copy of the state.
+        """
+        if self._network is None:
+            self._snapshot.take(state)
+            names, config = self._identity.names, self._identity.config.to_json()
+            self._network = half_network(state.ema.module, names=names, config=config)
+
+    def due(self, state: TrainState) -> bool:
+        """Return whether `save` would do something; asked after every step."""
+        if self._writing is not None:
+            return self._writing.done()
+        if self._failure is None and (state.due or self._waiting or self._owed):
+            return True
+        return self._clock() >= self._next_at
+
+    def save(self, state: TrainState) -> None:
+        """Copy what is due, have it written if nothing else is, report what was written.
+
+        Raises:
+            RuntimeError, MemoryError: the host has no memory for it; it stays due.
+        """
+        self._collect()
+        self._copy_weights(state)
+        if self._writing is None and self.due(state):
+            self._start(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Return when all that is due is on the disk.
+
+        Raises:
+            OutputError: it cannot be written, also after waiting for room.
+            RuntimeError, MemoryError: as `save`.
+        """
+        give_up_at: float | None = None
+        self._wait()
+        self._copy_weights(state)
+        while state.due or self._waiting or self._owed:
+            self._start(state)
+            self._wait()
+            if self._failure is None:
+                continue
+            if give_up_at is None:
+                give_up_at = self._clock() + END_PATIENCE_S
+                text = f"{self._failure} Waiting for room for {END_PATIENCE_S:g} s"
+                self._emit(Note(text=text, level="warning"))
+            if self._clock() >= give_up_at:
+                names = ", ".join([*self._waiting, *([LAST] if self._owed else [])])
+                raise OutputError(f"{self._failure} Not on the disk: the newest {names}.")
+            self._sleep(END_RETRY_S)
+
+    def _copy_weights(self, state: TrainState) -> None:
+        for name in [name for name in state.due if name != LAST]:
+            averages = averages_of(state)
+            if self._failure is not None:  # on a full disk kept epochs would fill the memory too
+                for older in [n for n in self._waiting if n.startswith("epoch")]:
+                    del self._waiting[older]
+                    self._emit(Note(text=f"weights/{older} is given up", level="warning"))
+            self._waiting[name] = self._job(name, state, averages)
+            state.due.remove(name)
+
+    def _start(self, state: TrainState) -> None:
+        """Hand the writer what waits and a last.pt of the state as it is now."""
+        self.reserve(state)
+        self._snapshot.take(state)
+        jobs = [*self._waiting.values(), self._job(LAST, state, None)]
+        if LAST in state.due:
+            state.due.remove(LAST)
+        self._next_at = self._clock() + self._every_s
+        self._writing = self._writer.submit(self._write, jobs)
+
+    def _job(self, name: str, state: TrainState, averages: Mapping[str, Tensor] | None) -> _Job:
+        return _Job(
+            name=name,
+            averages=averages,
+            metrics=state.metrics(),
+            epoch=len(state.history),
+            sample=state.position.sample,
+        )
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            wait([self._writing])
+        self._collect()
+
+    def _collect(self) -> None:
+        """Take over and report what the writer has done."""
+        if self._writing is None or not self._writing.done():
+            return
+        outcome, self._writing = self._writing, None
+        self._owed = True  # until it is known to be written
+        written, failure = outcome.result().written, outcome.result().failure
+        for job in written:
+            if self._waiting.get(job.name) is job:
+                del self._waiting[job.name]
+            where = f"weights/{job.name}"
+            self._emit(CheckpointSaved(path=where, epoch=job.epoch, sample=job.sample))
+        self._owed = failure is not None
+        before, self._failure = self._failure, failure
+        if failure is not None:
+            self._next_at = self._clock() + RETRY_S
+        if failure is not None and before is None:
+            text = f"{failure} Training goes on, what was saved before is kept; trying again"
+            self._emit(Note(text=f"{text} every {RETRY_S:g} s", level="warning"))
+        elif failure is None and before is not None:
+            self._emit(Note(text="checkpoints are written again"))
+
+    def _write(self, jobs: Sequence[_Job]) -> _Outcome:
+        """Write files one after the other; runs on the writer's thread."""
+        written: list[_Job] = []
+        for job in jobs:
+            run = self._snapshot.payload if job.averages is None else None
+            if run is not None and not _is_finite(run):
+                continue  # a diverged run is the loop's to end; the last good state stays
+            try:
+                self._write_one(job, run)
+            except OutputError as error:
+                return _Outcome(written, error)
+            written.append(job)
+        return _Outcome(written, None)
+
+    def _write_one(self, job: _Job, run: Mapping[str, Any] | None) -> None:
+        network, path = self._network, self._weights_dir / job.name
+        averages = run["ema"]["module"] if run is not None else job.averages
+        assert network is not None and averages is not None
+        refill(network, averages)
+        whole = checkpoint.content(
+            network, self._identity, metrics=job.metrics, epochs=job.epoch, run=run
+        )
+        previous = self._weights_dir / PREVIOUS if self._last_is_good else None
         try:
-            while (job := self._next()) is not None:
-                self._write(job)
-        except BaseException as error:  # raised again by `poll`, on the thread of the run
-            self._done.put(error)
-            with self._changed:
-                self._shared.writing = None
-                self._shared.waiting.clear()
-                self._changed.notify_all()
-
-    def _next(self) -> _Job | None:
-        """Wait for something to write; None when told to end."""
-        with self._changed:
-            shared = self._shared
-            while not shared.closing and not (shared.waiting and shared.hurry):
-                if not self._changed.wait(RETRY_S if shared.waiting else None):
-                    shared.hurry = True
-            if shared.closing:
-                return None
-            shared.writing = shared.waiting.pop(next(iter(shared.waiting)))
-            return shared.writing
-
-    def _write(self, job: _Job) -> None:
-        outcome: _Job | OutputError = job
-        try:
-            whole = job.content
-            if job.snapshot is not None:
-                whole = checkpoint.with_run(whole, job.snapshot.payload)
-            checkpoint.write(self._weights_dir / job.name, whole)
+            checkpoint.write(path, whole, previous=previous)
         except OutputError as error:
-            outcome = error
-        self._done.put(outcome)
-        with self._changed:
-            shared = self._shared
-            shared.writing = None
-            if outcome is job:
-                self._spare(job)
-            else:
-                shared.hurry = False
-                if job.name in shared.waiting:  # a newer one came meanwhile
-                    self._spare(job)
-                else:
-                    shared.waiting = {job.name: job, **shared.waiting}
-            self._changed.notify_all()
+            needed = 2 * sum(p.numel() for p in network.parameters())
+            needed += self._snapshot.nbytes if run is not None else 0
+            raise OutputError(f"{error} {_room(self._weights_dir, needed)}") from error
+        self._last_is_good |= run is not None
 
-    def _close(self) -> None:
-        with self._changed:
-            self._shared.closing = True
-            self._changed.notify_all()
-        self.poll()
+
+def averages_of(state: TrainState) -> dict[str, Tensor]:
+    """Return a copy of the averaged weights on the CPU, by name."""
+    averages = state.ema.module.state_dict()
+    # Not pinned: it is allocated anew each time, and CUDA waits for such a copy.
+    return {k: copy_into(torch.empty_like(t, device="cpu"), t) for k, t in averages.items()}
+
+
+def _is_finite(run: Mapping[str, Any]) -> bool:
+    """Return whether the losses and weights of a payload are numbers; in one thread, by NumPy."""
+    tensors = [run["loss_sums"], *run["model"].values(), *run["ema"]["module"].values()]
+    floats = [t.numpy() for t in tensors if t.is_floating_point()]
+    return all(bool(np.isfinite(values).all()) for values in floats)
+
+
+def _room(folder: Path, needed: int) -> str:
+    """Return what a file needs and what its disk has, in words."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"({folder}: {error.strerror}.)"
+    return f"It needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free."

@@ -21,7 +21,6 @@ _COUNTERS = (
     "history",
     "best_ap50_95",
     "best_epoch",
-    "best_saved",
     "epochs_skipped",
     "recoveries",
     "climbed",
@@ -32,6 +31,7 @@ _COUNTERS = (
     "val_s_per_epoch",
 )
 LOSS_NAMES = ("box_loss", "cls_loss", "dfl_loss")
+METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
 
 
 @dataclass(slots=True)
@@ -72,7 +72,6 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per validated epoch
     best_ap50_95: float = -1.0
     best_epoch: int = 0  # from 1; 0: none yet
-    best_saved: bool = True  # False: best.pt is still to be written
     epochs_skipped: int = 0  # by early stopping: the schedule jumps over them to its tail
     elapsed_s: float = 0.0
     epoch_s: float = 0.0  # training time of the current epoch
@@ -82,7 +81,7 @@ class TrainState:
     lr_scale: float = 1.0  # of the planned learning rate; halved by each rollback
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # events.RolledBack as dicts
     commit: Commit | None = None  # of a step in progress; never saved
-    last_saved: bool = True  # False: an epoch's last.pt is still to be written; never saved
+    due: list[str] = field(default_factory=list)  # files under weights/ to be saved; never saved
 
     @property
     def amp(self) -> bool:
@@ -123,6 +122,12 @@ class TrainState:
         count = max(steps, 1.0)
         means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
         return {**means, "skipped_steps": skipped}
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is known of the averaged weights as they are: nothing within an epoch."""
+        if not self.history or self.position != Position(len(self.history), 0):
+            return {}
+        return {name: float(self.history[-1][name]) for name in METRIC_NAMES}
 
     def to_payload(self) -> dict[str, Any]:
         """Return everything as tensors and plain containers; tensors are not copied."""

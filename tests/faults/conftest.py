@@ -1,8 +1,10 @@
-"""Ways to make memory run out at a chosen place, and runs to compare with."""
+"""Ways to make memory or room on the disk run out at a chosen place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import resource
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from hsrloop.model.ema import Ema
-from hsrloop.train import checkpoint, evaluate, step
+from hsrloop.train import checkpoint, evaluate, saver, step
 from tests.train.conftest import Recorder
 
 # Where a run can need memory: the object and the attribute that is called there.
@@ -22,7 +24,10 @@ PLACES: dict[str, tuple[Any, str]] = {
     "scaler update": (torch.amp.GradScaler, "update"),
     "ema": (Ema, "update"),
     "validation": (evaluate, "detect"),
-    "checkpoint": (checkpoint, "content"),
+    "best.pt": (saver, "averages_of"),
+    "last.pt": (saver.Saver, "_start"),
+    "reserve": (saver.Saver, "reserve"),
+    "writer": (checkpoint, "content"),
 }
 
 
@@ -40,6 +45,27 @@ class Fault:
         if number in self.at:
             self.raised += 1
             raise self.error()
+
+
+@contextlib.contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Let the kernel refuse every write beyond `size` bytes of any file (EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def gpu_error() -> Exception:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,32 +18,12 @@ from hsrloop.report.files import append
 from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import TensorBoardSink
 from hsrloop.train.hub import RETRY_S, Hub
+from tests.faults.conftest import Clock, no_file_beyond
 from tests.report.conftest import epoch_done as epoch_done  # a fixture
 from tests.report.test_tensorboard import scalars
 from tests.train.conftest import Recorder
 
 Make = Callable[..., EpochDone]
-
-
-@contextlib.contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """Let the kernel refuse every write beyond `size` bytes of any file (EFBIG)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-class Clock:
-    """A clock that moves when told."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Reports:

@@ -76,8 +76,9 @@ def planned(settings: Settings, questions: int | None) -> dict[str, Any]:
         ("scaler update", 0, 0),
         ("ema", 1, 1),
         ("ema", 3, 4),
-        ("checkpoint", 0, 2),  # the first best.pt
-        ("checkpoint", 1, 2),  # the first last.pt
+        ("reserve", 0, None),  # memory for copies
+        ("best.pt", 0, 2),  # the first one
+        ("last.pt", 0, 2),  # the first one
     ],
 )
 def test_the_end_is_that_of_the_run_planned_to_change_there(
@@ -104,7 +105,7 @@ def test_the_end_is_that_of_the_run_planned_to_change_there(
 def test_memory_that_runs_out_at_the_very_last_save_still_leaves_the_last_epoch(
     settings: Settings, fault: Arm, undisturbed: dict[str, Any]
 ) -> None:
-    armed = fault("checkpoint", 2)  # best.pt and last.pt of the first epoch, then this one
+    armed = fault("last.pt", 1)  # the first epoch is saved
     outcome = train(settings())
     assert armed.raised == 1 and outcome.reason == "completed"
     assert differences(end_of(outcome.run_dir), undisturbed) == []
@@ -122,7 +123,7 @@ def test_validation_gives_way_with_its_own_batch(
     assert all(differences(end[name], undisturbed[name]) == [] for name in trained)
 
 
-@pytest.mark.parametrize("place", ["forward", "backward", "ema"])
+@pytest.mark.parametrize("place", ["forward", "backward", "ema", "last.pt", "writer"])
 def test_main_memory_costs_the_cache_and_changes_no_number(
     place: str, settings: Settings, fault: Arm, undisturbed: dict[str, Any], recorder: Recorder
 ) -> None:

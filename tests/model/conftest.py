@@ -29,10 +29,10 @@ def scrambled(module: nn.Module, seed: int = 1) -> nn.Module:
 
 def checkpoint(module: nn.Module, names: tuple[str, ...] = NAMES, **extra: object) -> dict:
     """Return what hsrloop saves for a module."""
+    config = {"model": "yolov8n.pt", "epochs": 2, "imgsz": 64, "dataset": "data.yaml"}
     return published.to_ultralytics_checkpoint(
-        module,
-        names=names,
-        config={"model": "yolov8n.pt", "epochs": 2, "imgsz": 64, "dataset": "data.yaml"},
+        published.half_network(module, names=names, config=config),
+        config=config,
         metrics={"mAP50": 0.5},
         epoch=2,
         extra=extra,
