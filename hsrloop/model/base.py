@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from hsrloop.errors import WeightsError
 from hsrloop.model import yolo
+from hsrloop.model.archive import plain
 from hsrloop.model.blueprint import shape_like
 from hsrloop.model.safe_load import read_checkpoint, tensors, walk
 
+_COUNTER = ".num_batches_tracked"  # of BatchNorm: the only whole numbers
 _HEAD = f"model.{len(yolo.LAYERS) - 1}"
 
 
@@ -87,7 +89,7 @@ def load_base(
 
 def _not_yolov8(path: Path | str, reason: str) -> WeightsError:
     return WeightsError(
-        f"{path} is not a YOLOv8 detection model of scale n, s, m, l or x ({reason}). "
+        f"{path} is not a YOLOv8 detection model of scale n, s, m, l or x ({plain(reason)}). "
         f"Use one of yolov8n.pt to yolov8x.pt, or a best.pt made from them."
     )
 
@@ -123,6 +125,8 @@ def _understand(path: Path, content: Mapping[str, Any]) -> _Source:
         classes = weights[f"{_HEAD}.cv3.0.2.weight"].shape[0]
     except (KeyError, AttributeError, TypeError, IndexError, RecursionError) as error:
         raise _not_yolov8(path, f"unexpected structure at {error}") from error
+    if not all(w.is_floating_point() or n.endswith(_COUNTER) for n, w in weights.items()):
+        raise _not_yolov8(path, "weights that are no fractions")
     if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
         raise WeightsError(f"{path} holds values that are not numbers. Use another checkpoint.")
     return _Source(
@@ -136,7 +140,8 @@ def _understand(path: Path, content: Mapping[str, Any]) -> _Source:
 
 def _names(names: Any, count: int) -> tuple[str, ...]:
     """Return `count` class names from a file's map or list; numbers where it has none."""
-    table = names if isinstance(names, dict) else dict(enumerate(names or ()))
+    listed = names if isinstance(names, list | tuple) else ()
+    table = names if isinstance(names, dict) else dict(enumerate(listed))
     return tuple(str(table.get(i, i)) for i in range(count))
 
 

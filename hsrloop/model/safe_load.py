@@ -4,6 +4,7 @@
 `DetectionModel` evaluates an expression from its configuration. So none of them is allowed: each
 class name that a YOLOv8 file may hold is answered by an empty stand-in which only keeps what it is
 given. Tensors and plain containers are real; the network is built afresh and filled from them.
+What is real may still be made to exhaust memory or time: see `archive` and `extent`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import pickle
+import pickletools
 import re
 import types
 import zipfile
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from hsrloop.errors import WeightsError
+from hsrloop.model.archive import is_archive, pickle_of, plain, wrong_archive
+from hsrloop.model.extent import check_extent
 from hsrloop.paths import is_file
 
 log = logging.getLogger(__name__)
@@ -74,6 +78,18 @@ ALLOWED = frozenset(
     ]
 )
 
+# Real, since torch calls them: of all that `weights_only` would call, these cannot be asked for
+# more memory than the file has.
+_REAL = frozenset(
+    [
+        *("collections.OrderedDict", "builtins.set", "__builtin__.set", "_codecs.encode"),
+        *("torch.Size", "torch.device", "torch.float16", "torch.bfloat16", "torch.float32"),
+        *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
+        *(f"torch.{kind}Storage" for kind in ("Bool", "Byte", "Char", "Short", "Int", "Long")),
+        *(f"torch.{kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double")),
+    ]
+)
+
 _KINDS = (  # a class seen in the file, and what the file therefore is
     (r"models\.(yolo|common)\.", "a YOLOv5 or YOLOv7 checkpoint"),
     (r"(nn\.tasks\.SegmentationModel|\.Segment\w*)$", "a YOLO segmentation model"),
@@ -122,25 +138,39 @@ def read_checkpoint(path: Path | str, *, trust: bool = False) -> dict[str, Any]:
     except _BAD_PICKLE as error:
         raise WeightsError(_explain(path, error)) from error
     if not isinstance(content, dict):
-        kind = getattr(content, "origin", type(content).__name__)
+        kind = getattr(type(content), "origin", type(content).__name__)
         raise WeightsError(f"{path} holds a {kind}, not an Ultralytics checkpoint.")
     return content
 
 
 def _load_safely(path: Path) -> Any:
-    unknown = [name for name in _globals(path) if name not in ALLOWED]
+    if not is_archive(path):  # as torch before 1.6 wrote, and anybody can
+        raise pickle.UnpicklingError("no archive")
+    unknown = sorted(_globals(path) - ALLOWED - _REAL)
     if unknown:
         raise WeightsError(_refusal(path, unknown))
     allowed: list[Any] = [(stand_in(name), name) for name in sorted(ALLOWED)]
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    check_extent(content, StandIn)
+    return content
 
 
-def _globals(path: Path) -> list[str]:
-    """Return the class and function names in the file beyond torch's own, without running it."""
-    if not zipfile.is_zipfile(path):
-        return []  # written by torch before 1.6; the unpickler itself refuses what is not allowed
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+def _globals(path: Path) -> set[str]:
+    """Return the class and function names in the file, without running it.
+
+    torch knows no other opcode that names one, and refuses those it does not know.
+
+    Raises:
+        ValueError: it is not pickled as torch does.
+    """
+    found = set()
+    for operation, argument, _ in pickletools.genops(pickle_of(path)):
+        if operation.name == "PROTO" and argument != 2:
+            raise ValueError(f"pickle protocol {argument}")
+        if operation.name == "GLOBAL":
+            found.add(str(argument).replace(" ", "."))
+    return found
 
 
 def _load_trusted(path: Path) -> Any:
@@ -170,7 +200,7 @@ def _refusal(path: Path, unknown: list[str]) -> str:
         if any(re.search(pattern, name) for name in unknown):
             return f"{path} is {kind}; only YOLOv8 detection models can be fine-tuned here."
     return (
-        f"{path} names {', '.join(unknown[:3])}, which a YOLOv8 "
+        f"{path} names {plain(', '.join(unknown[:3]))}, which a YOLOv8 "
         f"detection checkpoint does not need, so it was not opened. If you know where the file "
         f"comes from, add --trust-checkpoint; it can then run any code on this machine."
     )
@@ -181,14 +211,14 @@ def _explain(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
         return _refusal(path, [named[1]])
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return (
             f"{path} is damaged, no PyTorch checkpoint, or one in the format of torch before 1.6. "
             "Get it again, or save it anew with a newer torch."
         )
     if isinstance(error, pickle.UnpicklingError):
         return f"{path} is damaged, or no PyTorch checkpoint. Get it again, or give another file."
-    reason = text.splitlines()[0][:120] if text else type(error).__name__
+    reason = plain(text.splitlines()[0]) if text else type(error).__name__
     return f"{path} is damaged ({reason}). Get it again."
 
 
@@ -232,18 +262,19 @@ def _wrong_kind(path: Path, start: bytes) -> str | None:
 
 
 def _wrong_zip(path: Path, size: int) -> str | None:
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return f"truncated ({size} bytes): a download or a copy broke off. Get it again."
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "damaged. Get it again."
-    if any(name.endswith("/constants.pkl") for name in inside):
+    names = [part.filename for part in parts]
+    if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript model, which cannot be trained. Give the .pt file it was made from."
-    if not any(name.endswith("/data.pkl") for name in inside):
+    if not any(name.endswith("/data.pkl") for name in names):
         return "a zip archive, not a PyTorch checkpoint."
-    return None
+    return wrong_archive(parts, size)
 
 
 def walk(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
