@@ -32,3 +32,8 @@ def is_folder(path: str | Path) -> bool:
 def has_folder(text: str) -> bool:
     """Return whether a text is a path, not a bare name: it has a folder part, of any system."""
     return "/" in text or "\\" in text or text.startswith("~")
+
+
+def cache_folder() -> Path:
+    """Return where things are kept between runs: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hsrloop"

@@ -11,6 +11,7 @@ from rich.console import Console
 from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.sets.manifest import Manifest, read_manifest
 from hsrloop.errors import OutputError
+from hsrloop.hardware.threads import prepare_environment
 from hsrloop.paths import expanded, is_folder
 from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean
 from hsrloop.report.console import make_console
@@ -29,6 +30,8 @@ def run_check(dataset: str, *, imgsz: int, plot: Path | None, as_json: bool) -> 
     except KeyboardInterrupt:
         return _INTERRUPTED
     if plot is not None:
+        prepare_environment()
+
         from hsrloop.report.sheet import save_sheet
 
         save_sheet(report, plot)

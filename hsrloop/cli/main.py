@@ -58,6 +58,15 @@ class _OneLine(click.ClickException):
 
     exit_code = 2
 
+    def format_message(self) -> str:
+        """Return the message; names in it come from files."""
+        return _harmless(self.message)
+
+
+def _harmless(text: str) -> str:
+    """Return a text that cannot steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
 
 class _Doors(click.Group):
     """The group of commands; turns every HsrloopError into `_OneLine`, and Ctrl-C into its code.
@@ -84,7 +93,7 @@ class _StderrHandler(logging.Handler):
     """Shows warnings; looks stderr up each time, so that a live bar is not torn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)
+        click.echo(f"{record.levelname.capitalize()}: {_harmless(record.getMessage())}", err=True)
 
 
 @click.group(cls=_Doors, context_settings=_CONTEXT)

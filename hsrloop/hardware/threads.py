@@ -8,6 +8,7 @@ import platform
 import sys
 
 from hsrloop.hardware.memory import usable_cores
+from hsrloop.paths import cache_folder
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -33,6 +34,10 @@ def _settings(cores: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",  # the spin count while throttled is 0
         # What --deterministic needs of cuBLAS; read once, when CUDA starts.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # What both keep between starts, and would else put into the home and the temporary folder;
+        # compiled parts then outlive a reboot.
+        "MPLCONFIGDIR": str(cache_folder() / "matplotlib"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "compiled"),
         # Large tensors on the CPU ask for huge pages, which saves page faults.
         "THP_MEM_ALLOC_ENABLE": "1",
     }

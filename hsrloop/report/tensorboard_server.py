@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 
 _PORTS_TRIED = 100
 
@@ -37,13 +38,15 @@ def _main() -> None:
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     os.nice(10)  # the run comes first on a machine with few cores
-    try:
-        line = serve(logdir, int(port), host)
-    except (OSError, ImportError) as error:
-        line = str(error)
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    with tempfile.TemporaryDirectory(prefix="hsrloop-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = folder  # plugins leave things behind
+        try:
+            line = serve(logdir, int(port), host)
+        except (OSError, ImportError) as error:
+            line = str(error)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        sys.stdin.read()
     os.killpg(0, signal.SIGKILL)  # neither threads nor processes of plugins end by themselves
 
 

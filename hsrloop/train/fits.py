@@ -18,9 +18,9 @@ import torch
 import hsrloop
 from hsrloop.config import TrainConfig
 from hsrloop.errors import OutputError
+from hsrloop.paths import cache_folder
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.checkpoint import write_text
-from hsrloop.train.images import cache_folder
 
 _LOG = logging.getLogger(__name__)
 FILE = "fits.json"

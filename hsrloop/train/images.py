@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.errors import DeviceError
 from hsrloop.events import Event, Note, Progress
 from hsrloop.hardware.memory import GIB, usable_cores
+from hsrloop.paths import cache_folder
 
 Emit = Callable[[Event], None]
 _PLACES: tuple[BankPlace, ...] = ("device", "pinned", "cv2")  # from fast to frugal
@@ -176,11 +176,6 @@ def val_image_store(
         emit=emit,
         interpolation="linear",
     )
-
-
-def cache_folder() -> Path:
-    """Return where things are kept between runs: $XDG_CACHE_HOME/hsrloop, or ~/.cache/hsrloop."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hsrloop"
 
 
 def decoded_folder() -> Path:
