@@ -121,6 +121,8 @@ def kill_series(
             began, process = time.time(), forks.start(output, last)
         (run_dir,) = [path.parent for path in output.glob(f"*/{RESULT}")]
         check_equal(run_dir, reference)
+        if (i + 1) % 20 == 0:
+            print(f"\n{i + 1} runs: {tally}", flush=True)
     return tally
 
 
