@@ -108,6 +108,9 @@ def kill_series(
         while not ended(process, instant):
             tally.kills += 1
             killed = time.time()
+            if list(output.glob(f"*/{RESULT}")):  # it was complete, and about to exit
+                tally.lost_s.append(0.0)
+                break
             try:
                 last = newest_unfinished(output)
             except CheckpointError:
