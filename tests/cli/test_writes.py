@@ -103,7 +103,11 @@ def test_nothing_is_written_elsewhere(sandbox: Path) -> None:
          "--workers", "1", "--no-auto-scale", *small],
         ["validate", "-d", data, "-m", "RUN/weights/best.pt", "--json", f"{runs}/a.json", *small],
     ]  # fmt: skip
-    others = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")  # of the process that tests
+    others = (
+        "MPLCONFIGDIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "YOLO_CONFIG_DIR",
+    )  # of the process that tests
     env = {
         **{key: value for key, value in os.environ.items() if key not in others},
         "HOME": str(sandbox / "home"),
