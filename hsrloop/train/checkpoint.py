@@ -3,7 +3,7 @@
 `last.pt` is an Ultralytics checkpoint (the averaged weights under "model") with one more key,
 "hsrloop": the whole `TrainState` and what else a resumed run needs. `best.pt` and `epochN.pt`
 carry names, config and metrics there, without the state; `last_previous.pt`
-is the `last.pt` before.
+is the `last.pt` before, until a run is complete.
 """
 
 from __future__ import annotations
@@ -185,6 +185,12 @@ def _keep(path: Path, name: Path) -> None:
         return
     os.replace(draft, name)
     draft.unlink(missing_ok=True)  # it stays when both were names of one file
+
+
+def drop_previous(weights_dir: Path) -> None:
+    """Give back the room of the last.pt before, when a run is complete."""
+    with contextlib.suppress(OSError):  # it harms nobody
+        (weights_dir / PREVIOUS).unlink(missing_ok=True)
 
 
 def bytes_needed(state: TrainState, config: TrainConfig) -> int:

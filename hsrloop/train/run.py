@@ -321,6 +321,7 @@ def _finish(
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),
     }
+    checkpoint.drop_previous(run_dir / "weights")
     folder.write_result(run_dir, result)
     hub.emit(
         RunFinished(run_dir=str(run_dir), reason=reason, result=result, classes=best["classes"])
