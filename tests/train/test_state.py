@@ -14,7 +14,7 @@ from hsrloop.train.state import TrainState
 from tests.train.test_resume import differences
 from tests.train.test_step import make_state
 
-NOT_SAVED = {"commit", "last_saved"}  # of a step and a save in progress
+NOT_SAVED = {"commit", "due"}  # of a step and of saves in progress
 DECIDED = {"batch"}  # by the configuration, which is in the file too
 
 
