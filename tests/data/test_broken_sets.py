@@ -379,6 +379,8 @@ MANIFESTS = [
     Case("tabs", yaml(YAML + "x:\n\t- a\n"), error="data.yaml:5: not valid YAML", hopeless=True),
     Case("open-bracket", yaml("names: [cup\n"), error="data.yaml:2: not valid YAML", hopeless=True),
     Case("two-documents", yaml(YAML + "---\n" + YAML), error="not valid YAML", hopeless=True),
+    Case("a-hundred-megabytes", lambda root: os.truncate(root / "data.yaml", 100_000_000),
+        error="has 95 MiB", hopeless=True),
     Case("python-object", yaml(YAML + "x: !!python/object/apply:os.mkdir [ran]\n"),
         error="not valid YAML", hopeless=True),
     Case("python-name", yaml(YAML + "x: !!python/name:os.system\n"), error="not valid YAML",

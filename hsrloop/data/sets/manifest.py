@@ -20,6 +20,9 @@ from hsrloop.records import Problem
 
 SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000  # a guess: beyond it, nc is a mistake that would fill the memory
+_MOST_BYTES = (
+    16 << 20
+)  # a guess: reading takes a second a MiB; 100,000 images listed are half of it
 _MOST_KEYS = 200_000  # of one mapping once aliases are merged; a guess
 
 
@@ -139,6 +142,12 @@ def _parse(file: Path) -> tuple[dict[Any, Any], tuple[int, ...]]:
 
 def _text(file: Path) -> str:
     try:
+        size = file.stat().st_size
+        if size > _MOST_BYTES:
+            raise DatasetError(
+                f"{file} has {size >> 20} MiB; a data.yaml has at most {_MOST_BYTES >> 20}. Give "
+                "the right file, or list images in .txt files."
+            )
         return read_regular(file).decode("utf-8-sig")
     except FileNotFoundError:
         raise DatasetError(
