@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hsrloop.bench.counting import DeviceWatch
 from hsrloop.bench.machine import load_average
@@ -35,11 +34,11 @@ from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.events import Progress
 from hsrloop.model.yolo import forward_eval, forward_train
-from hsrloop.ops.loss import GAINS, PaddedTargets, detection_loss, pad_targets
+from hsrloop.ops.loss import GAINS, detection_loss
 from hsrloop.records import Batch, Position
 from hsrloop.train.evaluate import detect, evaluate, for_inference
 from hsrloop.train.loop import by_step
-from hsrloop.train.step import to_input
+from hsrloop.train.step import to_input, to_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +54,8 @@ def measure_step(bench: Workbench, effort: Effort) -> Row:
     batches = bench.first_step()
     works = {"bare": bare_step(bench, batches), "step": _repeat(lambda: bench.step(batches))}
     reset_peak(bench.device)
-    with power(nvml_reader(bench.info.uuid)) as reading:
-        times = in_turn(
-            works,
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            device=bench.device,
-            on_round=_told(bench, "measuring the step"),
-        )
+    times, (watts, busy) = _timed(bench, effort, works, task="measuring the step")
     images = sum(len(batch.images) for batch in batches)
-    watts, busy = reading.means()
     return Row(
         name="step",
         images_per_s=rates(times["step"], images),
@@ -87,15 +78,7 @@ def measure_loader(bench: Workbench, effort: Effort) -> Row:
             for batch in batches:
                 to_input(batch.images, bench.device)
 
-    with power(nvml_reader(bench.info.uuid)) as reading:
-        times = in_turn(
-            {"loader": work},
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            device=bench.device,
-            on_round=_told(bench, "measuring the loader"),
-        )
-    watts, busy = reading.means()
+    times, (watts, busy) = _timed(bench, effort, {"loader": work}, task="measuring the loader")
     stream.close()
     return Row(
         name="loader",
@@ -125,15 +108,9 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
             evaluate(bench.state.ema.module, loader, names=names, device=bench.device, half=half)
 
     reset_peak(bench.device)
-    with power(nvml_reader(bench.info.uuid)) as reading:
-        times = in_turn(
-            {"bare": bare, "validation": whole},
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            device=bench.device,
-            on_round=_told(bench, "measuring validation"),
-        )
-    watts, busy = reading.means()
+    times, (watts, busy) = _timed(
+        bench, effort, {"bare": bare, "validation": whole}, task="measuring validation"
+    )
     watch = DeviceWatch(bench.device, [*network.parameters(), *network.buffers()])
     with watch:
         detect(network, batch.images, bench.device)
@@ -171,15 +148,9 @@ def measure_training(bench: Workbench, effort: Effort) -> Row:
         waited.append(wait / (time.perf_counter() - begun))
 
     reset_peak(bench.device)
-    with power(nvml_reader(bench.info.uuid)) as reading:
-        times = in_turn(
-            {"bare": bare_step(bench, first), "train": train},
-            rounds=effort.rounds,
-            seconds=effort.seconds,
-            device=bench.device,
-            on_round=_told(bench, "measuring training"),
-        )
-    watts, busy = reading.means()
+    times, (watts, busy) = _timed(
+        bench, effort, {"bare": bare_step(bench, first), "train": train}, task="measuring training"
+    )
     stream.close()
     return Row(
         name="train",
@@ -237,7 +208,8 @@ def said_of(bench: Workbench) -> dict[str, Any]:
 
 def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
     """Return forward, criterion, backward, optimizer and nothing else."""
-    prepared = [_prepared(bench, batch) for batch in batches]
+    device = bench.device
+    prepared = [(to_input(batch.images, device), to_targets(batch, device)) for batch in batches]
     state, settings = bench.state, bench.settings
 
     def once() -> None:
@@ -276,18 +248,6 @@ def endless(bench: Workbench) -> Generator[list[Batch], None, None]:
                 yield batches
 
 
-def _prepared(bench: Workbench, batch: Batch) -> tuple[Tensor, PaddedTargets]:
-    images = to_input(batch.images, bench.device)
-    targets = pad_targets(
-        batch.boxes_cxcywh,
-        batch.labels,
-        batch.image_index,
-        images=len(images),
-        imgsz=images.shape[-1],
-    )
-    return images, targets.to(bench.device)
-
-
 def _repeat(once: Callable[[], None]) -> Work:
     def work(steps: int) -> None:
         for _ in range(steps):
@@ -296,5 +256,16 @@ def _repeat(once: Callable[[], None]) -> Work:
     return work
 
 
-def _told(bench: Workbench, task: str) -> Callable[[int, int], None]:
-    return lambda done, total: bench.emit(Progress(task=task, done=done, total=total))
+def _timed(
+    bench: Workbench, effort: Effort, works: Mapping[str, Work], *, task: str
+) -> tuple[dict[str, list[float]], tuple[float | None, float | None]]:
+    """Time works in turn; return their seconds, and the card's watts and utilisation meanwhile."""
+    with power(nvml_reader(bench.info.uuid)) as reading:
+        times = in_turn(
+            works,
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            device=bench.device,
+            on_round=lambda done, total: bench.emit(Progress(task=task, done=done, total=total)),
+        )
+    return times, reading.means()

@@ -23,7 +23,13 @@ from hsrloop.train.evaluate import detect, for_inference
 from hsrloop.train.fits import Fits
 from hsrloop.train.loop import set_modes
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import MAX_GRADIENT_NORM, StepSettings, Transaction, forward_backward
+from hsrloop.train.step import (
+    MAX_GRADIENT_NORM,
+    StepSettings,
+    Transaction,
+    forward_backward,
+    trained_parameters,
+)
 
 MOSAIC_IMAGES = 4
 
@@ -134,8 +140,7 @@ class Rehearsal:
                 )
                 forward_backward(state, batch, self.settings)
         state.scaler.unscale_(state.optimizer)
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
 
     def _validate(self) -> None:
         device, imgsz = self.settings.device, self.config.imgsz

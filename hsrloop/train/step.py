@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrloop.model.yolo import forward_train, norms_in_eval
-from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
+from hsrloop.ops.loss import GAINS, LossSums, PaddedTargets, detection_loss, pad_targets
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, Position
@@ -229,13 +229,7 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
     network = forward_train if compiled is None else compiled.forward
     criterion = detection_loss if compiled is None else compiled.loss
     images = to_input(batch.images, settings.device, settings.dtype)
-    targets = pad_targets(
-        batch.boxes_cxcywh,
-        batch.labels,
-        batch.image_index,
-        images=len(images),
-        imgsz=images.shape[-1],
-    ).to(settings.device)
+    targets = to_targets(batch, settings.device)
     single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
     with (
         named("forward"),
@@ -253,6 +247,14 @@ def to_input(images: Tensor, device: torch.device, dtype: torch.dtype = torch.fl
     """Return uint8 (B, 3, S, S) images in [0, 1] as `dtype` on `device`, channels_last."""
     moved = images.to(device, non_blocking=True)
     return moved.to(dtype, memory_format=torch.channels_last).div_(255.0)
+
+
+def to_targets(batch: Batch, device: torch.device) -> PaddedTargets:
+    """Return a batch's boxes as the criterion takes them, on `device`."""
+    images, _, _, imgsz = batch.images.shape
+    return pad_targets(
+        batch.boxes_cxcywh, batch.labels, batch.image_index, images=images, imgsz=imgsz
+    ).to(device)
 
 
 def add_detached(total: LossSums | None, sums: LossSums) -> LossSums:
