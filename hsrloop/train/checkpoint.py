@@ -29,11 +29,13 @@ from hsrloop.model.published import to_ultralytics_checkpoint
 from hsrloop.model.weights import read_checkpoint
 from hsrloop.paths import is_file
 from hsrloop.report.files import SPELLED_OUT
+from hsrloop.train.kinds import misfit
 from hsrloop.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 1
 KEY = "hsrloop"
+_KINDS = {"config": {}, "sources": {}, "names": [""], "fingerprint": "", "threads": 0}
 LAST = "last.pt"
 PREVIOUS = "last_previous.pt"
 
@@ -271,6 +273,11 @@ def read(path: Path, *, trust: bool = False) -> Saved:
             f"of a run. To start from these weights use --model {path}."
         )
     try:
+        odd = next((o for k, like in _KINDS.items() if (o := misfit(extra[k], like, k))), None)
+        if odd is None and extra["fresh_share"] is not None:
+            odd = misfit(extra["fresh_share"], 0.0, "fresh_share")
+        if odd is not None:
+            raise TypeError(odd)
         identity = RunIdentity(
             config=TrainConfig.from_json(extra["config"]),
             sources=dict(extra["sources"]),
@@ -280,7 +287,7 @@ def read(path: Path, *, trust: bool = False) -> Saved:
             threads=extra["threads"],
             fresh_share=extra["fresh_share"],
         )
-        list(extra["state"]["history"])
+        len(extra["state"]["history"])
     except ConfigError as error:
         raise CheckpointError(
             f"{path} was written by another version of hsrloop: {error}"

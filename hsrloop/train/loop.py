@@ -130,38 +130,36 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         emit=runtime.emit,
     )
     transaction = runtime.transaction
-    meter = _Meter(state, runtime)
     mosaic = planned < config.epochs - tail_epochs(config)
     batches = loader.batches(state.position, mosaic=mosaic)
-    for micro_batches in by_step(batches):
-        step = planned * len(loader) + state.position.sample // config.batch
-        lr = state.lr_scale * learning_rate(config, step, len(loader))
-        guard.last = LastStep(state.position, micro_batches, mosaic, lr)
-        transaction.begin()
-        try:
-            samples = train_step(
-                state, micro_batches, settings=runtime.settings, lr=lr, transaction=transaction
-            )
-        except BaseException:
-            if state.commit is None:  # else the weights have moved: the step is to be finished
-                transaction.roll_back()
-            raise
-        meter.count(samples)
-        if guard.persists(state):
-            guard.due = unsound(state)
-            break
-        if runtime.governor is not None:
-            runtime.governor.observe()
-        if runtime.profiler is not None:
-            runtime.profiler.step()
-        if runtime.stop():
-            meter.finish()
-            return False
-        if runtime.saver.due(state):
-            meter.finish()
-            runtime.saver.save(state)
-        meter.judge()
-    meter.finish()
+    with _Meter(state, runtime) as meter:
+        for micro_batches in by_step(batches):
+            step = planned * len(loader) + state.position.sample // config.batch
+            lr = state.lr_scale * learning_rate(config, step, len(loader))
+            guard.last = LastStep(state.position, micro_batches, mosaic, lr)
+            transaction.begin()
+            try:
+                samples = train_step(
+                    state, micro_batches, settings=runtime.settings, lr=lr, transaction=transaction
+                )
+            except BaseException:
+                if state.commit is None:  # else the weights have moved: the step is to be finished
+                    transaction.roll_back()
+                raise
+            meter.count(samples)
+            if guard.persists(state):
+                guard.due = unsound(state)
+                break
+            if runtime.governor is not None:
+                runtime.governor.observe()
+            if runtime.profiler is not None:
+                runtime.profiler.step()
+            if runtime.stop():
+                return False
+            if runtime.saver.due(state):
+                meter.settle()
+                runtime.saver.save(state)
+            meter.judge()
     return True
 
 
@@ -195,19 +193,21 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
             runtime.governor.observe()
 
     started = time.monotonic()
-    metrics = evaluate(
-        state.ema.module,
-        runtime.val_loader,
-        names=runtime.identity.names,
-        device=state.device,
-        half=runtime.settings.amp,
-        on_progress=on_progress,
-        stop=runtime.stop,
-    )
+    try:
+        metrics = evaluate(
+            state.ema.module,
+            runtime.val_loader,
+            names=runtime.identity.names,
+            device=state.device,
+            half=runtime.settings.amp,
+            on_progress=on_progress,
+            stop=runtime.stop,
+        )
+    finally:
+        val_s = time.monotonic() - started
+        state.elapsed_s += val_s
     if metrics is None:
         return False
-    val_s = time.monotonic() - started
-    state.elapsed_s += val_s
     state.val_s_per_epoch = val_s
     best = metrics.ap50_95 > state.best_ap50_95
     _append_history(state, metrics)
@@ -315,6 +315,16 @@ class _Meter:
         if self._first == 0:
             state.epoch_s = 0.0
 
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Count the time also when memory ran out; a device in that state is not waited for."""
+        if kind is None:
+            self.settle()
+        else:
+            self._account()
+
     def count(self, samples: int) -> None:
         self._samples += samples
         now = time.monotonic()
@@ -336,13 +346,15 @@ class _Meter:
         self._judged, self._judged_samples = now, self._samples
         problem = pressure.observe(samples, seconds)
         if problem is not None:
-            self.finish()
             raise MemoryThrashing(problem)
 
-    def finish(self) -> None:
+    def settle(self) -> None:
         """Add the time spent to the run's and the epoch's; CUDA is waited for."""
         if self._state.device.type == "cuda":
             torch.cuda.synchronize(self._state.device)
+        self._account()
+
+    def _account(self) -> None:
         now = time.monotonic()
         spent, self._accounted = now - self._accounted, now
         self._state.epoch_s += spent

@@ -14,6 +14,7 @@ from hsrloop.errors import CheckpointError
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Position, Rung
+from hsrloop.train.kinds import misfit, optimizer_misfit
 
 _COUNTERS = (
     "grad_scale",
@@ -32,6 +33,15 @@ _COUNTERS = (
 )
 LOSS_NAMES = ("box_loss", "cls_loss", "dfl_loss")
 METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
+# What is asked of the rows of lists that begin empty.
+_ROWS: Mapping[str, Mapping[str, Any]] = {
+    "history": {
+        **dict.fromkeys((*LOSS_NAMES, "skipped_steps", *METRIC_NAMES, "best_conf"), 0.0),
+        "classes": [{}],
+    },
+    "recoveries": {"change": "", "epoch": 0, "rung": {}},
+    "rollbacks": {},
+}
 
 
 @dataclass(slots=True)
@@ -148,11 +158,13 @@ class TrainState:
         """Take over what `to_payload` wrote.
 
         Raises:
-            CheckpointError: the payload is of another model or optimizer.
+            CheckpointError: the payload is of another model or optimizer, or none at all.
         """
         try:
+            self._check(payload)
             self.model.load_state_dict(payload["model"])
             self.ema.load_state_dict(payload["ema"])
+            _must_fit(optimizer_misfit(payload["optimizer"], self.optimizer))
             self.optimizer.load_state_dict(payload["optimizer"])
             if payload["scaler"]:
                 self.renew_scaler(payload["scaler"])
@@ -172,6 +184,37 @@ class TrainState:
                 f"the checkpoint does not fit this model and optimizer ({reason}). "
                 "Resume with the settings the run was started with."
             ) from error
+
+    def _check(self, payload: Mapping[str, Any]) -> None:
+        """Raise ValueError where a part is of another kind than this state's own."""
+        like = {name: value for name, value in self.to_payload().items() if name not in _ROWS}
+        like["rung"]["cache"] = None
+        like |= {"optimizer": {}, "scaler": {}, "cuda_rng": None, "position": [0]}
+        if payload["scaler"]:
+            like["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+        for name, example in like.items():
+            _must_fit(misfit(payload[name], example, name))
+        rung = payload["rung"]
+        if rung["cache"] not in (True, False, "ram", "disk"):
+            raise ValueError(f"rung.cache is {rung['cache']}")
+        if min(rung["micro_batch"], rung["val_batch"], rung["imgsz"]) < 1:
+            raise ValueError("an empty batch or image")
+        for name, row in _ROWS.items():
+            rows = payload[name]
+            _must_fit(misfit(rows, [{}], name))
+            for i, given in enumerate(rows):
+                known = {key: given.get(key) for key in row}
+                examples = {key: like["rung"] if key == "rung" else row[key] for key in row}
+                _must_fit(misfit(known, examples, f"{name}[{i}]"))
+        if min(*payload["position"], payload["steps"], payload["best_epoch"]) < 0:
+            raise ValueError("a negative count")
+        if payload["best_epoch"] > len(payload["history"]):
+            raise ValueError("the best epoch is none of the history")
+
+
+def _must_fit(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def initial_grad_scale(batch: int) -> float:

@@ -10,12 +10,22 @@ import pytest
 import torch
 
 from hsrloop.errors import CheckpointError
-from hsrloop.train.state import TrainState
+from hsrloop.records import Position
+from hsrloop.train.state import LOSS_NAMES, METRIC_NAMES, TrainState
 from tests.train.test_resume import differences
 from tests.train.test_step import make_state
 
+HISTORY_ROW = {
+    **dict.fromkeys((*LOSS_NAMES, "skipped_steps", *METRIC_NAMES, "best_conf"), 0.5),
+    "classes": [],
+}
 NOT_SAVED = {"commit", "due"}  # of a step and of saves in progress
 DECIDED = {"batch"}  # by the configuration, which is in the file too
+
+
+def recovery(state: TrainState) -> dict[str, Any]:
+    """A row as `events.Recovered` leaves it."""
+    return {"change": "imgsz 96 -> 64", "epoch": 1, "rung": dataclasses.asdict(state.rung)}
 
 
 @pytest.fixture
@@ -58,6 +68,9 @@ def test_every_value_comes_back(changed: tuple[dict[str, Any], TrainState]) -> N
     payload["optimizer"]["param_groups"][0]["lr"] = 0.5
     payload["scaler"], payload["cuda_rng"] = {}, None  # of a GPU
     payload["torch_rng"] = torch.Generator().manual_seed(123).get_state()
+    payload["rung"]["cache"] = "disk"
+    payload["history"] = [HISTORY_ROW, HISTORY_ROW]
+    payload["recoveries"] = [recovery(state)]
     before = copy.deepcopy(state.to_payload())
     state.load_payload(copy.deepcopy(payload))
     after = state.to_payload()
@@ -82,3 +95,69 @@ def test_the_scaler_of_fp16_comes_back() -> None:
     payload["scaler"]["_growth_tracker"] = 7
     state.load_payload(payload)
     assert state.scaler.get_scale() == 128.0 and state.scaler._get_growth_tracker() == 7
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths to the values of a payload; of many alike to the first two."""
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    alike = len(items) > 40
+    found = []
+    for key, item in items[: 2 if alike else None]:
+        found.append((*path, key))
+        if isinstance(item, dict | list):
+            found += places(item, (*path, key))
+    return found
+
+
+def trained_payload() -> tuple[dict[str, Any], TrainState]:
+    """The payload of a state whose optimizer has moments and whose lists have rows."""
+    state, batch = make_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    state.position = Position(1, 4)
+    state.history, state.best_epoch = [dict(HISTORY_ROW)], 1
+    state.recoveries = [recovery(state)]
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    return copy.deepcopy(state.to_payload()), state
+
+
+def test_a_value_of_another_kind_is_refused_wherever_it_is() -> None:
+    """Nothing but CheckpointError, and never a state that fails in the middle of a step."""
+    payload, state = trained_payload()
+    free = {
+        "cuda_rng",
+        "cache",
+        "params",
+        "foreach",
+        "maximize",
+        "capturable",
+        "differentiable",
+        "fused",
+    }
+    free |= {"decoupled_weight_decay", "amsgrad", "rollbacks"}
+    paths = [path for path in places(payload) if not free & set(path)]
+    assert len(paths) > 60
+    for path in paths:
+        parent = payload
+        for key in path[:-1]:
+            parent = parent[key]
+        for wrong in (None, "x", {"x": None}, torch.zeros(2, 7, 3)):
+            if type(wrong) is type(parent[path[-1]]) is not torch.Tensor:
+                continue
+            kept, parent[path[-1]] = parent[path[-1]], wrong
+            with pytest.raises(CheckpointError):
+                state.load_payload(payload)
+                pytest.fail(f"{path} may be {wrong!r}")
+            parent[path[-1]] = kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": -1}, {"position": [0, -4]}, {"best_epoch": 2}, {"history": [{}]}, {"position": []}],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+    payload, state = trained_payload()
+    with pytest.raises(CheckpointError):
+        state.load_payload({**payload, **change})
