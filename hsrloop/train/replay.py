@@ -65,7 +65,7 @@ def replay(capsule: Capsule, *, device_name: str | None = None, float32: bool = 
         fresh_share=capsule.fresh_share,
         amp=amp_dtype is torch.float16,
     )
-    state.load_payload(capsule.state)
+    state.load_file(capsule.state)
     set_modes(state, capsule.config)
     as_written = capsule.config.replace(compile="off")  # so that layers can be looked at
     settings = step_settings(as_written, module, device, amp_dtype=amp_dtype)

@@ -186,7 +186,7 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         )
     if saved is not None:
         check_same(saved, identity, hub.emit)
-        state.load_payload(saved.state)
+        state.load_file(saved.state)
         if state.recoveries:
             state.rung = resumed_rung(state.rung, saved.identity.config, config)
         else:  # another machine may have other cores

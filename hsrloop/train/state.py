@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,17 +155,25 @@ class TrainState:
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
 
-    def load_payload(self, payload: Mapping[str, Any]) -> None:
-        """Take over what `to_payload` wrote.
+    def load_file(self, payload: Mapping[str, Any]) -> None:
+        """Take over a payload of unknown origin: every value is looked at before any is used.
 
         Raises:
             CheckpointError: the payload is of another model or optimizer, or none at all.
         """
-        try:
+        with _fitting():
             self._check(payload)
+        self.load_payload(payload)
+
+    def load_payload(self, payload: Mapping[str, Any]) -> None:
+        """Take over what `to_payload` gave.
+
+        Raises:
+            CheckpointError: the payload is of another model or optimizer.
+        """
+        with _fitting():
             self.model.load_state_dict(payload["model"])
             self.ema.load_state_dict(payload["ema"])
-            _must_fit(optimizer_misfit(payload["optimizer"], self.optimizer))
             self.optimizer.load_state_dict(payload["optimizer"])
             if payload["scaler"]:
                 self.renew_scaler(payload["scaler"])
@@ -178,12 +187,6 @@ class TrainState:
                 setattr(self, name, payload[name])
             if self.amp != bool(payload["scaler"]):  # from the CPU to a GPU, or back
                 self.grad_scale = initial_grad_scale(self.batch) if self.amp else 1.0
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"the checkpoint does not fit this model and optimizer ({reason}). "
-                "Resume with the settings the run was started with."
-            ) from error
 
     def _check(self, payload: Mapping[str, Any]) -> None:
         """Raise ValueError where a part is of another kind than this state's own."""
@@ -194,6 +197,7 @@ class TrainState:
             like["scaler"] = torch.amp.GradScaler("cpu").state_dict()
         for name, example in like.items():
             _must_fit(misfit(payload[name], example, name))
+        _must_fit(optimizer_misfit(payload["optimizer"], self.optimizer))
         rung = payload["rung"]
         if rung["cache"] not in (True, False, "ram", "disk"):
             raise ValueError(f"rung.cache is {rung['cache']}")
@@ -210,6 +214,19 @@ class TrainState:
             raise ValueError("a negative count")
         if payload["best_epoch"] > len(payload["history"]):
             raise ValueError("the best epoch is none of the history")
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Say in one line that a payload is not one of this run."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the checkpoint does not fit this model and optimizer ({reason}). "
+            "Resume with the settings the run was started with."
+        ) from error
 
 
 def _must_fit(problem: str | None) -> None:

@@ -72,7 +72,7 @@ def test_every_value_comes_back(changed: tuple[dict[str, Any], TrainState]) -> N
     payload["history"] = [HISTORY_ROW, HISTORY_ROW]
     payload["recoveries"] = [recovery(state)]
     before = copy.deepcopy(state.to_payload())
-    state.load_payload(copy.deepcopy(payload))
+    state.load_file(copy.deepcopy(payload))
     after = state.to_payload()
     for key in payload.keys() - {"scaler", "cuda_rng"}:
         assert differences(payload[key], after[key]) == [], key
@@ -84,7 +84,7 @@ def test_a_payload_without_any_one_of_its_parts_is_refused() -> None:
     whole = state.to_payload()
     for key in whole:
         with pytest.raises(CheckpointError, match=key):
-            state.load_payload({k: v for k, v in whole.items() if k != key})
+            state.load_file({k: v for k, v in whole.items() if k != key})
 
 
 def test_the_scaler_of_fp16_comes_back() -> None:
@@ -147,7 +147,7 @@ def test_a_value_of_another_kind_is_refused_wherever_it_is() -> None:
                 continue
             kept, parent[path[-1]] = parent[path[-1]], wrong
             with pytest.raises(CheckpointError):
-                state.load_payload(payload)
+                state.load_file(payload)
                 pytest.fail(f"{path} may be {wrong!r}")
             parent[path[-1]] = kept
 
@@ -160,4 +160,4 @@ def test_a_value_of_another_kind_is_refused_wherever_it_is() -> None:
 def test_numbers_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     payload, state = trained_payload()
     with pytest.raises(CheckpointError):
-        state.load_payload({**payload, **change})
+        state.load_file({**payload, **change})
