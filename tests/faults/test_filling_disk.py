@@ -22,7 +22,7 @@ MOUNT = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
 SIZE_MB = 512
 LIMIT_S = 200
 
-# Fills the disk once a first checkpoint is on it, while the run is held so that it cannot be faster;
+# Fills the disk once a first checkpoint is on it, holding the run so that it cannot be faster;
 # gives the room back when the run asks for it; brings what is left out of the namespace, with which
 # the disk goes.
 DRIVE = """
