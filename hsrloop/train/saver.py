@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,6 +28,7 @@ from hsrloop.train.state import TrainState
 
 RETRY_S = 60.0  # between attempts on a disk that is full, while training goes on
 END_RETRY_S = 5.0  # the same when there is nothing left but to save
+NICE = 10  # of the writer's thread
 END_PATIENCE_S = 120.0  # for which the end of a run waits for room
 
 
@@ -86,7 +90,9 @@ class Saver:
         self._waiting: dict[str, _Job] = {}  # weights that are not on the disk yet, in order
         self._owed = False  # last.pt could not be written
         self._failure: OutputError | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writer = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoints", initializer=_give_way
+        )
         self._writing: Future[_Outcome] | None = None
 
     def __enter__(self) -> Saver:
@@ -249,6 +255,12 @@ class Saver:
             needed += self._snapshot.nbytes if run is not None else 0
             raise OutputError(f"{error} {_room(self._weights_dir, needed)}") from error
         self._last_is_good |= run is not None
+
+
+def _give_way() -> None:
+    """Let training's threads go before this one, where the system has priorities by thread."""
+    if sys.platform.startswith("linux"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def averages_of(state: TrainState) -> dict[str, Tensor]:
