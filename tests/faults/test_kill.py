@@ -147,6 +147,7 @@ def test_twenty_runs_killed_at_any_instant(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_two_hundred_runs_killed_at_any_instant(
     forks: Forks, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
