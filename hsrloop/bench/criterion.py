@@ -68,7 +68,7 @@ class CriterionInput:
     def resident(self) -> list[Tensor]:
         """Return the tensors that lie on the device."""
         t = self.targets
-        here = [t.boxes_xyxy_px, t.labels, t.rows, t.segments]
+        here = [t.table, t.labels, t.rows, t.segments]
         return [self.raw.box_logits, self.raw.class_logits, *here]
 
 

@@ -15,6 +15,34 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def anchor_table(
+    shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the centre of every grid cell and its stride, level by level, row by row.
+
+    Args:
+        shapes: (height, width) of each level, in cells.
+        strides: px of a cell's side, one a level.
+
+    Returns:
+        (3, A): x and y in px of the network input, stride in px.
+    """
+    levels = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        x, y = (
+            torch.arange(stride / 2, cells * stride, stride, device=device, dtype=dtype)
+            for cells in (width, height)
+        )
+        size = torch.full((1, 1), stride, device=device, dtype=dtype)
+        rows = (x.expand(height, width), y[:, None].expand(height, width))
+        levels.append(torch.stack((*rows, size.expand(height, width))).view(3, -1))
+    return torch.cat(levels, 1)
+
+
 def anchor_points(
     shapes: Sequence[tuple[int, int]],
     strides: Sequence[int],
@@ -22,23 +50,9 @@ def anchor_points(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Return the centre of every grid cell, level by level, row by row.
-
-    Args:
-        shapes: (height, width) of each level, in cells.
-        strides: px of a cell's side, one a level.
-
-    Returns:
-        (A, 2) x and y in px of the network input, and (A, 1) the stride of each point in px.
-    """
-    points, sizes = [], []
-    for (height, width), stride in zip(shapes, strides, strict=True):
-        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) * stride
-        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) * stride
-        grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1)
-        points.append(grid.view(-1, 2))
-        sizes.append(torch.full((height * width, 1), stride, device=device, dtype=dtype))
-    return torch.cat(points), torch.cat(sizes)
+    """Return `anchor_table` as (A, 2) centres and (A, 1) strides, px."""
+    table = anchor_table(shapes, strides, device=device, dtype=dtype)
+    return table[:2].t(), table[2, :, None]
 
 
 def mean_distances(box_logits: Tensor, *, reg_max: int) -> Tensor:

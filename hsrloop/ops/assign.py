@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from hsrloop.ops.anchors import at_least_float32
-from hsrloop.ops.boxes import Columns, ciou_of_columns
+from hsrloop.ops.boxes import Columns, Pairs
 from hsrloop.ops.targets import PaddedTargets
 
 TOPK = 10
 """Anchor points that each box may have."""
 
 _EPS = 1e-9
-_PLACE_BITS = 20  # low bits of a ranking key: place of the box in its image, so below 2**20 boxes
-_PLACES = (1 << _PLACE_BITS) - 1
+_ROW_BITS = 28  # low bits of a ranking key: row of the box, image * M + place
+_ROWS = (1 << _ROW_BITS) - 1
 
 # (pairs, padding) at which a block ends. On the CPU temporaries then stay in cache, and padding
 # costs no more than the 45 calls of one more block (measured). On a GPU kernels are few and large;
@@ -43,7 +43,10 @@ class Assignment:
     image: Tensor  # (T,) int64
     anchor: Tensor  # (T,) int64, 0..A-1
     box: Tensor  # (T,) int64: image * M + place, into the flattened (B, M) targets
+    logit: Tensor  # (T,) int64, into the flattened (B, C, A) class logits
     weight: Tensor  # (T,) target score in [0, 1]
+    pairs: Pairs  # (T,) the decoded box of the anchor point, and the box it was given, px
+    ciou: Tensor  # (T,) theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +62,21 @@ class _Scene:
     anchors: int  # A
     places: int  # M
 
-    def align(self, image: Tensor, anchor: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-        """Return metric and overlap of pairs; `image` and `box` broadcast to `anchor`."""
-        truth = self.truth.at(box)
-        overlap = ciou_of_columns(truth, self.predicted.at(image * self.anchors + anchor))
-        overlap.clamp_(min=0)
-        first = (image * self.classes + self.labels[box]) * self.anchors
-        index = (first + anchor).view(-1)
-        score = at_least_float32(self.logits.index_select(0, index)).sigmoid_().view(anchor.shape)
+    def pairs(self, point: Tensor, box: Tensor) -> Pairs:
+        """Return predictions and boxes in pairs; `point` is image * A + anchor."""
+        return Pairs.of(self.predicted.at(point), self.truth.at(box))
+
+    def logit(self, image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
+        """Return the places of classes at points; `image` and `label` broadcast to `anchor`."""
+        row = torch.add(label, image, alpha=self.classes)
+        return torch.add(anchor, row, alpha=self.anchors)
+
+    def metric(self, logit: Tensor, overlap: Tensor) -> Tensor:
+        """Return score ** 0.5 * overlap ** 6."""
+        chosen = self.logits.index_select(0, logit.view(-1)).view(logit.shape)
+        score = at_least_float32(chosen).sigmoid_()
         cube = overlap * overlap * overlap
-        return score.sqrt_().mul_(cube).mul_(cube), overlap
+        return score.sqrt_().mul_(cube).mul_(cube)
 
 
 @torch.no_grad()
@@ -85,11 +93,11 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         targets: of the same B images and A points; M may be 0, then T is 0.
     """
     images, classes, anchors = class_logits.shape
-    places = targets.boxes_xyxy_px.shape[1]
+    places = targets.labels.shape[1]
     scene = _Scene(
         predicted=Columns.of(boxes.reshape(4, -1)),
         logits=class_logits.reshape(-1),
-        truth=Columns.of(targets.boxes_xyxy_px.to(boxes.dtype).view(-1, 4).t()),
+        truth=Columns(targets.table.to(boxes.dtype)),
         labels=targets.labels.view(-1),
         images=images,
         classes=classes,
@@ -112,21 +120,23 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     best = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=dtype)
     where = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=torch.int64)
     ranking = torch.zeros(scene.images * scene.anchors, device=device, dtype=torch.int64)
+    numbers = targets.segments[:5].float()
     for block, longest in _blocks(targets.cells, *_limits(device)):
-        segment, first, width, skip, cells = targets.segments[:, block, None].unbind(0)  # (g, 1)
-        box = targets.rows[segment // levels]
-        image = box // scene.places
-        k = torch.arange(longest, device=device)  # (K,)
-        inside = k < cells  # (g, K)
-        k = torch.minimum(k, cells - 1).float()  # padding repeats the last cell
-        line = ((k + 0.5) * (1 / width.float())).floor_()  # exact: no rectangle has 2**20 cells
-        anchor = line.mul_(skip.float()).add_(k).to(torch.int64).add_(first)
-        metric, overlap = scene.align(image, anchor, box)
-        keys = _keys(overlap, box - image * scene.places)
-        ranking.scatter_reduce_(0, (image * scene.anchors + anchor).view(-1), keys.view(-1), "amax")
+        slot, *_, row, image, label = targets.segments[:, block, None].unbind(0)  # (g, 1)
+        _, first, width, skipped, last = numbers[:, block, None].unbind(0)
+        k = torch.arange(longest, device=device, dtype=torch.float32)  # (K,)
+        inside = k <= last  # (g, K)
+        k = torch.minimum(k, last)  # padding repeats the last cell
+        line = ((k + 0.5) * (1 / width)).floor_()  # exact: no rectangle has 2**20 cells
+        anchor = k.add_(first).addcmul_(line, skipped).to(torch.int64)
+        point = torch.add(anchor, image, alpha=scene.anchors)
+        overlap = scene.pairs(point, row).ciou().clamp_(min=0)
+        metric = scene.metric(scene.logit(image, anchor, label), overlap)
+        keys = _keys(overlap, row)
+        ranking.scatter_reduce_(0, point.view(-1), keys.view(-1), "amax")
         top, index = (metric * inside).topk(TOPK, dim=1)
-        best[segment.squeeze(1)] = top
-        where[segment.squeeze(1)] = anchor.gather(1, index)
+        best[slot.squeeze(1)] = top
+        where[slot.squeeze(1)] = anchor.gather(1, index)
     best, where = best.view(-1, levels * TOPK), where.view(-1, levels * TOPK)
     best, index = best.topk(TOPK, dim=1)
     return best, where.gather(1, index), ranking
@@ -153,17 +163,17 @@ def _blocks(cells: Sequence[int], pairs: int, padding: int) -> Iterator[tuple[sl
         yield slice(start, len(cells)), max(cells[start], TOPK)
 
 
-def _keys(overlap: Tensor, place: Tensor) -> Tensor:
-    """Return integers ordered by overlap, and among equals by falling place.
+def _keys(overlap: Tensor, row: Tensor) -> Tensor:
+    """Return integers ordered by overlap, and among equals by falling row.
 
     A float that is not negative orders as its bits do. float32 is kept whole; of float64 the
-    lowest 20 bits of 52 give way to the place.
+    lowest 28 bits of 52 give way to the row.
     """
     if overlap.dtype == torch.float64:
-        bits = overlap.view(torch.int64) & ~_PLACES
+        bits = overlap.view(torch.int64) & ~_ROWS
     else:
-        bits = overlap.view(torch.int32).to(torch.int64) << _PLACE_BITS
-    return bits.add_(_PLACES - place)
+        bits = overlap.view(torch.int32).to(torch.int64) << _ROW_BITS
+    return bits.add_(_ROWS - row)
 
 
 def _resolve(
@@ -172,22 +182,27 @@ def _resolve(
     """Settle points wanted by several boxes and score what remains; all (N * 10,)."""
     total = scene.images * scene.anchors
     image = own // max(scene.places, 1)
-    point = image * scene.anchors + anchor
-    claims = torch.zeros(total, device=own.device, dtype=torch.int32)
-    claims.index_add_(0, point, wanted.int())
+    point = torch.add(anchor, image, alpha=scene.anchors)
     slot = torch.arange(len(own), device=own.device)
     first = torch.full((total,), len(own), device=own.device)
     first.scatter_reduce_(0, point, torch.where(wanted, slot, len(own)), "amin")
-    nearest = image * scene.places + (_PLACES - (ranking[point] & _PLACES))
-    box = torch.where(claims[point] > 1, nearest, own)
-    used = wanted & (first[point] == slot)
+    last = torch.full((total,), -1, device=own.device)
+    last.scatter_reduce_(0, point, torch.where(wanted, slot, -1), "amax")
+    first, last = first[point], last[point]
+    nearest = _ROWS - (ranking[point] & _ROWS)
+    box = torch.where(first < last, nearest, own)
+    used = wanted & (first == slot)
     if len(own) > total:  # more slots than points: the used ones come first and all fit
         order = used.int().argsort(descending=True, stable=True)[:total]
-        image, anchor, box, used = image[order], anchor[order], box[order], used[order]
-    box = torch.where(used, box, 0)  # unused slots hold any pair; keep them in range
-    metric, overlap = (value * used for value in scene.align(image, anchor, box))
+        image, anchor, point = image[order], anchor[order], point[order]
+        box, used = box[order], used[order]
+    pairs = scene.pairs(point, box)
+    ciou = pairs.ciou()
+    overlap = ciou.clamp(min=0).mul_(used)
+    logit = scene.logit(image, anchor, scene.labels[box])
+    metric = scene.metric(logit, overlap)  # 0 where unused, as the overlap is
     highest = torch.zeros((2, len(scene.labels)), device=box.device, dtype=metric.dtype)
     highest[0].scatter_reduce_(0, box, metric, "amax")
     highest[1].scatter_reduce_(0, box, overlap, "amax")
-    weight = metric * highest[1][box] / (highest[0][box] + _EPS)
-    return Assignment(image=image, anchor=anchor, box=box, weight=weight)
+    weight = metric * (highest[1] / (highest[0] + _EPS))[box]
+    return Assignment(image, anchor, box, logit, weight, pairs, ciou)

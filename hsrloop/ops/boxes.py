@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 EPS = 1e-7
 """Guards every division. Added to heights but not to widths, as in ultralytics@8.4.190."""
@@ -51,32 +50,33 @@ class Columns:
 
     def __init__(self, table: Tensor) -> None:
         """Take what `of` or `at` made: x1, y1, x2, y2, area, angle; (6, ...)."""
-        self._table = table
+        self.table = table
         self.low, self.high = table[:2], table[2:4]  # (2, ...)
         self.area, self.angle = table[4], table[5]  # (...); angle: 2 / pi * atan(width / height)
 
     @classmethod
     def of(cls, boxes: Tensor) -> Columns:
         """Prepare (4, ...) xyxy boxes."""
-        width, height = _size(boxes)
+        width, height = _size(boxes[:2], boxes[2:]).unbind(0)
         angle = (width / height).atan_().mul_(2 / math.pi)
         return cls(torch.cat((boxes, (width * height)[None], angle[None])))
 
     def at(self, index: Tensor) -> Columns:
         """Pick boxes from rows of shape (n,); what is returned has the index's shape."""
-        picked = self._table.index_select(1, index.reshape(-1))
+        picked = self.table.index_select(1, index.reshape(-1))
         return Columns(picked.view(6, *index.shape))
 
 
-def _size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return widths, and heights with the epsilon that keeps them from 0."""
-    width, height = (boxes[2:] - boxes[:2]).unbind(0)
-    return width, height.add_(EPS)
+class Pairs(NamedTuple):
+    """Boxes in pairs, and what their complete IoU is put together from; shapes broadcast.
 
+    Where x and y are kept together, they are the first dimension.
 
-class _Overlap(NamedTuple):
-    """What a complete IoU is put together from; x and y together are (2, ...)."""
+    Source: Zheng et al. 2020, arXiv:1911.08287; placement of epsilons as ultralytics@8.4.190.
+    """
 
+    a: Columns
+    b: Columns
     inner: Tensor  # (2, ...) width and height of the intersection
     union: Tensor
     iou: Tensor
@@ -85,10 +85,12 @@ class _Overlap(NamedTuple):
     shift: Tensor  # (2, ...) twice the way from a's centre to b's
     apart: Tensor  # squared length of `shift` / `diagonal`
     turn: Tensor  # b's angle less a's
-    weight: Tensor  # of the squared turn
+    aspect: Tensor  # its square
+    weight: Tensor  # of the aspect
 
     @classmethod
-    def of(cls, a: Columns, b: Columns) -> _Overlap:
+    def of(cls, a: Columns, b: Columns) -> Pairs:
+        """Lay boxes over each other."""
         low = torch.maximum(a.low, b.low)
         inner = torch.minimum(a.high, b.high).sub_(low).clamp_(min=0)
         overlap = inner[0] * inner[1]
@@ -101,68 +103,48 @@ class _Overlap(NamedTuple):
         turn = b.angle - a.angle
         aspect = turn.square()
         weight = aspect / (aspect - iou).add_(1 + EPS)
-        return cls(inner, union, iou, hull, diagonal, shift, apart, turn, weight)
+        return cls(a, b, inner, union, iou, hull, diagonal, shift, apart, turn, aspect, weight)
 
     def ciou(self) -> Tensor:
-        """Return the complete IoU."""
-        aspect = self.turn.square().mul_(self.weight)
-        return torch.sub(self.iou, self.apart, alpha=0.25).sub_(aspect)
+        """Return the complete IoU, in (-1.5, 1]; 1 for equal boxes, one without area allowed."""
+        distant = torch.sub(self.iou, self.apart, alpha=0.25)
+        # Not in place: dynamo would put three calls with other rounding in its stead.
+        return torch.addcmul(distant, self.aspect, self.weight, value=-1)
+
+    def by_sides(self) -> Tensor:
+        """Return the derivative of `ciou` by a's left, top, right and bottom moved outwards.
+
+        (4, ...). The aspect weight counts as a constant. Written out, it takes a quarter of the
+        kernels that autograd would need.
+        """
+        a, b = self.a, self.b
+        # By the intersection's sides, by the hull's, and by a's centre and shape.
+        per_union = self.iou / self.union
+        crossing = self.inner.flip(0) * (self.inner > 0)
+        crossing.mul_(self.union.reciprocal().add_(per_union))
+        half = self.diagonal.reciprocal().mul_(0.5)
+        around = self.hull * (self.apart * half)
+        towards = self.shift * half
+        size = _size(a.low, a.high)
+        turned = (self.weight * self.turn).mul_(4 / math.pi).div_(_sum_of_squares(size))
+        across = size.flip(0)
+        own = across * turned
+        own[1].neg_()
+        own = torch.addcmul(own, across, per_union, value=-1)
+        cut = torch.stack((a.low > b.low, a.high < b.high))  # (2, 2, ...)
+        slope = torch.where(cut, crossing, around).add_(own)
+        slope[0].sub_(towards)
+        slope[1].add_(towards)
+        return slope.view(4, *towards.shape[1:])
+
+
+def _size(low: Tensor, high: Tensor) -> Tensor:
+    """Return (2, ...) widths, and heights with the epsilon that keeps them from 0."""
+    size = high - low
+    size[1].add_(EPS)
+    return size
 
 
 def _sum_of_squares(pair: Tensor) -> Tensor:
     squares = pair.square()
     return squares[0] + squares[1]
-
-
-def ciou_of_columns(a: Columns, b: Columns) -> Tensor:
-    """Return `ciou` of boxes that are already prepared; the shapes broadcast. No gradient."""
-    return _Overlap.of(a, b).ciou()
-
-
-def ciou(a: Tensor, b: Tensor) -> Tensor:
-    """Complete IoU of boxes taken in pairs.
-
-    Args:
-        a, b: (4, n) xyxy, one unit; a box of zero area is allowed, and so is none.
-
-    Returns:
-        (n,) in (-1.5, 1]; 1 for equal boxes. The gradient, once, flows to `a` alone, and none
-        through the aspect weight.
-
-    Source: Zheng et al. 2020, arXiv:1911.08287; placement of epsilons as ultralytics@8.4.190.
-    """
-    total: Tensor = _Ciou.apply(a, b)
-    return total
-
-
-class _Ciou(torch.autograd.Function):
-    """The derivative written out: a quarter of the kernels that autograd would need."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *args: Tensor) -> Tensor:
-        a, b = args
-        parts = _Overlap.of(Columns.of(a), Columns.of(b))
-        ctx.save_for_backward(a, b, *parts)
-        return parts.ciou()
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        a, b, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        o = _Overlap(*saved)
-        width, height = size = _size(a)
-        # By the corners of the intersection, of the hull, by a's area, centre and shape. Lower
-        # corners are differentiated with their sign turned, as both kinds then look alike.
-        per_union = o.iou / o.union
-        corner = (o.inner.flip(0) * (o.inner > 0)).mul_(o.union.reciprocal().add_(per_union))
-        edge = o.hull * (o.apart / o.diagonal).mul_(0.5)
-        towards = o.shift * (0.5 / o.diagonal)
-        own = torch.stack((height, width)).mul_(per_union)
-        turned = (o.weight * o.turn).mul_(4 / math.pi) / _sum_of_squares(torch.stack(size))
-        shape = torch.stack((height * turned, -width * turned))
-        own = shape.sub_(own)
-        high = torch.where(a[2:] < b[2:], corner, edge).add_(own).add_(towards)
-        low = torch.where(a[:2] > b[:2], corner, edge).add_(own).sub_(towards)
-        return torch.cat((low.neg_(), high)).mul_(grads[0]), None

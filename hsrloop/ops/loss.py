@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hsrloop.ops.anchors import anchor_points, at_least_float32, mean_distances
+from hsrloop.ops.anchors import anchor_table, at_least_float32, mean_distances
 from hsrloop.ops.assign import Assignment, assign
-from hsrloop.ops.boxes import ciou
 from hsrloop.ops.ranges import named
 from hsrloop.ops.targets import PaddedTargets, pad_targets
 from hsrloop.records import RawPredictions
@@ -49,7 +48,8 @@ class LossGains:
 
     def weigh(self, sums: LossSums) -> Tensor:
         """Return the weighted sum, 0-dim, that `backward` starts from."""
-        return self.box * sums.box + self.cls * sums.cls + self.dfl * sums.dfl
+        box_and_cls = torch.add(self.box * sums.box, sums.cls, alpha=self.cls)
+        return torch.add(box_and_cls, sums.dfl, alpha=self.dfl)
 
 
 GAINS = LossGains()
@@ -87,59 +87,75 @@ def detection_loss(
     device = raw.class_logits.device
     with torch.autocast(device.type, enabled=False):
         dtype = at_least_float32(raw.class_logits[:0]).dtype
-        points, sizes = anchor_points(raw.shapes, strides, device=device, dtype=dtype)
+        cells = anchor_table(raw.shapes, strides, device=device, dtype=dtype)
         with named("assign"):
-            boxes = _decoded_columns(raw.box_logits.detach(), points, sizes, reg_max=reg_max)
+            boxes = _decoded_columns(raw.box_logits.detach(), cells, reg_max=reg_max)
             chosen = assigner(boxes, raw.class_logits.detach(), targets)
         with named("loss"):
-            box, dfl = _box_terms(raw.box_logits, points, sizes, targets, chosen, reg_max=reg_max)
-            _, classes, anchors = raw.class_logits.shape
-            labels = targets.labels.view(-1)[chosen.box]
-            index = (chosen.image * classes + labels) * anchors + chosen.anchor
-            cls = sparse_bce_sum(raw.class_logits, index, chosen.weight)
+            box, dfl = _box_terms(raw.box_logits, cells, chosen, reg_max=reg_max)
+            cls = sparse_bce_sum(raw.class_logits, chosen.logit, chosen.weight)
     return LossSums(box=box, cls=cls, dfl=dfl, target_scores=chosen.weight.sum())
 
 
-def _decoded_columns(box_logits: Tensor, points: Tensor, sizes: Tensor, *, reg_max: int) -> Tensor:
+def _decoded_columns(box_logits: Tensor, cells: Tensor, *, reg_max: int) -> Tensor:
     """Return decoded boxes as (4, B, A) px: a contiguous plane for each coordinate."""
-    distances = mean_distances(box_logits, reg_max=reg_max).transpose(0, 1) * sizes.view(-1)
-    centre = points.t()[:, None]  # (2, 1, A)
+    distances = mean_distances(box_logits, reg_max=reg_max).transpose(0, 1) * cells[2]
+    centre = cells[:2, None]  # (2, 1, A)
     return torch.cat((centre - distances[:2], centre + distances[2:]))
 
 
 def _box_terms(
-    box_logits: Tensor,
-    points: Tensor,
-    sizes: Tensor,
-    targets: PaddedTargets,
-    chosen: Assignment,
-    *,
-    reg_max: int,
+    box_logits: Tensor, cells: Tensor, chosen: Assignment, *, reg_max: int
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of weighted 1 - CIoU and of the distribution focal loss.
 
-    Both are computed in units of the stride, and only at the T slots of the assignment.
+    Both are computed only at the T slots of the assignment, which knows the CIoU already.
     """
     _, channels, anchors = box_logits.shape
-    first = (chosen.image * channels) * anchors + chosen.anchor  # (T,)
-    index = first + torch.arange(channels, device=first.device)[:, None] * anchors  # (4R, T)
-    logits = box_logits.reshape(-1).index_select(0, index.view(-1))
-    log_p = F.log_softmax(at_least_float32(logits).view(4, reg_max, -1), 1)  # (4, R, T)
+    first = torch.add(chosen.anchor, chosen.image, alpha=channels * anchors)  # (T,)
+    index = first + torch.arange(0, channels * anchors, anchors, device=first.device)[:, None]
+    logits = box_logits.reshape(-1).index_select(0, index.view(-1))  # (4R * T,)
+    logits = at_least_float32(logits).view(4, reg_max, -1)
+    own, truth = cells.index_select(1, chosen.anchor), chosen.pairs.b
+    point, size = own[:2], own[2]  # (2, T), (T,) px
+    aim = torch.cat((point - truth.low, truth.high - point)).div_(size)  # (4, T) in cells
+    slope = chosen.pairs.by_sides().mul_(size * chosen.weight)
+    box, dfl = _BoxTerms.apply(
+        logits, aim.clamp_(0, reg_max - 1 - _DFL_MARGIN), chosen.weight, chosen.ciou, slope
+    )
+    return box, dfl
 
-    point = (points / sizes)[chosen.anchor].t()  # (2, T)
-    truth = targets.boxes_xyxy_px.to(log_p.dtype).view(-1, 4)[chosen.box]
-    truth = (truth / sizes[chosen.anchor]).t()  # (4, T)
-    bins = torch.arange(reg_max, device=log_p.device, dtype=log_p.dtype)[:, None]
-    distances = (log_p.exp() * bins).sum(1)  # (4, T)
-    boxes = torch.cat((point - distances[:2], point + distances[2:]))
-    box = ((1 - ciou(boxes, truth)) * chosen.weight).sum()
 
-    aim = torch.cat((point - truth[:2], truth[2:] - point))
-    aim = aim.clamp_(0, reg_max - 1 - _DFL_MARGIN)[:, None]  # (4, 1, T)
-    below = aim.long()
-    share = aim - below
-    nearest = log_p.gather(1, below) * (1 - share) + log_p.gather(1, below + 1) * share
-    return box, -(nearest.squeeze(1).mean(0) * chosen.weight).sum()
+class _BoxTerms(torch.autograd.Function):
+    """Both terms of (4, R, T) logits; `slope` is the derivative of weighted CIoU by distances."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *args: Tensor) -> tuple[Tensor, Tensor]:
+        logits, aim, weight, overlap, slope = args
+        log_p = F.log_softmax(logits, 1)
+        below = aim[:, None].long()  # (4, 1, T)
+        share = aim[:, None] - below
+        above = below + 1
+        nearest = log_p.gather(1, below).lerp_(log_p.gather(1, above), share)
+        ctx.save_for_backward(log_p, below, above, share, weight, slope)
+        dfl = torch.mv(nearest.view_as(aim), weight).mean()
+        return torch.dot(1 - overlap, weight), -dfl
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        log_p, below, above, share, weight, slope = ctx.saved_tensors  # type: ignore[attr-defined]
+        by_box, by_dfl = grads
+        p = log_p.exp()  # (4, R, T)
+        bins = torch.arange(p.shape[1], device=p.device, dtype=p.dtype)[:, None]
+        distance = (p * bins).sum(1, keepdim=True)  # (4, 1, T)
+        quarter = weight * (by_dfl / 4)  # (T,)
+        grad = (distance - bins).mul_((slope * by_box)[:, None]).add_(quarter).mul_(p)
+        part = share * quarter
+        grad.scatter_add_(1, below, part - quarter)
+        return grad.scatter_add_(1, above, part.neg_()), None, None, None, None
 
 
 def sparse_bce_sum(logits: Tensor, index: Tensor, target: Tensor) -> Tensor:
@@ -168,8 +184,9 @@ class _SparseBce(torch.autograd.Function):
         ctx.save_for_backward(logits, index, target)
         flat = logits.reshape(-1)
         chunk = _CHUNK_CPU if flat.device.type == "cpu" else max(flat.numel(), 1)
-        parts = [-F.logsigmoid(-at_least_float32(part)).sum() for part in torch.split(flat, chunk)]
-        return torch.stack(parts).sum() - (flat[index] * target).sum()
+        parts = [F.softplus(at_least_float32(part)).sum() for part in torch.split(flat, chunk)]
+        total = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        return total - torch.dot(at_least_float32(flat[index]), target)
 
     @staticmethod
     @once_differentiable

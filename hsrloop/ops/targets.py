@@ -16,10 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrloop.ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from hsrloop.ops.boxes import Columns, cxcywh_to_xyxy, xyxy_to_cxcywh
 
 STRIDES = (8, 16, 32)
 """Levels of every YOLOv8 detector, px."""
+
+SEGMENT = ("slot", "first", "width", "skipped", "last", "row", "image", "label")
+"""Rows of `PaddedTargets.segments`.
+
+The slot is box * L + level; the rectangle begins at cell `first`, is `width` cells wide, and from
+the end of a line to the next one `skipped` cells are not inside; `last` is one less than the cells
+of it; `row` is image * M + place.
+"""
 
 _INSIDE_PX = 1e-9  # a centre must be further inside than this; ultralytics@8.4.190
 
@@ -28,11 +36,11 @@ _INSIDE_PX = 1e-9  # a centre must be further inside than this; ultralytics@8.4.
 class PaddedTargets:
     """Boxes of B images, each padded to M, and the cells inside them; N boxes in all, L levels."""
 
-    boxes_xyxy_px: Tensor  # (B, M, 4) float32 px of the input, 0 where padded; M may be 0
+    table: Tensor  # (6, B * M) float32 `Columns` of the boxes, px, 0 where padded; M may be 0
     labels: Tensor  # (B, M) int64, 0 where padded
     rows: Tensor  # (N,) int64: image * M + place of each box
-    segments: Tensor  # (5, G) int64: row * L + level, first cell, width, columns skipped, cells
-    cells: tuple[int, ...]  # (G,) falling: the last row of `segments`, kept on the host
+    segments: Tensor  # (8, G) int64: see `SEGMENT`
+    cells: tuple[int, ...]  # (G,) cells of each segment, falling; kept on the host
     shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
 
     def to(self, device: torch.device) -> PaddedTargets:
@@ -40,7 +48,7 @@ class PaddedTargets:
 
         It starts from page-locked memory, so that the host need not wait for it.
         """
-        boxes = self.boxes_xyxy_px.view(-1).view(torch.int64)  # 4 float32 a box: an even number
+        boxes = self.table.view(-1).view(torch.int64)  # 6 float32 a box: an even number
         parts = [boxes, self.labels.view(-1), self.rows, self.segments.view(-1)]
         ends = list(accumulate(len(part) for part in parts))
         host = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -50,7 +58,7 @@ class PaddedTargets:
         )
         return replace(
             self,
-            boxes_xyxy_px=boxes.view(torch.float32).view(self.boxes_xyxy_px.shape),
+            table=boxes.view(torch.float32).view(self.table.shape),
             labels=labels.view(self.labels.shape),
             rows=rows,
             segments=segments.view(self.segments.shape),
@@ -85,16 +93,20 @@ def pad_targets(
     place = torch.arange(len(image)) - (count.cumsum(0) - count)[image]
     rows = image * width + place
     flat = cxcywh_to_xyxy(boxes_cxcywh.float() * imgsz)
-    boxes = torch.zeros(images * width, 4).index_copy_(0, rows, flat)
+    boxes = torch.zeros(4, images * width).index_copy_(1, rows, flat.t())
     classes = torch.zeros(images * width, dtype=torch.int64).index_copy_(0, rows, labels.long())
     shapes = tuple((imgsz // stride, imgsz // stride) for stride in strides)
     segments = _segments(_enlarged(flat, strides).numpy(), shapes, strides)
+    box = segments[0] // len(strides)
+    whose = (part.numpy()[box] for part in (rows, image, labels.long()))
+    cells = segments[4]
+    segments = np.stack((*segments[:4], cells - 1, *whose))
     return PaddedTargets(
-        boxes_xyxy_px=boxes.view(images, width, 4),
+        table=Columns.of(boxes).table,
         labels=classes.view(images, width),
         rows=rows,
         segments=torch.from_numpy(segments),
-        cells=tuple(segments[4].tolist()),
+        cells=tuple(cells.tolist()),
         shapes=shapes,
     )
 

@@ -10,8 +10,7 @@ from ultralytics.utils.tal import dist2bbox, make_anchors
 from hsrloop.ops.anchors import anchor_points, decode, predictions
 from hsrloop.ops.boxes import (
     Columns,
-    _Overlap,
-    ciou,
+    Pairs,
     cxcywh_to_xyxy,
     iou_matrix,
     xyxy_to_cxcywh,
@@ -42,22 +41,44 @@ def test_iou_matrix() -> None:
     assert iou_matrix(a[:0], b).shape == (0, 20)
 
 
-def test_ciou_and_its_gradient_equal_the_peers() -> None:
+def pairs(a: torch.Tensor, b: torch.Tensor) -> Pairs:
+    return Pairs.of(Columns.of(a.t()), Columns.of(b.t()))
+
+
+def test_ciou_and_its_derivative_equal_the_peers() -> None:
     a, b = boxes(200, 3).requires_grad_(), boxes(200, 4)
     expected = bbox_iou(a, b, xywh=False, CIoU=True).squeeze(-1)
     (wanted,) = torch.autograd.grad(expected.sum(), a)
-    (got,) = torch.autograd.grad(ciou(a.t(), b.t()).sum(), a)
-    torch.testing.assert_close(ciou(a.t(), b.t()), expected, rtol=1e-6, atol=1e-6)
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    ours = pairs(a.detach(), b)
+    torch.testing.assert_close(ours.ciou(), expected, rtol=1e-6, atol=1e-6)
+    outwards = wanted * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    assert (ours.by_sides().t() - outwards).norm() <= 1e-5 * wanted.norm()
 
 
 def test_ciou_by_hand() -> None:
     a = torch.tensor([[0.0, 0, 10, 10]])
-    assert float(ciou(a.t(), a.t())) == pytest.approx(1, abs=1e-5)
+    assert float(pairs(a, a).ciou()) == pytest.approx(1, abs=1e-5)
     # same shape, apart by 10 in x: no overlap, centres 10 apart, hull 20 x 10
     moved = a + torch.tensor([10.0, 0, 10, 0])
-    assert float(ciou(a.t(), moved.t())) == pytest.approx(-100 / 500, abs=1e-5)
-    assert ciou(a[:0].t(), a[:0].t()).shape == (0,)
+    assert float(pairs(a, moved).ciou()) == pytest.approx(-100 / 500, abs=1e-5)
+    none = pairs(a[:0], a[:0])
+    assert none.ciou().shape == (0,) and none.by_sides().shape == (4, 0)
+
+
+def test_the_derivative_of_ciou_by_differences() -> None:
+    """In float64; boxes apart, inside each other, and crossing in each way."""
+    b = torch.tensor([[0, 0, 10, 8], [0, 0, 10, 8], [0, 0, 10, 8], [3, 2, 5, 9]]).double()
+    a = torch.tensor([[20, 30, 25, 41], [2, 1, 7, 5], [-3, 2, 4, 12], [0, 1, 9, 4]]).double()
+    base, size = pairs(a, b), 1e-6
+    for side, sign in enumerate((-1, -1, 1, 1)):
+        ends = []
+        for way in (size, -size):
+            moved = a.clone()
+            moved[:, side] += sign * way
+            # The aspect's weight counts as a constant: the one of the unmoved boxes.
+            ends.append(pairs(moved, b)._replace(weight=base.weight).ciou())
+        got = (ends[0] - ends[1]) / (2 * size)
+        torch.testing.assert_close(base.by_sides()[side], got, rtol=1e-5, atol=1e-8)
 
 
 def test_anchor_points_equal_the_peers() -> None:
@@ -80,25 +101,3 @@ def test_decode_equals_softmax_mean_and_inference_shapes() -> None:
     assert xyxy.dtype == scores.dtype == torch.float32
     assert scores.shape == (2, 30, 3) and bool((scores == 0.5).all())
     torch.testing.assert_close(xyxy, expected, rtol=1e-2, atol=0.05)
-
-
-def test_the_gradient_of_ciou_is_its_derivative() -> None:
-    """In float64 by differences; boxes apart, inside each other, and crossing in each way."""
-    b = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 8], [0, 0, 10, 8], [3, 2, 5, 9]]).double().t()
-    a = torch.tensor([[20.0, 30, 25, 41], [2, 1, 7, 5], [-3, 2, 4, 12], [0, 1, 9, 4]]).double().t()
-    a = a.contiguous().requires_grad_()
-    size = 1e-6
-    (got,) = torch.autograd.grad(ciou(a, b).sum(), a)
-    with torch.no_grad():
-        # The aspect's weight counts as a constant: put in the one of the unmoved boxes.
-        base = _Overlap.of(Columns.of(a), Columns.of(b))
-        for row in range(4):
-            ends = []
-            for way in (size, -size):
-                moved = a.clone()
-                moved[row] += way
-                parts = _Overlap.of(Columns.of(moved), Columns.of(b))
-                ends.append(parts._replace(weight=base.weight).ciou())
-            torch.testing.assert_close(
-                (ends[0] - ends[1]) / (2 * size), got[row], rtol=1e-5, atol=1e-8
-            )
