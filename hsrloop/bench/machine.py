@@ -36,12 +36,14 @@ def load_average() -> float:
 
 
 def _processor() -> str:
+    """Return the name, with the family, which virtual machines leave to tell generations apart."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    told = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {told['cpu family']})" if "cpu family" in told else name
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,212 @@
+"""Write the README's table of figures from benchmarks/results.
+
+    python benchmarks/readme.py            # rewrite it
+    python benchmarks/readme.py --check    # exit code 1 when it is not what the results say
+
+A figure is in the table with its spread, how often it was measured, and where; what has no results
+says "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vs_ultralytics import PEER_SETTINGS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
+ABSENT = "not measured"
+# What only a GPU can show; `gpu_suite_CARD.md` has it once somebody ran the suite.
+ON_A_GPU = (
+    "training, images/s: yolov8 n, s, m, l, x; fp16 and bf16; compiled or not",
+    "the share of the bare step's speed that is left",
+    "validation, images/s",
+    "peak memory",
+)
+
+
+class Hosts:
+    """Letters for the machines, commits and days that figures come from."""
+
+    def __init__(self) -> None:
+        self._seen: list[str] = []
+
+    def letter(self, file: Path) -> str:
+        """Return the letter of the host that a results file (Markdown) names."""
+        lines = file.read_text().splitlines()
+        (host,) = [line for line in lines if "; commit " in line]
+        host = host.partition("; load")[0].rstrip(".")
+        if host not in self._seen:
+            self._seen.append(host)
+        return chr(ord("A") + self._seen.index(host))
+
+    def lines(self) -> Iterator[str]:
+        """Return a line for each, in the order of the letters."""
+        for i, host in enumerate(self._seen):
+            yield f"- {chr(ord('A') + i)}: {host}"
+
+
+def block(results: Path = RESULTS) -> list[str]:
+    """Return the lines between the marks."""
+    hosts = Hosts()
+    rows = [
+        *_accuracy(results, hosts),
+        *_speed(results, hosts),
+        *_loader(results, hosts),
+        *_synthesis(results, hosts),
+        *_saving(results, hosts),
+        *_gpu(results),
+    ]
+    return [
+        "| measured | hsrloop | Ultralytics | ratio | n | where |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        *hosts.lines(),
+    ]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    middle, low, high = (form.format(f(values)) for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def _accuracy(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
+    rows, where = (
+        _rows(results / "vs_ultralytics_accuracy.jsonl"),
+        hosts.letter(results / "vs_ultralytics_accuracy.md"),
+    )
+    for name in sorted({row["data"] for row in rows}):
+        scores: dict[tuple[str, int], list[float]] = {}
+        for row in rows:
+            if row["data"] == name:
+                scores.setdefault((row["trainer"], row["epochs"]), []).append(row["mAP50-95"])
+        theirs, epochs = max(
+            (statistics.mean(values), epochs)
+            for (trainer, epochs), values in scores.items()
+            if trainer in PEER_SETTINGS
+        )
+        for (trainer, own), values in scores.items():
+            if trainer in PEER_SETTINGS:
+                continue
+            ours = statistics.mean(values)
+            what = "5 epochs each" if own == epochs else f"{own} epochs against {epochs}: {trainer}"
+            yield (
+                f"mAP50-95, {name}, {what.replace('ours, ', 'about ')}",
+                f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}x", f"{len(values)} seeds",
+                where,
+            )  # fmt: skip
+
+
+def _speed(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
+    kinds = {"train_s": "training, s an epoch", "val_s": "validation, s", "wall_s": "whole run, s"}
+    for file in sorted(results.glob("vs_ultralytics_speed*.jsonl")):
+        rows, where = _rows(file), hosts.letter(file.with_suffix(".md"))
+        ours = {row["pair"]: row for row in rows if row["trainer"] == "ours"}
+        for trainer in sorted({row["trainer"] for row in rows} - {"ours"}, reverse=True):
+            theirs = {row["pair"]: row for row in rows if row["trainer"] == trainer}
+            pairs = sorted(ours.keys() & theirs.keys())
+            for kind, words in kinds.items():
+                a, b = ([_seconds(side[i], kind) for i in pairs] for side in (ours, theirs))
+                ratios = [y / x for x, y in zip(a, b, strict=True)]
+                yield (
+                    f"{words}; {trainer.replace('peer', 'Ultralytics')}",
+                    f"{statistics.median(a):.2f}", f"{statistics.median(b):.2f}", _times(ratios),
+                    f"{len(pairs)} pairs", where,
+                )  # fmt: skip
+
+
+def _seconds(row: Mapping[str, Any], kind: str) -> float:
+    value = row[kind]
+    return float(value) if kind == "wall_s" else statistics.mean(value[1:])  # the first warms up
+
+
+def _times(ratios: Sequence[float]) -> str:
+    return f"{_spread(ratios)}x" if len(ratios) == 1 else _spread(ratios).replace(" (", "x (")
+
+
+def _loader(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
+    found = json.loads((results / "loader.json").read_text())
+    ours, theirs = (found["ms_per_image"][name] for name in ("hsrloop", "Ultralytics"))
+    yield (
+        "an augmented training image of 640 px, ms of one core", f"{statistics.median(ours):.2f}",
+        f"{statistics.median(theirs):.2f}",
+        f"{found['ratio']:.2f}x ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})",
+        f"{found['n']} pairs", hosts.letter(results / "loader.md"),
+    )  # fmt: skip
+
+
+def _synthesis(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
+    rows, where = _rows(results / "synthesis.jsonl"), hosts.letter(results / "synthesis.md")
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], []).append(row)
+    real, pasted = by_arm["real"], by_arm["real + synthetic"]
+    gain = statistics.mean(row["mAP50-95"] for row in pasted)
+    before = statistics.mean(row["mAP50-95"] for row in real)
+    words = "mAP50-95, 20 real images with pasted scenes; without them"
+    yield words, f"{gain:.3f}; {before:.3f}", "", "", f"{len(real)} seeds", where
+    none = [row["mAP50, cut-outs"] for row in by_arm["synthetic"]]
+    words = "mAP50 of the classes with cut-outs, no real image"
+    yield words, f"{statistics.mean(none):.3f}", "", "", f"{len(none)} seeds", where
+
+
+def _saving(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
+    found, where = json.loads((results / "saving.json").read_text()), results / "saving.md"
+    for kind, words in (("within", "within an epoch"), ("best", "at its end, with a new best")):
+        values = [1000 * value for value in found[kind]]
+        yield (
+            f"what a checkpoint of yolov8m takes from training {words}, ms",
+            _spread(values, "{:.0f}"), "", "", f"{len(values)}", hosts.letter(where),
+        )  # fmt: skip
+
+
+def _gpu(results: Path) -> Iterator[Sequence[str]]:
+    files = [f for f in sorted(results.glob("gpu_suite_*.md")) if "smoke" not in f.name]
+    for words in ON_A_GPU:
+        links = ", ".join(f"[{f.stem.removeprefix('gpu_suite_')}]({_link(f)})" for f in files)
+        yield f"on a GPU: {words}", links or ABSENT, "" if links else ABSENT, "", "", ""
+
+
+def _link(file: Path) -> str:
+    return file.relative_to(README.parent).as_posix()
+
+
+def written(text: str, lines: Sequence[str]) -> str:
+    """Return the README with other lines between its marks.
+
+    Raises:
+        SystemExit: it has no marks.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{README} has no part between {BEGIN} and {END}")
+    content = "\n".join((BEGIN, *lines, END))
+    return pattern.sub(lambda _: content, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if old")
+    options = parser.parse_args()
+    before = README.read_text()
+    after = written(before, block())
+    if options.check:
+        sys.exit(before != after)
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
