@@ -128,6 +128,10 @@ def test_forgetting_any_part_of_the_state_shows(
         return dataclasses.replace(saved, state=content)
 
     monkeypatch.setattr(checkpoint, "read", forgetful)
+    if forgotten == "history":  # then it lacks the best epoch
+        with pytest.raises(CheckpointError, match="best epoch is none of the history"):
+            train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+        return
     train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
     monkeypatch.setattr(checkpoint, "read", real)
     assert differences(state_of(never_stopped), state_of(stopped.run_dir)) != []
