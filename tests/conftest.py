@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import cv2
@@ -12,6 +12,16 @@ import pytest
 
 SHAPES = ("square", "disc", "bar")
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 80, 230))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let test processes report to each other in UTF-8 also what tests of file names print."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
 
 
 def _scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, list[str]]:

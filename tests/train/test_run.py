@@ -286,9 +286,7 @@ def test_a_home_folder_is_understood_in_output(
     assert outcome.run_dir.parent == tmp_path / "home" / "my runs"
 
 
-def test_names_that_are_not_utf8_are_no_matter(
-    tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_that_are_not_utf8_are_no_matter(tmp_path: Path, settings: Settings) -> None:
     """As from a zip file packed on Japanese Windows; broken images name their files."""
     folder = tmp_path / os.fsdecode(b"\x83e\x83X\x83g")
     write_tiny_dataset(tmp_path / "tiny set").parent.rename(folder)
@@ -302,4 +300,3 @@ def test_names_that_are_not_utf8_are_no_matter(
     assert written["dataset"] == str(yaml_file)
     last = outcome.run_dir / "weights" / "last.pt"
     assert train(resolve([("command line", {"epochs": 2})]), resume=last).result is not None
-    capsys.readouterr()  # test processes report to each other in UTF-8
