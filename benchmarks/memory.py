@@ -52,7 +52,8 @@ class MemorySink:
             return
         own = psutil.Process()
         # The server of TensorBoard is a program of its own.
-        family = [own, *(p for p in own.children(recursive=True) if p.exe() == own.exe())]
+        children = [p for p in own.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        family = [own, *(p for p in children if p.exe() == own.exe())]
         family = [p for p in family if "tensorboard_server" not in " ".join(p.cmdline())]
         self.rss.append(own.memory_info().rss / MIB)
         self.pss.append(sum(own_pages(p.pid) for p in family) / MIB)
