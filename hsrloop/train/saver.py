@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -259,8 +260,12 @@ class Saver:
 
 def _give_way() -> None:
     """Let training's threads go before this one, where the system has priorities by thread."""
-    if sys.platform.startswith("linux"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError):  # not allowed; a process may have given way further already
+        thread = threading.get_native_id()
+        given = max(NICE, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, given)
 
 
 def averages_of(state: TrainState) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,30 @@ def test_where_there_are_no_links_there_is_only_the_last_one(
         bench.settle()
     assert bench.files() == [LAST] and bench.epoch_of(LAST) == 2
     assert not bench.warnings()
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_writer_gives_way_and_goes_on_where_it_may_not(
+    refuses: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's priority is its own: the others of the process keep theirs."""
+    real = os.setpriority
+    asked: list[tuple[int, int]] = []
+
+    def noting(which: int, who: int, priority: int) -> None:
+        asked.append((who, priority))
+        if refuses:
+            raise PermissionError(13, "not allowed")
+        real(which, who, priority)
+
+    monkeypatch.setattr(os, "setpriority", noting)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    bench.epoch("best.pt", LAST)
+    bench.settle()
+    assert bench.files() == ["best.pt", LAST]
+    ((thread, priority),) = asked
+    assert thread != threading.get_native_id() and priority == max(saver.NICE, before)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_time_makes_a_save_due_but_not_while_one_is_written(
