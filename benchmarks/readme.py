@@ -102,9 +102,11 @@ def _accuracy(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
             if trainer in PEER_SETTINGS:
                 continue
             ours = statistics.mean(values)
-            what = "5 epochs each" if own == epochs else f"{own} epochs against {epochs}: {trainer}"
+            what = f"{epochs} epochs each"
+            if own != epochs:
+                what = f"{own} epochs against {epochs}: {trainer.replace('ours, ', 'about ')}"
             yield (
-                f"mAP50-95, {name}, {what.replace('ours, ', 'about ')}",
+                f"mAP50-95, {name}, {what}",
                 f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}x", f"{len(values)} seeds",
                 where,
             )  # fmt: skip
