@@ -36,7 +36,8 @@ from hsrloop.events import Progress
 from hsrloop.model.yolo import forward_eval, forward_train
 from hsrloop.ops.loss import GAINS, detection_loss
 from hsrloop.records import Batch, Position
-from hsrloop.train.evaluate import detect, evaluate, for_inference
+from hsrloop.train.detector import Detector
+from hsrloop.train.evaluate import evaluate
 from hsrloop.train.loop import by_step
 from hsrloop.train.step import to_input, to_targets
 
@@ -94,26 +95,27 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
     """Measure validation of the whole split, beside the network's forward passes alone."""
     loader = bench.loaders.val
     half = bench.settings.amp
-    network = for_inference(bench.state.ema.module, bench.device, half=half)
+    module = bench.state.ema.module
+    detector = Detector.of(module, bench.device, half=half)
     batch = next(iter(loader))
-    inputs = to_input(batch.images, bench.device, next(network.parameters()).dtype)
+    inputs = detector.inputs(batch.images)
     names = bench.spec.names
 
     def bare(steps: int) -> None:
         for _ in range(steps * len(loader)):
-            forward_eval(network, inputs)
+            forward_eval(detector.module, inputs)
 
     def whole(steps: int) -> None:
         for _ in range(steps):
-            evaluate(bench.state.ema.module, loader, names=names, device=bench.device, half=half)
+            evaluate(module, loader, names=names, device=bench.device, half=half)
 
     reset_peak(bench.device)
     times, (watts, busy) = _timed(
         bench, effort, {"bare": bare, "validation": whole}, task="measuring validation"
     )
-    watch = DeviceWatch(bench.device, [*network.parameters(), *network.buffers()])
+    watch = DeviceWatch(bench.device)
     with watch:
-        detect(network, batch.images, bench.device)
+        evaluate(module, loader, names=names, device=bench.device, half=half, ahead=True)
     # A bare step repeats the first batch, which is as large as any.
     bare_images = len(loader) * len(batch.images)
     bare_s = [seconds * loader.n_samples / bare_images for seconds in times["bare"]]

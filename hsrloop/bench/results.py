@@ -48,7 +48,7 @@ class Row:
     bare_images_per_s: Spread | None = None
     efficiency: Spread | None = None
     peak_memory_bytes: int | None = None  # of the GPU; on the CPU of this process
-    host_waits: float | None = None  # an optimizer step, or a validation batch
+    host_waits: float | None = None  # an optimizer step, or a validation of all images
     data_wait: Spread | None = None
     watts: float | None = None
     utilisation: float | None = None  # share of time with work on the GPU

@@ -144,17 +144,16 @@ def _draw(dataset: Path, best: Path, picture: Path, *, imgsz: int) -> None:
     from hsrloop.data.sets.dataset import load_dataset
     from hsrloop.model.base import load_base
     from hsrloop.report.plots import contact_sheet, draw_predictions, save_picture
-    from hsrloop.train.evaluate import detect, for_inference
+    from hsrloop.train.detector import Detector
 
     spec = load_dataset(dataset, splits=("val",))
     refs = spec.val[:_SHOWN]
-    device = torch.device("cpu")
     module = load_base(best, names=spec.names, seed=0).module
-    network = for_inference(module, device, half=False)
+    detector = Detector.of(module, torch.device("cpu"), half=False)
     store = ImageStore(refs, imgsz=imgsz, interpolation="linear")
     drawn = []
     for batch in ValLoader(refs, store, batch=len(refs), prefetch=False):
-        found = detect(network, batch.images, device, conf=_SHOWN_CONF, multi_label=False)
+        found = detector.detect(batch.images, conf=_SHOWN_CONF, multi_label=False)
         for index, detections in enumerate(found):
             pixels = cv2.imread(str(refs[int(batch.indices[index])].path))
             assert pixels is not None, "written by this command"

@@ -259,13 +259,15 @@ class ValLoader:
         return -(-self.n_samples // self.batch)
 
     def __iter__(self) -> Iterator[ValBatch]:
-        starts = range(0, self.n_samples, self.batch)
-        made = (
-            self._make(range(start, min(start + self.batch, self.n_samples))) for start in starts
-        )
-        return ahead(made) if self._prefetch else made
+        return self.of(range(self.n_samples))
 
-    def _make(self, indices: range) -> ValBatch:
+    def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
+        """Iterate over some places in the split, in batches, in the order given."""
+        starts = range(0, len(indices), self.batch)
+        made = (self._make(indices[start : start + self.batch]) for start in starts)
+        return ahead(made) if self._prefetch and len(indices) else made
+
+    def _make(self, indices: Sequence[int]) -> ValBatch:
         side = self._store.imgsz
         images = _empty(len(indices), side, self._pin_memory)
         frames = np.array([_frame(self._refs[i], side) for i in indices])

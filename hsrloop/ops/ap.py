@@ -1,6 +1,6 @@
 """Average precision, as Ultralytics 8.4.190 defines it.
 
-Source: ultralytics@8.4.190, DetectionValidator.match_predictions and metrics.ap_per_class.
+Source: ultralytics@8.4.190, metrics.ap_per_class.
 """
 
 from __future__ import annotations
@@ -13,48 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsrloop.ops.boxes import iou_matrix
+from hsrloop.ops.matching import IOUS, match_all
+from hsrloop.ops.nms import Found
 from hsrloop.records import ClassScore, Metrics
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-IOUS = torch.linspace(0.5, 0.95, 10).numpy()
-"""Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
-
 _EPS = 1e-16
 _RECALLS = np.linspace(0, 1, 101)  # COCO's points of interpolation
 _CONFS = np.linspace(0, 1, 1000)  # where precision and recall are read over confidence
 _SMOOTHING = 0.1  # width of the box filter over the mean F1, as a fraction of the confidences
-
-
-def match(detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> Bools:
-    """Say which detections of one image are right, at each IoU threshold.
-
-    Each detection in turn takes, among the boxes of its class that none before it took, the one it
-    overlaps most; it is right if the IoU reaches the threshold.
-
-    Args:
-        detections: (n, 6) xyxy, score, class; best first, as `nms` returns them; n may be 0.
-        gt_boxes_xyxy: (m, 4) in the same frame; m may be 0.
-        gt_labels: (m,) class numbers.
-
-    Returns:
-        (n, 10) bool.
-    """
-    right = np.zeros((len(detections), len(IOUS)), dtype=bool)
-    if not len(detections) or not len(gt_boxes_xyxy):
-        return right
-    same_class = gt_labels[:, None] == detections[None, :, 5]  # (m, n)
-    iou = (iou_matrix(gt_boxes_xyxy.float(), detections[:, :4].float()) * same_class).cpu().numpy()
-    taken = np.zeros((len(iou), len(IOUS)), dtype=bool)  # (m, 10)
-    column = np.arange(len(IOUS))
-    for j in np.flatnonzero((iou >= IOUS[0]).any(0)):
-        free = np.where(taken, 0, iou[:, j, None])  # (m, 10)
-        best = free.argmax(0)
-        right[j] = free[best, column] >= IOUS
-        taken[best, column] |= right[j]
-    return right
 
 
 def average_precision(recall: Floats, precision: Floats) -> float:
@@ -109,8 +78,20 @@ def _smooth(y: Floats) -> Floats:
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Detections of B images, on the device, and their ground truth, on the host."""
+
+    found: Found
+    boxes: Tensor  # (N, 4)
+    labels: Tensor  # (N,)
+    counts: NDArray[np.int64]  # (B,) boxes of each image
+
+
 class Evaluator:
-    """Collects detections and ground truth image by image, and scores them together.
+    """Collects detections and ground truth, and scores all images together.
+
+    Nothing is read from the device before `settle`, which reads once.
 
     Args:
         names: class names; class numbers are places in it.
@@ -118,21 +99,55 @@ class Evaluator:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
+        self._waiting: list[_Batch] = []
         self._right: list[Bools] = []
         self._conf: list[NDArray[np.float32]] = []
         self._predicted: list[NDArray[np.int64]] = []
         self._boxes = np.zeros(len(names), dtype=np.int64)
         self._images = np.zeros(len(names), dtype=np.int64)
 
-    def add(self, detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> None:
-        """Take one image; arguments as `match`."""
-        self._right.append(match(detections, gt_boxes_xyxy, gt_labels))
-        found = detections.detach().cpu().numpy()
-        self._conf.append(found[:, 4])
-        self._predicted.append(found[:, 5].astype(np.int64))
-        counts = np.bincount(gt_labels.cpu().numpy(), minlength=len(self._names))
-        self._boxes += counts
-        self._images += counts > 0
+    def add(
+        self, found: Found, gt_boxes_xyxy: Tensor, gt_labels: Tensor, image_index: Tensor
+    ) -> None:
+        """Take the images of a batch.
+
+        Args:
+            found: of B images.
+            gt_boxes_xyxy: (N, 4) in the same frame, on the host; N may be 0.
+            gt_labels: (N,) class numbers.
+            image_index: (N,) in [0, B), in rising order.
+        """
+        counts = np.bincount(image_index.numpy(), minlength=len(found.rows))
+        self._waiting.append(_Batch(found, gt_boxes_xyxy, gt_labels, counts))
+
+    def settle(self) -> list[int]:
+        """Match the images added since the last call, and count those that are settled.
+
+        Returns:
+            Places of the others, in the order of adding; to be added again, with what `nms` finds.
+        """
+        if not self._waiting:
+            return []
+        batches, self._waiting = self._waiting, []
+        counts = np.concatenate([batch.counts for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches])
+        boxes = torch.cat([batch.boxes for batch in batches])
+        found, settled = match_all([batch.found for batch in batches], boxes, labels, counts)
+        conf, predicted, hits = found[settled].reshape(-1, 3).T
+        used = conf > 0
+        which = hits[used].astype(np.int64)[:, None] >> np.arange(len(IOUS))
+        self._right.append((which & 1).astype(bool))
+        self._conf.append(conf[used])
+        self._predicted.append(predicted[used].astype(np.int64))
+        image = np.repeat(np.arange(len(counts)), counts)
+        self._count(image[settled[image]], labels.numpy()[settled[image]])
+        return [int(place) for place in np.flatnonzero(~settled)]
+
+    def _count(self, image: NDArray[np.int64], label: NDArray[np.int64]) -> None:
+        """Count boxes by class, and images that hold a class; (N,) each."""
+        classes = len(self._names)
+        self._boxes += np.bincount(label, minlength=classes)
+        self._images += np.bincount(np.unique(image * classes + label) % classes, minlength=classes)
 
     def compute(self) -> Metrics:
         """Return the metrics of all images so far.
@@ -141,6 +156,8 @@ class Evaluator:
         recall are those at the confidence where the smoothed mean F1 is highest. Without any
         ground truth everything is 0 and no class is listed.
         """
+        unsettled = self.settle()
+        assert not unsettled, "settle() names images that must be added again"
         present = np.flatnonzero(self._boxes)
         if not len(present):
             return Metrics(ap50=0.0, ap50_95=0.0, precision=0.0, recall=0.0, best_conf=0.0)

@@ -28,17 +28,17 @@ def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     """IoU of every box of `a` with every box of `b`.
 
     Args:
-        a: (n, 4) xyxy; n may be 0.
-        b: (m, 4) xyxy, same unit; m may be 0.
+        a: (..., n, 4) xyxy; n may be 0.
+        b: (..., m, 4) xyxy, same unit; m may be 0.
 
     Returns:
-        (n, m) in [0, 1); two boxes of zero area have 0.
+        (..., n, m) in [0, 1); two boxes of zero area have 0.
     """
-    low = torch.maximum(a[:, None, :2], b[None, :, :2])  # (n, m, 2)
-    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    overlap = (high - low).clamp_(min=0).prod(-1)  # (n, m)
-    area_a, area_b = (a[:, 2:] - a[:, :2]).prod(-1), (b[:, 2:] - b[:, :2]).prod(-1)
-    return overlap / (area_a[:, None] + area_b[None, :] - overlap + EPS)
+    low = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])  # (..., n, m, 2)
+    high = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
+    overlap = (high - low).clamp_(min=0).prod(-1)  # (..., n, m)
+    area_a, area_b = (a[..., 2:] - a[..., :2]).prod(-1), (b[..., 2:] - b[..., :2]).prod(-1)
+    return overlap / (area_a[..., :, None] + area_b[..., None, :] - overlap + EPS)
 
 
 class Columns:

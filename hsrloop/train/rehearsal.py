@@ -19,7 +19,7 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import GIB
 from hsrloop.records import Batch, Position
-from hsrloop.train.evaluate import detect, for_inference
+from hsrloop.train.detector import Detector
 from hsrloop.train.fits import Fits
 from hsrloop.train.loop import set_modes
 from hsrloop.train.state import TrainState
@@ -143,10 +143,10 @@ class Rehearsal:
         nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
 
     def _validate(self) -> None:
-        device, imgsz = self.settings.device, self.config.imgsz
-        network = for_inference(self.state.ema.module, device, half=self.settings.amp)
+        settings, imgsz = self.settings, self.config.imgsz
+        detector = Detector.of(self.state.ema.module, settings.device, half=settings.amp)
         noise = _noise(self.state.rung.val_batch, imgsz, torch.Generator().manual_seed(0))
-        detect(network, noise, device)
+        detector.detect_ahead(noise)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -23,8 +23,9 @@ from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.stream import TrainStream
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import build
-from hsrloop.train import evaluate
 from hsrloop.train.build import build_state
+from hsrloop.train.detector import Detector
+from hsrloop.train.evaluate import evaluate
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, forward_backward, train_step
 from tests.train.test_step import NAMES, make_batches
@@ -75,16 +76,15 @@ def test_a_steady_step_waits_for_nothing_and_sends_each_batch_in_two_copies(
     assert added < 100, "clipping, optimizer, averages and what guards them"
 
 
-def test_validation_waits_a_fixed_number_of_times_for_each_batch() -> None:
-    """For the candidates, their counts, the detections; and in NMS once an image."""
-    network = evaluate.for_inference(build("yolov8n.yaml", names=NAMES, seed=0), CPU, half=False)
-    (batch,) = make_batches([5])
-    on_device = [*network.parameters(), *network.buffers()]
-    with DeviceWatch(CPU, on_device) as watch:
-        found = evaluate.detect(network, batch.images, CPU, conf=0.0001)
-    assert sum(len(detections) for detections in found) > 0
-    assert watch.sent == 1
-    assert watch.waits == {"nonzero_numpy": 1, "bincount": 1, "tolist": 1, "nms": 5, "cpu": 1}
+@pytest.mark.parametrize("batch", [2, 5])
+def test_a_validation_waits_once_however_long_it_is(tiny_dataset: Path, batch: int) -> None:
+    refs = load_dataset(tiny_dataset).val
+    loader = ValLoader(refs, ImageStore(refs, imgsz=64), batch=batch, prefetch=False)
+    module = build("yolov8n.yaml", names=NAMES, seed=0)
+    with DeviceWatch(CPU) as watch:
+        evaluate(module, loader, names=NAMES, device=CPU, ahead=True)
+    assert watch.waits == {"cpu": 1}
+    assert watch.kernels["conv2d"] == 63 * len(loader), "the whole network was watched"
 
 
 @pytest.fixture
@@ -162,10 +162,10 @@ def test_the_cache_holds_the_images_at_their_stored_size_and_nothing_else(
 def test_a_validation_batch_is_sent_once(tiny_dataset: Path) -> None:
     refs = load_dataset(tiny_dataset).val
     loader = ValLoader(refs, ImageStore(refs, imgsz=64), batch=4, prefetch=False)
-    network = evaluate.for_inference(build("yolov8n.yaml", names=NAMES, seed=0), CPU, half=False)
+    detector = Detector.of(build("yolov8n.yaml", names=NAMES, seed=0), CPU, half=False)
     sent = 0
     for batch in loader:
-        with DeviceWatch(CPU, network.parameters()) as watch:
-            evaluate.detect(network, batch.images, CPU)
+        with DeviceWatch(CPU, detector.module.parameters()) as watch:
+            detector.detect_ahead(batch.images)
         sent += watch.sent
     assert sent == len(loader)

@@ -9,7 +9,10 @@ from torch import Tensor
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils.metrics import ap_per_class, box_iou, smooth
 
-from hsrloop.ops.ap import IOUS, Evaluator, average_precision, match
+from hsrloop.ops import matching
+from hsrloop.ops.ap import Evaluator, average_precision
+from hsrloop.ops.matching import IOUS, match
+from hsrloop.ops.nms import Found
 
 
 def images(count: int, nc: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -31,6 +34,17 @@ def images(count: int, nc: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]
     return result
 
 
+def add(evaluator: Evaluator, *given: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Add images as one batch: detections, boxes and labels of each."""
+    detections, boxes, labels = zip(*given, strict=True)
+    index = torch.arange(len(given)).repeat_interleave(torch.tensor([len(c) for c in labels]))
+    evaluator.add(Found.of(list(detections)), torch.cat(boxes), torch.cat(labels), index)
+
+
+def match_one(detections: Tensor, truth: Tensor, labels: Tensor) -> np.ndarray:
+    return match(detections[None], truth[None], labels[None])[0].numpy()
+
+
 def peer_match(detections: Tensor, truth: Tensor, labels: Tensor) -> np.ndarray:
     validator = BaseValidator.__new__(BaseValidator)
     validator.iouv = torch.linspace(0.5, 0.95, 10)
@@ -47,8 +61,10 @@ def test_metrics_equal_the_peers(seed: int) -> None:
     names = [f"c{i}" for i in range(nc + 2)]  # the last two are predicted, never labelled
     evaluator = Evaluator(names)
     for image in data:
-        evaluator.add(*image)
-        assert (match(*image) == peer_match(*image)).all()
+        assert (match_one(*image) == peer_match(*image)).all()
+    for start in range(0, len(data), 7):  # padded to different lengths
+        add(evaluator, *data[start : start + 7])
+    assert evaluator.settle() == []
     got = evaluator.compute()
 
     detections = torch.cat([d for d, _, _ in data]).numpy()
@@ -82,7 +98,7 @@ def row(x2: float, conf: float, label: int = 0) -> list[float]:
 def test_match_by_hand() -> None:
     # IoU 0.8 comes first and takes the box up to 0.8; the exact one gets it above
     detections = torch.tensor([row(8.0, 0.9), row(10.0, 0.8), row(10.0, 0.7, 1)])
-    right = match(detections, BOX, torch.tensor([0]))
+    right = match_one(detections, BOX, torch.tensor([0]))
     reached = [i for i, t in enumerate(IOUS) if t <= 0.8]
     assert right[0].nonzero()[0].tolist() in (reached, reached[:-1])  # 0.8 itself is rounding
     assert (right[1] == ~right[0]).all()
@@ -102,7 +118,7 @@ def test_ap_by_hand() -> None:
 
 def test_perfect_detections_score_as_high_as_the_definition_allows() -> None:
     evaluator = Evaluator(["cup", "fork"])
-    evaluator.add(torch.tensor([row(10.0, 0.9)]), BOX, torch.tensor([0]))
+    add(evaluator, (torch.tensor([row(10.0, 0.9)]), BOX, torch.tensor([0])))
     metrics = evaluator.compute()
     assert (metrics.ap50, metrics.ap50_95) == pytest.approx((0.995, 0.995))
     assert (metrics.precision, metrics.recall) == pytest.approx((1.0, 1.0))
@@ -113,13 +129,49 @@ def test_no_ground_truth_is_all_zeros() -> None:
     evaluator = Evaluator(["cup"])
     none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     assert evaluator.compute().classes == ()
-    evaluator.add(torch.tensor([row(10.0, 0.9)]), *none)
+    add(evaluator, (torch.tensor([row(10.0, 0.9)]), *none))
     metrics = evaluator.compute()
     assert (metrics.ap50, metrics.ap50_95, metrics.precision, metrics.recall) == (0, 0, 0, 0)
 
 
 def test_no_detections_is_zero_with_the_class_listed() -> None:
     evaluator = Evaluator(["cup"])
-    evaluator.add(torch.zeros(0, 6), BOX, torch.tensor([0]))
+    add(evaluator, (torch.zeros(0, 6), BOX, torch.tensor([0])))
     metrics = evaluator.compute()
     assert metrics.ap50 == 0 and metrics.classes[0].boxes == 1
+
+
+def test_images_that_are_not_settled_count_once_they_are_added_again() -> None:
+    data = images(12, nc=3, seed=1)
+    whole, in_two = Evaluator(["a", "b", "c", "d", "e"]), Evaluator(["a", "b", "c", "d", "e"])
+    add(whole, *data)
+    expected = whole.compute()
+    detections, boxes, labels = zip(*data, strict=True)
+    found = Found.of(list(detections))
+    settled = torch.arange(12) % 5 != 2
+    found = Found(torch.where(settled[:, None, None], found.rows, found.rows.flip(0)), settled)
+    index = torch.arange(12).repeat_interleave(torch.tensor([len(c) for c in labels]))
+    in_two.add(found, torch.cat(boxes), torch.cat(labels), index)
+    again = in_two.settle()
+    assert again == [2, 7]
+    add(in_two, *(data[place] for place in again))
+    assert in_two.compute() == expected
+
+
+def test_metrics_are_refused_while_an_image_is_not_settled() -> None:
+    evaluator = Evaluator(["cup"])
+    found = Found(torch.zeros(1, 3, 6), torch.zeros(1, dtype=torch.bool))
+    evaluator.add(found, BOX, torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(AssertionError, match="added again"):
+        evaluator.compute()
+
+
+@pytest.mark.parametrize("pairs", [1, 300, 1 << 20])
+def test_the_size_of_groups_changes_nothing(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images(30, nc=4, seed=2)
+    whole, cut = (Evaluator([f"c{i}" for i in range(6)]) for _ in range(2))
+    add(whole, *data)
+    expected = whole.compute()
+    monkeypatch.setattr(matching, "_PAIRS", pairs)
+    add(cut, *data)
+    assert cut.compute() == expected

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from ultralytics.utils.nms import non_max_suppression
 
+from hsrloop.ops import nms as module
 from hsrloop.ops.boxes import cxcywh_to_xyxy
-from hsrloop.ops.nms import nms
+from hsrloop.ops.nms import Found, nms, nms_ahead
 
 
 def crowd(images: int, anchors: int, nc: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -60,3 +61,54 @@ def test_hand_made() -> None:
 def test_no_anchor_points_and_no_images() -> None:
     assert nms(torch.zeros(1, 0, 4), torch.zeros(1, 0, 3))[0].shape == (0, 6)
     assert nms(torch.zeros(0, 5, 4), torch.zeros(0, 5, 3)) == []
+
+
+def both(boxes: Tensor, scores: Tensor, **more: int) -> tuple[list[Tensor], Found]:
+    """Return what `nms` and `nms_ahead` find among (B, 4, A) cxcywh and (B, C, A)."""
+    given = cxcywh_to_xyxy(boxes.transpose(1, 2)), scores.transpose(1, 2)
+    return nms(*given), nms_ahead(*given, **more)
+
+
+@pytest.mark.parametrize("pairs", [1, 1 << 24])
+@pytest.mark.parametrize("nc", [1, 4, 20])
+def test_ahead_finds_the_same_to_the_bit(
+    nc: int, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAIRS", pairs)  # image by image, and all at once
+    boxes, scores = crowd(3, 700, nc, seed=nc)
+    scores[1] = 0
+    scores[2, :, 5] = float("nan")
+    expected, got = both(boxes, scores, candidates=700 * nc)
+    assert got.settled.all()
+    for rows, wanted in zip(got.rows, expected, strict=True):
+        assert torch.equal(rows[: len(wanted)], wanted)
+        assert not rows[len(wanted) :].any()
+
+
+def test_ahead_says_which_images_it_cannot_settle() -> None:
+    boxes, scores = crowd(4, 700, 4, seed=0)
+    scores[0, :, 100:] = 0  # few are left
+    scores[1, :, 100:] *= 1e-9
+    boxes[2, :2, :] = 60 + 40 * torch.arange(700)  # nobody overlaps: 300 soon found
+    expected, got = both(boxes, scores, candidates=400)
+    assert got.settled.tolist() == [True, True, True, False]
+    for image in range(3):
+        wanted = expected[image]
+        assert torch.equal(got.rows[image][: len(wanted)], wanted)
+    assert not both(boxes, scores, rounds=1)[1].settled[:2].any()
+
+
+def chain(length: int) -> tuple[Tensor, Tensor]:
+    """Return boxes of which each overlaps just its neighbours: every second one is kept."""
+    boxes = torch.tensor([[[2.0 * i, 0, 2.0 * i + 15, 10] for i in range(length)]])
+    return boxes, torch.linspace(0.9, 0.5, length).view(1, -1, 1)
+
+
+def test_a_chain_takes_a_round_for_each_link() -> None:
+    boxes, scores = chain(12)
+    (kept,) = nms(boxes, scores, iou=0.7)
+    assert len(kept) == 6
+    settled = [bool(nms_ahead(boxes, scores, rounds=n).settled) for n in (10, 11, 12, 13)]
+    assert settled == [False, False, True, True]
+    rows = nms_ahead(boxes, scores, rounds=12).rows[0]
+    assert torch.equal(rows[:6], kept) and not rows[6:].any()

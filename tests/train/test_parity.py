@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import pytest
+import torch
 
 from hsrloop.config import Resolved, resolve
+from hsrloop.data.loader import ValLoader
+from hsrloop.data.pixels.store import ImageStore
+from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.model.base import load_base
 from hsrloop.model.yolo import import_ultralytics
+from hsrloop.ops.ap import Evaluator
+from hsrloop.ops.nms import nms_ahead
+from hsrloop.train import detector
+from hsrloop.train.evaluate import evaluate
 from hsrloop.train.run import train
 from hsrloop.train.validation import validate
 
@@ -58,6 +68,30 @@ def test_map_of_the_pretrained_network_on_coco(
     assert {c.name for c in ours.classes} == set(named)
     for score in ours.classes:
         assert score.ap50_95 == pytest.approx(float(named[score.name]), abs=2e-2), score.name
+
+
+@pytest.mark.parametrize("candidates", [2048, 400])
+def test_metrics_are_the_same_whether_the_host_waits_or_not(
+    candidates: int, real_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 images of val2017; with few candidates most of them have to be looked at again."""
+    monkeypatch.setattr(detector, "nms_ahead", partial(nms_ahead, candidates=candidates))
+    spec = load_dataset(str(real_data / "data" / "coco128_val128" / "data.yaml"))
+    base = load_base(real_data / "weights" / "yolov8n_coco_rebuilt.pt", names=spec.names, seed=0)
+    refs = spec.val[:24]
+    loader = ValLoader(refs, ImageStore(refs, imgsz=320, interpolation="linear"), batch=7)
+    again: list[int] = []
+    settle = Evaluator.settle
+    monkeypatch.setattr(
+        Evaluator, "settle", lambda self: again.extend(places := settle(self)) or places
+    )
+    waiting, ahead = (
+        evaluate(base.module, loader, names=spec.names, device=torch.device("cpu"), ahead=ahead)
+        for ahead in (False, True)
+    )
+    assert len(again) > 10 if candidates == 400 else not again
+    assert waiting is not None and ahead == waiting
+    assert waiting.ap50_95 > 0.3
 
 
 def test_a_trained_file_predicts_and_validates_there(

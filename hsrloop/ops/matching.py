@@ -1,0 +1,104 @@
+"""Which detections are right, for all images of a validation at once.
+
+Source: ultralytics@8.4.190, DetectionValidator.match_predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hsrloop.ops.boxes import iou_matrix
+from hsrloop.ops.nms import Found
+
+IOUS = torch.linspace(0.5, 0.95, 10).numpy()
+"""Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
+
+_NO_CLASS = -1
+_PAIRS = 1 << 21  # of boxes and detections at a time; 50 bytes of temporaries each (a guess)
+
+
+def match(detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> Tensor:
+    """Say which detections are right, at each IoU threshold; image by image, all at once.
+
+    Each detection of an image in turn takes, among the boxes of its class that none before it took,
+    the one it overlaps most; it is right if the IoU reaches the threshold. Nothing here waits for
+    the device.
+
+    Args:
+        detections: (B, D, 6) xyxy, score, class; best first; padded with boxes of no area.
+        gt_boxes_xyxy: (B, M, 4) in the same frame, on the same device; M may be 0.
+        gt_labels: (B, M) class numbers, -1 where padded.
+
+    Returns:
+        (B, D, 10) bool.
+    """
+    images, most = gt_labels.shape
+    device = detections.device
+    thresholds = torch.from_numpy(IOUS).to(device, non_blocking=True)
+    shape = (detections.shape[1], images, 1, len(IOUS))  # by detection
+    right = torch.zeros(shape, dtype=torch.bool, device=device)
+    if not most:
+        return right[:, :, 0].transpose(0, 1)
+    same_class = gt_labels[:, :, None] == detections[:, None, :, 5]  # (B, M, D)
+    iou = iou_matrix(gt_boxes_xyxy.float(), detections[..., :4].float()).mul_(same_class)
+    by_detection = iou.permute(2, 0, 1)[..., None].contiguous()  # (D, B, M, 1)
+    taken = torch.zeros((images, most, len(IOUS)), dtype=torch.bool, device=device)
+    places = torch.arange(most, device=device)[:, None]
+    for overlap, hit in zip(by_detection, right, strict=True):
+        free = torch.where(taken, 0, overlap)  # (B, M, 10)
+        best, which = free.max(1, keepdim=True)  # (B, 1, 10)
+        torch.ge(best, thresholds, out=hit)
+        taken |= hit & (places == which)
+    return right[:, :, 0].transpose(0, 1)
+
+
+def match_all(
+    found: Sequence[Found], boxes: Tensor, labels: Tensor, counts: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Match all images and bring the result to the host, in one piece.
+
+    Args:
+        boxes, labels: (N, 4) and (N,), on the host, image by image.
+        counts: (B,) boxes of each image.
+
+    Returns:
+        (B, D, 3): score, class, and the thresholds reached as bits; (B,) whether it is settled.
+    """
+    most = max(batch.rows.shape[1] for batch in found)
+    rows = torch.cat([F.pad(b.rows, (0, 0, 0, most - b.rows.shape[1])) for b in found]).float()
+    bits = torch.tensor([1 << i for i in range(len(IOUS))], dtype=torch.float32)
+    bits = bits.to(rows.device, non_blocking=True)
+    hits, ends = [], counts.cumsum()
+    for images in _groups(counts, most):
+        first, last = ends[images.start] - counts[images.start], ends[images.stop - 1]
+        own = counts[images].tolist()
+        truth = pad_sequence(list(torch.split(boxes[first:last], own)), batch_first=True)
+        classes = pad_sequence(
+            list(torch.split(labels[first:last], own)), batch_first=True, padding_value=_NO_CLASS
+        )
+        truth, classes = (t.to(rows.device, non_blocking=True) for t in (truth, classes))
+        right = match(rows[images], truth, classes)
+        hits.append((right * bits).sum(2))
+    settled = torch.cat([batch.settled for batch in found])
+    sent = torch.cat((settled[:, None], rows[..., 4], rows[..., 5], torch.cat(hits)), 1).cpu()
+    said = sent.numpy()
+    return said[:, 1:].reshape(len(said), 3, most).transpose(0, 2, 1), said[:, 0] > 0
+
+
+def _groups(counts: NDArray[np.int64], detections: int) -> Iterator[slice]:
+    """Cut images into groups whose boxes, padded, make at most `_PAIRS` with the detections."""
+    start, most = 0, 0
+    for i, count in enumerate(counts.tolist()):
+        wider = max(most, count)
+        if i > start and (i - start + 1) * wider * detections > _PAIRS:
+            yield slice(start, i)
+            start, wider = i, count
+        most = wider
+    yield slice(start, len(counts))

@@ -1,0 +1,73 @@
+"""A trained network made ready to detect: what best.pt will do on the robot."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hsrloop.model.yolo import forward_eval, fuse_for_inference, reg_max, strides
+from hsrloop.ops.anchors import predictions
+from hsrloop.ops.nms import Found, nms, nms_ahead
+from hsrloop.train.precision import place
+from hsrloop.train.step import to_input
+
+CONF = 0.001  # what counts as a detection at all; Source: ultralytics@8.4.190, val mode
+IOU = 0.7  # NMS threshold; same source
+MAX_DETECTIONS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A fused copy of a network, on the device that it computes on."""
+
+    module: nn.Module
+    device: torch.device
+    strides: tuple[int, ...]
+    reg_max: int
+
+    @classmethod
+    def of(cls, module: nn.Module, device: torch.device, *, half: bool) -> Detector:
+        """Round the weights to half, as best.pt stores them.
+
+        It computes in float32, or in half on a GPU when `half`; metrics are thus those of the file.
+
+        Args:
+            module: in float32, BatchNorm not folded; it is not changed.
+        """
+        rounded = copy.deepcopy(module).half().float()
+        fused = place(fuse_for_inference(rounded), device)
+        # The strides are read here, since on a GPU reading them waits for it.
+        return cls(fused.half() if half else fused, device, strides(module), reg_max(module))
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return uint8 (B, 3, S, S) images as the network takes them."""
+        return to_input(images, self.device, next(self.module.parameters()).dtype)
+
+    @torch.inference_mode()
+    def detect(
+        self, images: Tensor, *, conf: float = CONF, multi_label: bool = True
+    ) -> list[Tensor]:
+        """Find objects in uint8 (B, 3, S, S) images, B at least 1.
+
+        Returns:
+            One (n, 6) float32 tensor an image, on the device: x1 y1 x2 y2 in px of the input, conf,
+            class. Waits for the device.
+        """
+        boxes, scores = self._predicted(images)
+        return nms(
+            boxes, scores, conf=conf, iou=IOU, max_det=MAX_DETECTIONS, multi_label=multi_label
+        )
+
+    @torch.inference_mode()
+    def detect_ahead(self, images: Tensor) -> Found:
+        """Do what `detect` does without waiting for the device; see `nms_ahead`."""
+        boxes, scores = self._predicted(images)
+        return nms_ahead(boxes, scores, conf=CONF, iou=IOU, max_det=MAX_DETECTIONS)
+
+    def _predicted(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, A, 4) boxes and (B, A, C) scores."""
+        raw = forward_eval(self.module, self.inputs(images))
+        return predictions(raw, self.strides, reg_max=self.reg_max)
