@@ -80,7 +80,7 @@ def test_the_suite_works_without_a_gpu(tmp_path: Path) -> None:
     assert notes["recovery"] == notes["tier medium"] == "skipped: no GPU"
     assert notes["tier cpu"] == "fits"
     measured = [row["name"] for row in report["rows"] if row["images_per_s"]]
-    assert len(measured) == 11
+    assert len(measured) == 14
     page = (tmp_path / "gpu_suite_smoke.md").read_text()
     assert all(f"| {name} |" in page for name in notes)
     assert not list(tmp_path.glob("*.new"))
