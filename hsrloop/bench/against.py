@@ -29,11 +29,12 @@ from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.labels import label_path
-from hsrloop.errors import DependencyError
+from hsrloop.errors import ConfigError, DependencyError
 from hsrloop.events import Event, Progress
 from hsrloop.hardware.memory import usable_cores
 from hsrloop.model.weights import find_weights
 from hsrloop.train.build import dataset_of
+from hsrloop.train.loop import tail_epochs
 
 Cell = Mapping[str, Any]
 _LAST_WORDS = 2000  # characters of a failed process' output that are shown
@@ -41,9 +42,11 @@ _LAST_WORDS = 2000  # characters of a failed process' output that are shown
 # What both call by the same name, and mean alike.
 SHARED = (
     *("imgsz", "batch", "epochs", "seed", "deterministic", "optimizer", "lr0", "lrf", "momentum"),
-    *("weight_decay", "warmup_epochs", "cos_lr", "close_mosaic", "hsv_h", "hsv_s", "hsv_v"),
-    *("degrees", "translate", "scale", "shear", "flipud", "fliplr", "mosaic", "mixup", "amp"),
+    *("weight_decay", "warmup_epochs", "cos_lr", "hsv_h", "hsv_s", "hsv_v", "degrees", "translate"),
+    *("scale", "shear", "flipud", "fliplr", "mosaic", "mixup", "amp", "freeze", "workers"),
 )
+# What only ours knows, passed on as it was asked for.
+_OURS = ("cache", "close_mosaic", "compile", "augment_device", "micro_batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +61,29 @@ class Contest:
     def ours(self, *, epochs: int, seed: int) -> dict[str, Any]:
         """Train with our command line and return its times and metrics."""
         with tempfile.TemporaryDirectory() as output:
-            given = {k: getattr(self.config, k) for k in SHARED} | {"epochs": epochs, "seed": seed}
+            names = (*SHARED, *_OURS)
+            given = {k: getattr(self.config, k) for k in names} | {"epochs": epochs, "seed": seed}
             command = [sys.executable, "-m", "hsrloop", "train", "-d", str(self.data)]
             command += ["-m", self.config.model, "-o", output, "--device", self.device]
             command += ["--no-tensorboard", "--no-dynamic-synthetic", "--set", "patience=0"]
-            if self.config.amp_dtype != "fp16":
-                command += ["--amp-dtype", self.config.amp_dtype]
             command += [a for k, v in given.items() for a in ("--set", f"{k}={_spelled(v)}")]
             _run(command)
             (run_dir,) = Path(output).iterdir()
             lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
             epochs_done = [e for e in map(json.loads, lines) if e["event"] == "EpochDone"]
             seconds = {k: [float(e[k]) for e in epochs_done] for k in ("train_s", "val_s")}
+            result = json.loads((run_dir / "training_result.json").read_text(encoding="utf-8"))
             judged = self.peer(
                 model=str(run_dir / "weights" / "best.pt"), validate={"imgsz": self.config.imgsz}
             )
-        return {**judged, **seconds}
+        return {**judged, **seconds, "peak_memory_bytes": result["peak_memory_bytes"]}
 
     def theirs(self, *, seed: int) -> dict[str, Any]:
         """Train with Ultralytics and return its times and metrics."""
         given = {k: getattr(self.config, k) for k in SHARED}
-        train = {**given, "seed": seed, "patience": 0, "workers": self.config.workers}
+        # It has no limit of its own to how much of a short run goes without mosaic.
+        closed = {"close_mosaic": tail_epochs(self.config)}
+        train = {**given, **closed, "seed": seed, "patience": 0}
         return self.peer(model=self.config.model, train=train, threads=self.threads)
 
     def peer(self, **request: Any) -> dict[str, Any]:
@@ -100,9 +105,15 @@ def against_ultralytics(
 
     Raises:
         DependencyError: a process failed, with its last words.
+        ConfigError: bf16 is asked for.
         HsrloopError: as a run would raise.
     """
     config = at_hand(resolved, emit).config
+    if config.amp and config.amp_dtype != "fp16":
+        raise ConfigError(
+            f"amp_dtype is {config.amp_dtype}, but Ultralytics trains in fp16. "
+            "Use --amp-dtype fp16."
+        )
     if not config.model.endswith((".yaml", ".yml")):
         config = config.replace(model=str(find_weights(config.model, download=False).absolute()))
     total = 2 * pairs + 1
@@ -118,14 +129,14 @@ def against_ultralytics(
         tell(0)
         for pair in range(pairs):
             turns: list[tuple[list[Cell], Callable[[], Cell]]] = [
-                (mine, partial(contest.ours, epochs=config.epochs, seed=pair)),
-                (peers, partial(contest.theirs, seed=pair)),
+                (mine, partial(contest.ours, epochs=config.epochs, seed=config.seed + pair)),
+                (peers, partial(contest.theirs, seed=config.seed + pair)),
             ]
             for cells, turn in turns if pair % 2 == 0 else turns[::-1]:
                 cells.append(turn())
                 tell(len(mine) + len(peers))
         epochs = max(1, int(config.epochs * statistics.median(_ratios(peers, mine, _whole))))
-        longer = contest.ours(epochs=epochs, seed=0)
+        longer = contest.ours(epochs=epochs, seed=config.seed)
         tell(total)
     return rows_of(mine, peers, longer, images=images, epochs=(config.epochs, epochs))
 
@@ -150,18 +161,24 @@ def rows_of(
     }
     whole = Spread.of(_ratios(peers, mine, _whole)).text(2)
     ratio = f"training {said['training']}x, validation {said['validation']}x, whole {whole}x"
+    ratio += f", n = {len(mine)}"
+    seconds = _whole(longer), statistics.median(map(_whole, peers))
+    equal = f"{epochs[1]} epochs in {seconds[0]:.0f} s, the peer {seconds[1]:.0f} s"
 
     def row(name: str, cells: Sequence[Cell], note: str) -> Row:
         speeds = [images / statistics.median(_counted(cell["train_s"])) for cell in cells]
         scores = Spread.of([float(cell["mAP50-95"]) for cell in cells]).text(3)
         return Row(
-            name=name, images_per_s=Spread.of(speeds), note=f"mAP50-95 {scores}; {note}".strip("; ")
+            name=name,
+            images_per_s=Spread.of(speeds),
+            peak_memory_bytes=max(cell["peak_memory_bytes"] for cell in cells),
+            note=f"mAP50-95 {scores}; {note}".strip("; "),
         )
 
     return [
         row("hsrloop", mine, ratio),
         row("Ultralytics", peers, f"{epochs[0]} epochs each"),
-        row("hsrloop, equal time", [longer], f"{epochs[1]} epochs"),
+        row("hsrloop, equal time", [longer], equal),
     ]
 
 

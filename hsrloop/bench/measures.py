@@ -23,7 +23,6 @@ from hsrloop.bench.meters import (
     finish,
     in_turn,
     nvml_reader,
-    peak_bytes,
     power,
     rates,
     reset_peak,
@@ -33,6 +32,7 @@ from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.events import Progress
+from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.yolo import forward_eval, forward_train
 from hsrloop.ops.loss import GAINS, detection_loss
 from hsrloop.records import Batch, Position
@@ -113,9 +113,7 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
     times, (watts, busy) = _timed(
         bench, effort, {"bare": bare, "validation": whole}, task="measuring validation"
     )
-    watch = DeviceWatch(bench.device)
-    with watch:
-        evaluate(module, loader, names=names, device=bench.device, half=half, ahead=True)
+    peak = peak_bytes(bench.device)  # counting waits takes another path on the CPU
     # A bare step repeats the first batch, which is as large as any.
     bare_images = len(loader) * len(batch.images)
     bare_s = [seconds * loader.n_samples / bare_images for seconds in times["bare"]]
@@ -124,8 +122,8 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
         images_per_s=rates(times["validation"], loader.n_samples),
         bare_images_per_s=rates(bare_s, loader.n_samples),
         efficiency=shares(times["validation"], bare_s),
-        peak_memory_bytes=peak_bytes(bench.device),
-        host_waits=sum(watch.waits.values()),
+        peak_memory_bytes=peak,
+        host_waits=waits_of_a_validation(bench),
         watts=watts,
         utilisation=busy,
     )
@@ -228,6 +226,18 @@ def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
         state.optimizer.zero_grad(set_to_none=True)
 
     return _repeat(once)
+
+
+def waits_of_a_validation(bench: Workbench) -> int:
+    """Count how often the host waits in a validation of two batches; see `waits_of_a_step`."""
+    module, loader = bench.state.ema.module, bench.loaders.val
+    few = loader.head(2 * loader.batch)
+    with DeviceWatch(bench.device) as watch:
+        evaluate(
+            module, few, names=bench.spec.names, device=bench.device, half=bench.settings.amp,
+            ahead=True,
+        )  # fmt: skip
+    return sum(watch.waits.values())
 
 
 def waits_of_a_step(bench: Workbench, batches: list[Batch]) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.yolo import import_ultralytics
 
 NMS_SECONDS_PER_IMAGE = 100.0
@@ -88,6 +89,7 @@ def answer(request: dict[str, Any], folder: str) -> dict[str, Any]:
         settings = {"device": device, "cache": "ram", "name": "run", **request["train"], **quiet}
         model.train(data=request["data"], **settings)
         row["wall_s"] = time.monotonic() - started
+        row["peak_memory_bytes"] = peak_bytes(torch.device("cpu" if device == "cpu" else "cuda"))
         row["train_s"] = clock.train_s
         row["val_s"] = clock.val_s[: len(clock.train_s)]
         weights = Path(folder) / "run" / "weights" / "best.pt"

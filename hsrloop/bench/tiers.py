@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.meters import finish, nvml_reader, peak_bytes, power, reset_peak
+from hsrloop.bench.meters import finish, nvml_reader, power, reset_peak
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
 from hsrloop.errors import HsrloopError
 from hsrloop.events import Event, Progress, Recovered
 from hsrloop.hardware.memory import GIB
+from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
 from hsrloop.records import DeviceInfo, Tier

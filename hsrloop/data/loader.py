@@ -261,6 +261,13 @@ class ValLoader:
     def __iter__(self) -> Iterator[ValBatch]:
         return self.of(range(self.n_samples))
 
+    def head(self, count: int) -> ValLoader:
+        """Return a loader of the first images alone."""
+        pin, ahead = self._pin_memory, self._prefetch
+        return ValLoader(
+            self._refs[:count], self._store, batch=self.batch, pin_memory=pin, prefetch=ahead
+        )
+
     def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
         """Iterate over some places in the split, in batches, in the order given."""
         starts = range(0, len(indices), self.batch)

@@ -176,8 +176,12 @@ def class_outputs(module: nn.Module) -> tuple[nn.Conv2d, ...]:
 
 
 def strides(module: nn.Module) -> tuple[int, ...]:
-    """Return the pixels of a cell of each level, (8, 16, 32) for YOLOv8."""
-    return tuple(int(s) for s in head(module).stride)
+    """Return the pixels of a cell of each level, (8, 16, 32) for YOLOv8.
+
+    Read from the model's copy, which stays on the host; the head's moves with it to a GPU.
+    """
+    detector: Any = module
+    return tuple(int(s) for s in detector.stride)
 
 
 def reg_max(module: nn.Module) -> int:

@@ -86,6 +86,7 @@ class _Batch:
     boxes: Tensor  # (N, 4)
     labels: Tensor  # (N,)
     counts: NDArray[np.int64]  # (B,) boxes of each image
+    places: NDArray[np.int64]  # (B,) in the order of adding
 
 
 class Evaluator:
@@ -100,6 +101,8 @@ class Evaluator:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._waiting: list[_Batch] = []
+        self._taken = 0  # images added so far, each counted once
+        self._image: list[NDArray[np.int64]] = []  # of each detection, as is what follows
         self._right: list[Bools] = []
         self._conf: list[NDArray[np.float32]] = []
         self._predicted: list[NDArray[np.int64]] = []
@@ -107,7 +110,13 @@ class Evaluator:
         self._images = np.zeros(len(names), dtype=np.int64)
 
     def add(
-        self, found: Found, gt_boxes_xyxy: Tensor, gt_labels: Tensor, image_index: Tensor
+        self,
+        found: Found,
+        gt_boxes_xyxy: Tensor,
+        gt_labels: Tensor,
+        image_index: Tensor,
+        *,
+        places: Sequence[int] | None = None,
     ) -> None:
         """Take the images of a batch.
 
@@ -116,32 +125,41 @@ class Evaluator:
             gt_boxes_xyxy: (N, 4) in the same frame, on the host; N may be 0.
             gt_labels: (N,) class numbers.
             image_index: (N,) in [0, B), in rising order.
+            places: of images that `settle` named; not given for new ones.
         """
-        counts = np.bincount(image_index.numpy(), minlength=len(found.rows))
-        self._waiting.append(_Batch(found, gt_boxes_xyxy, gt_labels, counts))
+        images = len(found.rows)
+        counts = np.bincount(image_index.numpy(), minlength=images)
+        if places is None:
+            places = range(self._taken, self._taken + images)
+            self._taken += images
+        own = np.asarray(places, dtype=np.int64)
+        self._waiting.append(_Batch(found, gt_boxes_xyxy, gt_labels, counts, own))
 
     def settle(self) -> list[int]:
         """Match the images added since the last call, and count those that are settled.
 
         Returns:
             Places of the others, in the order of adding; to be added again, with what `nms` finds.
+            Metrics are then those of all images in their first order, which breaks ties.
         """
         if not self._waiting:
             return []
         batches, self._waiting = self._waiting, []
         counts = np.concatenate([batch.counts for batch in batches])
+        places = np.concatenate([batch.places for batch in batches])
         labels = torch.cat([batch.labels for batch in batches])
         boxes = torch.cat([batch.boxes for batch in batches])
         found, settled = match_all([batch.found for batch in batches], boxes, labels, counts)
         conf, predicted, hits = found[settled].reshape(-1, 3).T
         used = conf > 0
         which = hits[used].astype(np.int64)[:, None] >> np.arange(len(IOUS))
+        self._image.append(np.repeat(places[settled], found.shape[1])[used])
         self._right.append((which & 1).astype(bool))
         self._conf.append(conf[used])
         self._predicted.append(predicted[used].astype(np.int64))
         image = np.repeat(np.arange(len(counts)), counts)
         self._count(image[settled[image]], labels.numpy()[settled[image]])
-        return [int(place) for place in np.flatnonzero(~settled)]
+        return [int(place) for place in places[~settled]]
 
     def _count(self, image: NDArray[np.int64], label: NDArray[np.int64]) -> None:
         """Count boxes by class, and images that hold a class; (N,) each."""
@@ -189,7 +207,7 @@ class Evaluator:
         """Return the curves of each class in `present`."""
         right, conf = np.concatenate(self._right), np.concatenate(self._conf)
         predicted = np.concatenate(self._predicted)
-        order = np.argsort(-conf, kind="stable")
+        order = np.lexsort((np.concatenate(self._image), -conf))  # equal ones by image
         right, conf, predicted = right[order], conf[order].astype(np.float64), predicted[order]
         curves = []
         for label in present:

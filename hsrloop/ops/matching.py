@@ -51,8 +51,9 @@ def match(detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> Tenso
     by_detection = iou.permute(2, 0, 1)[..., None].contiguous()  # (D, B, M, 1)
     taken = torch.zeros((images, most, len(IOUS)), dtype=torch.bool, device=device)
     places = torch.arange(most, device=device)[:, None]
+    nothing = torch.zeros((), device=device)
     for overlap, hit in zip(by_detection, right, strict=True):
-        free = torch.where(taken, 0, overlap)  # (B, M, 10)
+        free = torch.where(taken, nothing, overlap)  # (B, M, 10)
         best, which = free.max(1, keepdim=True)  # (B, 1, 10)
         torch.ge(best, thresholds, out=hit)
         taken |= hit & (places == which)
@@ -72,7 +73,7 @@ def match_all(
         (B, D, 3): score, class, and the thresholds reached as bits; (B,) whether it is settled.
     """
     most = max(batch.rows.shape[1] for batch in found)
-    rows = torch.cat([F.pad(b.rows, (0, 0, 0, most - b.rows.shape[1])) for b in found]).float()
+    rows = torch.cat([_padded(batch.rows, most) for batch in found]).float()
     bits = torch.tensor([1 << i for i in range(len(IOUS))], dtype=torch.float32)
     bits = bits.to(rows.device, non_blocking=True)
     hits, ends = [], counts.cumsum()
@@ -92,13 +93,18 @@ def match_all(
     return said[:, 1:].reshape(len(said), 3, most).transpose(0, 2, 1), said[:, 0] > 0
 
 
+def _padded(rows: Tensor, most: int) -> Tensor:
+    missing = most - rows.shape[1]
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 def _groups(counts: NDArray[np.int64], detections: int) -> Iterator[slice]:
     """Cut images into groups whose boxes, padded, make at most `_PAIRS` with the detections."""
-    start, most = 0, 0
+    start, most = 0, 1  # an image without boxes needs memory too
     for i, count in enumerate(counts.tolist()):
         wider = max(most, count)
         if i > start and (i - start + 1) * wider * detections > _PAIRS:
             yield slice(start, i)
-            start, wider = i, count
+            start, wider = i, max(count, 1)
         most = wider
     yield slice(start, len(counts))

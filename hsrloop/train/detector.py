@@ -39,7 +39,6 @@ class Detector:
         """
         rounded = copy.deepcopy(module).half().float()
         fused = place(fuse_for_inference(rounded), device)
-        # The strides are read here, since on a GPU reading them waits for it.
         return cls(fused.half() if half else fused, device, strides(module), reg_max(module))
 
     def inputs(self, images: Tensor) -> Tensor:
@@ -62,8 +61,17 @@ class Detector:
         )
 
     @torch.inference_mode()
-    def detect_ahead(self, images: Tensor) -> Found:
-        """Do what `detect` does without waiting for the device; see `nms_ahead`."""
+    def find(self, images: Tensor, *, ahead: bool | None = None) -> Found:
+        """Do what `detect` does, as a validation needs it.
+
+        Args:
+            ahead: do not wait for the device, though an image may then remain unsettled. When not
+                given, on a GPU: on the CPU waiting costs nothing, and less is to be computed.
+        """
+        if ahead is None:
+            ahead = self.device.type != "cpu"
+        if not ahead:
+            return Found.of(self.detect(images))
         boxes, scores = self._predicted(images)
         return nms_ahead(boxes, scores, conf=CONF, iou=IOU, max_det=MAX_DETECTIONS)
 

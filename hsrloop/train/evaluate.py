@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from hsrloop.data.loader import ValLoader
 from hsrloop.ops.ap import Evaluator
-from hsrloop.ops.nms import Found
 from hsrloop.records import Metrics
 from hsrloop.train.detector import Detector
+from hsrloop.train.precision import untuned
 
 
 def evaluate(
@@ -30,9 +30,7 @@ def evaluate(
     Args:
         module: a detection network in float32, BatchNorm not folded.
         half: compute in fp16; CUDA only.
-        ahead: wait for the device once, at the end, instead of several times for each image; the
-            few images that this does not settle are looked at again. When not given, on a GPU: on
-            the CPU waiting costs nothing, and less is to be computed. Changes no metric.
+        ahead: see `Detector.find`. Images that are not settled are looked at again at the end.
         on_progress: called with images done and images in all.
         stop: asked after each batch.
 
@@ -41,19 +39,27 @@ def evaluate(
     """
     detector = Detector.of(module, device, half=half)
     evaluator = Evaluator(names)
-    if ahead is None:
-        ahead = device.type != "cpu"
     done = 0
-    for batch in loader:
-        images = batch.images
-        found = detector.detect_ahead(images) if ahead else Found.of(detector.detect(images))
-        evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index)
-        done += len(images)
-        if on_progress is not None:
-            on_progress(done, loader.n_samples)
-        if stop is not None and stop():
+
+    def look(places: Sequence[int] | None, ahead: bool | None) -> bool:
+        """Look at the images at these places, or at all of them; False when stopped."""
+        nonlocal done
+        total = loader.n_samples + len(places or ())
+        for batch in loader if places is None else loader.of(places):
+            found = detector.find(batch.images, ahead=ahead)
+            own = None if places is None else batch.indices.tolist()
+            evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index, places=own)
+            done += len(batch.images)
+            if on_progress is not None:
+                on_progress(done, total)
+            if stop is not None and stop():
+                return False
+        return True
+
+    if not look(None, ahead):
+        return None
+    again = evaluator.settle()
+    with untuned():
+        if not look(again, False):
             return None
-    for batch in loader.of(evaluator.settle()):
-        found = Found.of(detector.detect(batch.images))
-        evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index)
     return evaluator.compute()

@@ -18,6 +18,7 @@ from torch import nn
 from hsrloop.events import RolledBack
 from hsrloop.model.yolo import forward_eval, norms_in_eval
 from hsrloop.records import Batch, Position
+from hsrloop.train.precision import untuned
 from hsrloop.train.snapshot import Snapshot
 from hsrloop.train.state import TrainState
 
@@ -170,9 +171,6 @@ def computes(module: nn.Module) -> bool:
     """Return whether a network gives finite numbers for a fixed picture, in eval mode."""
     like = next(module.parameters())
     ramp = torch.linspace(0, 1, 3 * TRIAL_PX**2, dtype=like.dtype, device=like.device)
-    cudnn = torch.backends.cudnn
-    # Autotuning would search kernels for a size that is used once an epoch.
-    untuned = cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic)
-    with norms_in_eval(module, when=True), untuned:
+    with norms_in_eval(module, when=True), untuned():
         raw = forward_eval(module, ramp.view(1, 3, TRIAL_PX, TRIAL_PX))
     return bool(torch.isfinite(raw.class_logits).all() & torch.isfinite(raw.box_logits).all())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -32,6 +33,14 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = True
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Do not look for the fastest kernels meanwhile: for sizes that are met only now and then."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic):
+        yield
 
 
 def autocast_dtype(

@@ -146,7 +146,7 @@ class Rehearsal:
         settings, imgsz = self.settings, self.config.imgsz
         detector = Detector.of(self.state.ema.module, settings.device, half=settings.amp)
         noise = _noise(self.state.rung.val_batch, imgsz, torch.Generator().manual_seed(0))
-        detector.detect_ahead(noise)
+        detector.find(noise)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

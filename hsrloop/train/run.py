@@ -17,6 +17,7 @@ from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
 from hsrloop.events import Event, Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.power import Power
 from hsrloop.hardware.pressure import spill_cap, watch
 from hsrloop.hardware.probe import probe, torch_device
@@ -318,6 +319,7 @@ def _finish(
         "recoveries": state.recoveries,
         "rollbacks": state.rollbacks,
         "imgsz_trained": sizes_trained(resolved.config, state),
+        "peak_memory_bytes": peak_bytes(state.device),
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),
     }

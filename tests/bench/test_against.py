@@ -14,13 +14,15 @@ import yaml
 from hsrloop.bench.against import SHARED, against_ultralytics, copy_set
 from hsrloop.config import Resolved, resolve
 from hsrloop.data.sets.dataset import load_dataset
-from hsrloop.errors import DependencyError
+from hsrloop.errors import ConfigError, DependencyError
 
 
 @pytest.fixture
 def asked(tiny_dataset: Path) -> Resolved:
     values = {"dataset": str(tiny_dataset), "model": "yolov8n.yaml", "epochs": 4, "imgsz": 64}
-    return resolve([("test", {**values, "degrees": 3.0, "cos_lr": True})])
+    return resolve(
+        [("test", {**values, "degrees": 3.0, "cos_lr": True, "compile": "off", "cache": "disk"})]
+    )
 
 
 class Processes:
@@ -37,11 +39,11 @@ class Processes:
         if "hsrloop.bench.peer" in command:
             request = json.loads(command[-1])
             self.requests.append(request)
-            row: dict[str, Any] = {"mAP50-95": 0.25}
+            row: dict[str, Any] = {"mAP50-95": 0.25, "peak_memory_bytes": 3 << 30}
             if "train" in request:
                 self.order.append("peer")
                 epochs = request["train"]["epochs"]
-                row = {
+                row |= {
                     "mAP50-95": 0.2,
                     "train_s": [9.0] + [2.0] * (epochs - 1),
                     "val_s": [1.0] * epochs,
@@ -56,6 +58,7 @@ class Processes:
             times = {"event": "EpochDone", "train_s": 1.0, "val_s": 0.5}
             lines = [json.dumps(times)] * int(given["epochs"])
             (run_dir / "events.jsonl").write_text("\n".join(lines))
+            (run_dir / "training_result.json").write_text('{"peak_memory_bytes": 2147483648}')
         return SimpleNamespace(returncode=int(self.failing), stdout=said, stderr="last words")
 
 
@@ -76,6 +79,10 @@ def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Proc
                 name
             )
     assert [request["train"]["seed"] for request in trained] == [0, 1]
+    # Of four epochs one is without mosaic on both sides, though 10 are asked for.
+    assert {ours["close_mosaic"] for ours in processes.ours} == {"10"}
+    assert [request["train"]["close_mosaic"] for request in trained] == [1, 1]
+    assert processes.ours[0]["compile"] == "off" and processes.ours[0]["cache"] == "disk"
     assert {request["device"] for request in processes.requests} == {"1"}
     assert all(Path(request["data"]).name == "data.yaml" for request in processes.requests)
     assert asked.config.dataset not in {request["data"] for request in processes.requests}
@@ -86,6 +93,15 @@ def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Proc
     # The peer's whole run took 9 + 3 * 2 + 4 = 19 s, ours 6 s: 3.17 times as many epochs fit.
     assert processes.ours[-1]["epochs"] == "12" and "12 epochs" in longer.note
     assert ours.images_per_s is not None and ours.images_per_s.median == 8.0
+    assert (ours.peak_memory_bytes, peer.peak_memory_bytes) == (2 << 30, 3 << 30)
+    assert "n = 2" in ours.note and "in 18 s, the peer 19 s" in longer.note
+
+
+def test_what_ultralytics_cannot_do_is_refused(asked: Resolved, processes: Processes) -> None:
+    bf16 = Resolved(asked.config.replace(amp_dtype="bf16"), asked.sources)
+    with pytest.raises(ConfigError, match="trains in fp16. Use --amp-dtype fp16"):
+        against_ultralytics(bf16, pairs=1, device="cuda:0", emit=lambda _: None)
+    assert not processes.order
 
 
 def test_a_failed_process_is_an_error_with_its_last_words(

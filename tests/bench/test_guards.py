@@ -22,7 +22,7 @@ from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.stream import TrainStream
 from hsrloop.model.base import load_base
-from hsrloop.model.yolo import build
+from hsrloop.model.yolo import build, head, strides
 from hsrloop.train.build import build_state
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
@@ -85,6 +85,14 @@ def test_a_validation_waits_once_however_long_it_is(tiny_dataset: Path, batch: i
         evaluate(module, loader, names=NAMES, device=CPU, ahead=True)
     assert watch.waits == {"cpu": 1}
     assert watch.kernels["conv2d"] == 63 * len(loader), "the whole network was watched"
+
+
+def test_the_strides_are_known_without_asking_the_device() -> None:
+    module = build("yolov8n.yaml", names=NAMES, seed=0)
+    head(module).stride = head(module).stride.clone()  # moves to a GPU with the network
+    with DeviceWatch(CPU, [head(module).stride]) as watch:
+        assert strides(module) == (8, 16, 32)
+    assert not watch.waits
 
 
 @pytest.fixture
@@ -166,6 +174,6 @@ def test_a_validation_batch_is_sent_once(tiny_dataset: Path) -> None:
     sent = 0
     for batch in loader:
         with DeviceWatch(CPU, detector.module.parameters()) as watch:
-            detector.detect_ahead(batch.images)
+            detector.find(batch.images, ahead=True)
         sent += watch.sent
     assert sent == len(loader)

@@ -34,11 +34,17 @@ def images(count: int, nc: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]
     return result
 
 
-def add(evaluator: Evaluator, *given: tuple[Tensor, Tensor, Tensor]) -> None:
+def add(
+    evaluator: Evaluator,
+    *given: tuple[Tensor, Tensor, Tensor],
+    places: list[int] | None = None,
+) -> None:
     """Add images as one batch: detections, boxes and labels of each."""
     detections, boxes, labels = zip(*given, strict=True)
     index = torch.arange(len(given)).repeat_interleave(torch.tensor([len(c) for c in labels]))
-    evaluator.add(Found.of(list(detections)), torch.cat(boxes), torch.cat(labels), index)
+    evaluator.add(
+        Found.of(list(detections)), torch.cat(boxes), torch.cat(labels), index, places=places
+    )
 
 
 def match_one(detections: Tensor, truth: Tensor, labels: Tensor) -> np.ndarray:
@@ -154,8 +160,22 @@ def test_images_that_are_not_settled_count_once_they_are_added_again() -> None:
     in_two.add(found, torch.cat(boxes), torch.cat(labels), index)
     again = in_two.settle()
     assert again == [2, 7]
-    add(in_two, *(data[place] for place in again))
+    add(in_two, *(data[place] for place in again), places=again)
     assert in_two.compute() == expected
+
+
+def test_of_equal_confidences_the_image_that_came_first_counts_first() -> None:
+    right, wrong = row(10.0, 0.5), row(3.0, 0.5)
+    scores = []
+    for first, second in ((right, wrong), (wrong, right)):
+        evaluator = Evaluator(["cup"])
+        settled = torch.tensor([False, True])  # the first is looked at again
+        found = Found(torch.tensor([[first], [second]]), settled)
+        evaluator.add(found, BOX.repeat(2, 1), torch.tensor([0, 0]), torch.tensor([0, 1]))
+        (place,) = evaluator.settle()
+        add(evaluator, (torch.tensor([first]), BOX, torch.tensor([0])), places=[place])
+        scores.append(evaluator.compute().ap50)
+    assert scores[0] > scores[1]
 
 
 def test_metrics_are_refused_while_an_image_is_not_settled() -> None:
@@ -164,6 +184,11 @@ def test_metrics_are_refused_while_an_image_is_not_settled() -> None:
     evaluator.add(found, BOX, torch.tensor([0]), torch.tensor([0]))
     with pytest.raises(AssertionError, match="added again"):
         evaluator.compute()
+
+
+def test_images_without_boxes_are_matched_in_groups_too() -> None:
+    groups = matching._groups(np.zeros(matching._PAIRS // 100, dtype=np.int64), detections=300)
+    assert all(300 * (g.stop - g.start) <= matching._PAIRS for g in groups)
 
 
 @pytest.mark.parametrize("pairs", [1, 300, 1 << 20])

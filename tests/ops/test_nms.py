@@ -85,6 +85,27 @@ def test_ahead_finds_the_same_to_the_bit(
         assert not rows[len(wanted) :].any()
 
 
+@pytest.mark.parametrize("levels", [3, 50])
+def test_ahead_keeps_the_order_of_equal_scores(levels: int) -> None:
+    """In half precision many scores are equal; those that come first are better."""
+    boxes, scores = crowd(4, 700, 5, seed=3)
+    scores = (scores * levels).ceil() / levels * (scores > 0.2)
+    expected, got = both(boxes, scores, candidates=3500)
+    assert got.settled.all()
+    for rows, wanted in zip(got.rows, expected, strict=True):
+        assert len(set(wanted[:, 4].tolist())) < len(wanted) / 3
+        assert torch.equal(rows[: len(wanted)], wanted)
+
+
+def test_ahead_is_not_settled_while_rows_as_good_as_the_last_are_missing() -> None:
+    boxes, scores = crowd(1, 700, 1, seed=0)
+    boxes[0, :2] = 60 + 40 * torch.arange(700)  # nobody overlaps
+    scores[:] = 0.5
+    assert not both(boxes, scores, candidates=400)[1].settled.any()
+    scores[..., :300] = 0.6
+    assert both(boxes, scores, candidates=400)[1].settled.all()
+
+
 def test_ahead_says_which_images_it_cannot_settle() -> None:
     boxes, scores = crowd(4, 700, 4, seed=0)
     scores[0, :, 100:] = 0  # few are left

@@ -97,7 +97,7 @@ def test_the_validating_part_says_so(made: Rehearsal, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(rehearsal.Detector, "detect_ahead", fail)
+    monkeypatch.setattr(rehearsal.Detector, "find", fail)
     with pytest.raises(RehearsalFailed) as raised:
         made.rehearse()
     assert raised.value.validating
