@@ -4,7 +4,7 @@
     python benchmarks/readme.py --check    # exit code 1 when it is not what the results say
 
 A figure is in the table with its spread, how often it was measured, and where; what has no results
-says "not measured".
+says "not measured". Figures of a GPU are medians: their spread is in gpu_suite_CARD.md.
 """
 
 from __future__ import annotations
@@ -18,19 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_figures import gpu_rows
 from vs_ultralytics import PEER_SETTINGS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
-ABSENT = "not measured"
-# What only a GPU can show; `gpu_suite_CARD.md` has it once somebody ran the suite.
-ON_A_GPU = (
-    "training, images/s: yolov8 n, s, m, l, x; fp16 and bf16; compiled or not",
-    "the share of the bare step's speed that is left",
-    "validation, images/s",
-    "peak memory",
-)
 
 
 class Hosts:
@@ -43,6 +36,10 @@ class Hosts:
         """Return the letter of the host that a results file (Markdown) names."""
         lines = file.read_text().splitlines()
         (host,) = [line for line in lines if "; commit " in line]
+        return self.letter_of(host)
+
+    def letter_of(self, host: str) -> str:
+        """Return the letter of a host that is described in one line."""
         host = host.partition("; load")[0].rstrip(".")
         if host not in self._seen:
             self._seen.append(host)
@@ -63,7 +60,7 @@ def block(results: Path = RESULTS) -> list[str]:
         *_loader(results, hosts),
         *_synthesis(results, hosts),
         *_saving(results, hosts),
-        *_gpu(results),
+        *gpu_rows(results, hosts.letter_of),
     ]
     return [
         "| measured | hsrloop | Ultralytics | ratio | n | where |",
@@ -173,17 +170,6 @@ def _saving(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
             f"what a checkpoint of yolov8m takes from training {words}, ms",
             _spread(values, "{:.0f}"), "", "", f"{len(values)}", hosts.letter(where),
         )  # fmt: skip
-
-
-def _gpu(results: Path) -> Iterator[Sequence[str]]:
-    files = [f for f in sorted(results.glob("gpu_suite_*.md")) if "smoke" not in f.name]
-    for words in ON_A_GPU:
-        links = ", ".join(f"[{f.stem.removeprefix('gpu_suite_')}]({_link(f)})" for f in files)
-        yield f"on a GPU: {words}", links or ABSENT, "" if links else ABSENT, "", "", ""
-
-
-def _link(file: Path) -> str:
-    return file.relative_to(README.parent).as_posix()
 
 
 def written(text: str, lines: Sequence[str]) -> str:

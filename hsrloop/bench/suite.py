@@ -1,11 +1,8 @@
-"""Everything that needs a GPU, in one visit of a few minutes: the most telling parts first.
-
-Rows are handed over as they come, so a visit that ends early leaves what it found. A part that
-fails or finds no time becomes a row that says so, and the next one goes on.
-"""
+"""Everything that needs a GPU, in one visit of a few minutes: the most telling parts first."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 
 from hsrloop.bench.against import against_ultralytics
+from hsrloop.bench.cores import pinned
 from hsrloop.bench.criterion import measure_criterion
 from hsrloop.bench.measures import (
     Effort,
@@ -26,27 +24,27 @@ from hsrloop.bench.measures import (
 )
 from hsrloop.bench.results import Row
 from hsrloop.bench.tiers import measure_tiers
-from hsrloop.bench.workbench import workbench
+from hsrloop.bench.visit import Cell
+from hsrloop.bench.workbench import Workbench, workbench
 from hsrloop.config import Resolved
+from hsrloop.errors import DependencyError
 from hsrloop.events import Event
 from hsrloop.hardware.probe import probe, torch_device
-from hsrloop.hardware.tiers import TIERS, tier_named
+from hsrloop.hardware.tiers import CPU, TIERS, tier_named
 from hsrloop.records import Tier
 
 Emit = Callable[[Event], None]
+Measure = Callable[[Workbench, Effort], Row]
 SCALES = ("n", "s", "m", "l", "x")
+FEW_CORES = 2  # as a laptop that somebody lent may have
 EXACT_STEPS = 4
 TIGHT = replace(tier_named("medium"), name="too small a card", from_gib=2)  # must step down
 
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One part of the suite."""
-
-    name: str
-    seconds: float  # it takes about (guesses)
-    run: Callable[[], Iterable[Row]]
-    needs_gpu: bool = False
+# About how long parts take, in seconds: guesses, made for one fast card.
+COMPILED_S = 90.0
+# Five processes: 93 s on two busy CPU cores with next to nothing to train (measured).
+AGAINST_S = {"n": 110.0, "s": 110.0, "m": 120.0, "l": 130.0, "x": 150.0}
+TIER_S = {"low": 15.0, "medium": 15.0, "high": 20.0, "workstation": 35.0, "cpu": 15.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,100 +86,135 @@ SMOKE = Scope(
 )
 
 
-def run_suite(
-    cells: Sequence[Cell],
-    *,
-    minutes: float,
-    has_gpu: bool,
-    on_row: Callable[[Row], None],
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Run the cells in order for as long as there is time; each row goes to `on_row` at once."""
-    end = clock() + 60 * minutes
-    for cell in cells:
-        if cell.needs_gpu and not has_gpu:
-            on_row(Row(name=cell.name, note="skipped: no GPU"))
-        elif clock() + cell.seconds > end:
-            on_row(Row(name=cell.name, note="skipped: no time left"))
-        else:
-            _run_cell(cell, on_row)
-
-
-def _run_cell(cell: Cell, on_row: Callable[[Row], None]) -> None:
-    try:
-        for row in cell.run():
-            on_row(row)
-    except Exception as error:  # whatever it is, the other cells are worth having
-        first = (str(error).splitlines() or [""])[0]
-        on_row(Row(name=cell.name, note=f"failed: {type(error).__name__}: {first}"))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def cells_of(asked: Resolved, scope: Scope, emit: Emit) -> list[Cell]:
     """Return the parts in the order of what they tell.
+
+    What answers each question for one model comes first and fits into one visit (tested); the same
+    for the other models, and what only explains, come after.
 
     Args:
         asked: data set and device; the rest follows from `scope`.
     """
+    parts = _Parts(_changed(asked, imgsz=scope.imgsz, batch=scope.batch), scope, emit)
     main = "m" if "m" in scope.scales else scope.scales[0]
-    base = _changed(asked, imgsz=scope.imgsz, batch=scope.batch)
+    others = [scale for scale in scope.scales if scale != main]
+    first, *rest = scope.scales
+    return [
+        parts.train(main),
+        parts.step(main, "fp16"),
+        parts.criterion(),
+        parts.validation(main),
+        parts.against(first),
+        parts.step(main, "compiled"),
+        parts.recovery(main),
+        *(parts.tier(tier) for tier in scope.tiers if tier is not CPU),
+        parts.exactness(main),
+        parts.step(main, "deterministic"),
+        *(cell for scale in others for cell in (parts.train(scale), parts.step(scale, "fp16"))),
+        *(parts.against(scale) for scale in rest),
+        *(parts.train_on_all_cores(main, place) for place in ("GPU", "CPU")),
+        *(parts.loader(main, place) for place in ("GPU", "CPU")),
+        *(parts.step(scale, "bf16") for scale in scope.scales),
+        *(parts.step(scale, "compiled") for scale in others),
+        *(parts.tier(tier) for tier in scope.tiers if tier is CPU),
+    ]
 
-    def of(scale: str, **changes: Any) -> Resolved:
-        return _changed(base, model=f"yolov8{scale}.yaml", **changes)
 
-    def part(name: str, measure: Any, settings: Resolved, seconds: float, **more: Any) -> Cell:
-        run = partial(_measured, name, measure, settings, scope.effort, emit)
-        return Cell(name, seconds, run, **more)
+_STEPS: dict[str, dict[str, Any]] = {
+    "fp16": {},
+    "bf16": {"amp_dtype": "bf16"},
+    "compiled": {"compile": "on"},
+    "deterministic": {"deterministic": True},
+}
+_RENDERERS = {"GPU": "auto", "CPU": "cpu"}  # settings of augment_device
 
-    device = torch.device(torch_device(probe(asked.config.device)))
-    cells = [
-        part(f"train, {main}, fp16, rendered on the GPU", measure_training, of(main), 25),
-        part(f"step, {main}, fp16", measure_step, of(main), 20),
-        Cell("criterion", 20, partial(_criterion, device, scope)),
-        part(f"validation, {main}", measure_validation, of(main), 20),
-        part(
-            f"train, {main}, fp16, rendered on the CPU",
-            measure_training,
-            of(main, augment_device="cpu"),
-            25,
-        ),
-    ]
-    cells += [
-        part(f"step, {scale}, fp16", measure_step, of(scale), 20)
-        for scale in scope.scales
-        if scale != main
-    ]
-    cells += [
-        Cell("exactness", 30, partial(_exactness, of(main), scope, emit)),
-        part(f"step, {main}, deterministic", measure_step, of(main, deterministic=True), 20),
-        Cell("recovery", 40, partial(_recovery, of(main), scope, emit), needs_gpu=True),
-        Cell("tiers", 100, partial(_tiers, base, scope, emit)),
-    ]
-    cells += [
-        part(f"step, {scale}, bf16", measure_step, of(scale, amp_dtype="bf16"), 15, needs_gpu=True)
-        for scale in scope.scales
-    ]
-    cells += [
-        part(f"loader, rendered on the {place}", measure_loader, of(main, augment_device=given), 10)
-        for place, given in (("GPU", "auto"), ("CPU", "cpu"))
-    ]
-    cells += [
-        part(f"step, {scale}, compiled", measure_step, of(scale, compile="on"), 90, needs_gpu=True)
-        for scale in (main, *(scale for scale in scope.scales if scale != main))
-    ]
-    cells.append(Cell("against Ultralytics", 120, partial(_against, of("n"), scope, emit)))
-    return cells
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Makes cells."""
+
+    base: Resolved
+    scope: Scope
+    emit: Emit
+
+    def train(self, scale: str) -> Cell:
+        """Train as a run trains, beside the bare step, on few cores."""
+        name = f"train, {scale}, fp16, rendered on the GPU, two CPU cores"
+        whole = self._measured(name, measure_training, self._of(scale), 25)
+        return replace(whole, run=partial(_on_few_cores, whole.run))
+
+    def train_on_all_cores(self, scale: str, place: str) -> Cell:
+        """Train as a run trains, images rendered on the "GPU" or the "CPU"."""
+        settings = self._of(scale, augment_device=_RENDERERS[place])
+        name = f"train, {scale}, fp16, rendered on the {place}"
+        return self._measured(name, measure_training, settings, 25)
+
+    def step(self, scale: str, kind: str) -> Cell:
+        """Take steps on images that are on the device already; kinds as in `_STEPS`."""
+        name, settings = f"step, {scale}, {kind}", self._of(scale, **_STEPS[kind])
+        cell = self._measured(name, measure_step, settings, 20)
+        if kind == "compiled":
+            return replace(cell, seconds=COMPILED_S, needs_gpu=True)
+        return replace(cell, needs_gpu=kind == "bf16")
+
+    def validation(self, scale: str) -> Cell:
+        """Validate the whole split."""
+        return self._measured(f"validation, {scale}", measure_validation, self._of(scale), 20)
+
+    def loader(self, scale: str, place: str) -> Cell:
+        """Make training batches alone, rendered on the "GPU" or the "CPU"."""
+        settings = self._of(scale, augment_device=_RENDERERS[place])
+        return self._measured(f"loader, rendered on the {place}", measure_loader, settings, 10)
+
+    def criterion(self) -> Cell:
+        """Measure ours and Ultralytics' criterion on the same logits."""
+        device = torch.device(torch_device(probe(self.base.config.device)))
+        return Cell("criterion", 20, partial(_criterion, device, self.scope))
+
+    def against(self, scale: str) -> Cell:
+        """Train side by side with Ultralytics."""
+        name = f"against Ultralytics, {scale}"
+        run = partial(_against, name, self._of(scale), self.scope, self.emit)
+        return Cell(name, AGAINST_S[scale], run)
+
+    def recovery(self, scale: str) -> Cell:
+        """Run out of memory for real."""
+        run = partial(_tier, "recovery", TIGHT, self._of(scale), self.scope, self.emit)
+        return Cell("recovery", 40, run, needs_gpu=True)
+
+    def tier(self, tier: Tier) -> Cell:
+        """Train a tier's defaults in its card's memory."""
+        name = f"tier {tier.name}"
+        run = partial(_tier, name, tier, self.base, self.scope, self.emit)
+        return Cell(name, TIER_S[tier.name], run)
+
+    def exactness(self, scale: str) -> Cell:
+        """Train twice and compare."""
+        name = "exactness under --deterministic"
+        return Cell(name, 25, partial(_exactness, name, self._of(scale), self.emit))
+
+    def _of(self, scale: str, **changes: Any) -> Resolved:
+        return _changed(self.base, model=f"yolov8{scale}.yaml", **changes)
+
+    def _measured(self, name: str, measure: Measure, settings: Resolved, seconds: float) -> Cell:
+        run = partial(_measured, name, measure, settings, self.scope.effort, self.emit)
+        return Cell(name, seconds, run)
+
+
+def _on_few_cores(run: Callable[[], Iterable[Row]]) -> list[Row]:
+    with pinned(FEW_CORES) as cores:
+        on = f"{cores} CPU core{'s' if cores > 1 else ''}"
+        return [replace(row, note="; ".join(filter(None, (on, row.note)))) for row in run()]
 
 
 def _measured(
-    name: str, measure: Any, settings: Resolved, effort: Effort, emit: Emit
+    name: str, measure: Measure, settings: Resolved, effort: Effort, emit: Emit
 ) -> Iterator[Row]:
+    started = time.monotonic()
     with workbench(settings, emit) as bench:
-        started = time.monotonic()
         row = measure(bench, effort)
-        took = f"{time.monotonic() - started:.0f} s"
-        yield replace(row, name=name, note="; ".join(filter(None, (row.note, took))))
+    took = f"{time.monotonic() - started:.0f} s in all"
+    yield replace(row, name=name, note="; ".join(filter(None, (row.note, took))))
 
 
 def _criterion(device: torch.device, scope: Scope) -> list[Row]:
@@ -194,7 +227,7 @@ def _criterion(device: torch.device, scope: Scope) -> list[Row]:
     )
 
 
-def _exactness(settings: Resolved, scope: Scope, emit: Emit) -> Iterator[Row]:
+def _exactness(name: str, settings: Resolved, emit: Emit) -> Iterator[Row]:
     """Train the same few steps twice with deterministic kernels and compare every weight."""
     exact = _changed(settings, deterministic=True)
     ends = []
@@ -207,40 +240,35 @@ def _exactness(settings: Resolved, scope: Scope, emit: Emit) -> Iterator[Row]:
             ends.append([p.detach().clone() for p in bench.state.model.parameters()])
     equal = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     moved = f"{EXACT_STEPS} steps twice"
-    yield Row(
-        name="exactness under --deterministic",
-        note=f"{moved}: {'equal bit for bit' if equal else 'NOT equal'}",
-    )
+    yield Row(name=name, note=f"{moved}: {'equal bit for bit' if equal else 'NOT equal'}")
 
 
-def _recovery(settings: Resolved, scope: Scope, emit: Emit) -> Iterator[Row]:
-    """Train a tier's defaults on a card that is too small for them, with real failures."""
-    yield from measure_tiers(
-        settings,
-        steps=scope.tier_steps,
-        emit=emit,
-        tiers=[TIGHT],
-        changes=scope.tier_changes,
-    )
-
-
-def _tiers(settings: Resolved, scope: Scope, emit: Emit) -> Iterator[Row]:
+def _tier(name: str, tier: Tier, settings: Resolved, scope: Scope, emit: Emit) -> Iterator[Row]:
+    """Train a tier's defaults, with real failures where they do not fit."""
     for row in measure_tiers(
-        settings,
-        steps=scope.tier_steps,
-        emit=emit,
-        tiers=scope.tiers,
-        changes=scope.tier_changes,
+        settings, steps=scope.tier_steps, emit=emit, tiers=[tier], changes=scope.tier_changes
     ):
-        yield replace(row, name=f"tier {row.name}")
+        yield replace(row, name=name)
 
 
-def _against(settings: Resolved, scope: Scope, emit: Emit) -> list[Row]:
+def _against(name: str, settings: Resolved, scope: Scope, emit: Emit) -> list[Row]:
+    """Train one short pair.
+
+    Raises:
+        DependencyError: Ultralytics is not installed.
+        RuntimeError: a training failed.
+    """
     if not scope.epochs:
-        return [Row(name="against Ultralytics", note="skipped: takes minutes")]
-    short = _changed(settings, epochs=scope.epochs, imgsz=320)
+        return [Row(name=name, note="skipped: takes minutes")]
+    if importlib.util.find_spec("ultralytics") is None:
+        raise DependencyError("ultralytics is not installed")
+    short = _changed(settings, epochs=scope.epochs)
     device = torch_device(probe(settings.config.device))
-    return against_ultralytics(short, pairs=1, device=device, emit=emit)
+    try:
+        rows = against_ultralytics(short, pairs=1, device=device, emit=emit)
+    except DependencyError as error:  # here: a process that broke off, with its last words
+        raise RuntimeError(str(error).strip().splitlines()[-1]) from error
+    return [replace(row, name=f"{name}: {row.name}") for row in rows]
 
 
 def _changed(asked: Resolved, **changes: Any) -> Resolved:

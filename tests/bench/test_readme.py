@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hsrloop.bench.against import rows_of
+from hsrloop.bench.results import Report, Row, Spread
+from hsrloop.hardware.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +25,7 @@ def readme(monkeypatch: pytest.MonkeyPatch) -> Any:
     import readme as module
 
     yield module
-    for name in ("readme", "vs_ultralytics", "reporting"):
+    for name in ("readme", "gpu_figures", "vs_ultralytics", "reporting"):
         sys.modules.pop(name, None)
 
 
@@ -28,12 +34,140 @@ def test_the_readme_says_what_the_results_say(readme: Any) -> None:
     assert readme.written(text, readme.block()) == text, "run python benchmarks/readme.py"
 
 
-def test_what_was_not_measured_says_so_and_what_was_is_linked(readme: Any, tmp_path: Path) -> None:
-    on_gpu = [line for line in readme.block() if line.startswith("| on a GPU")]
-    assert len(on_gpu) == len(readme.ON_A_GPU)
-    (tmp_path / "gpu_suite_CARD.md").write_text("")
-    readme.README = tmp_path / "README.md"
-    assert all("[CARD](gpu_suite_CARD.md)" in row[1] for row in readme._gpu(tmp_path))
+def gpu_lines(readme: Any, results: Path) -> dict[str, list[str]]:
+    """Return the rows of a GPU's figures, their cells by the words they begin with."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.block(results)]
+    return {row[0].removeprefix("on a GPU: "): row[1:] for row in rows if row and "GPU:" in row[0]}
+
+
+@pytest.fixture
+def results(readme: Any, tmp_path: Path) -> Path:
+    """A copy of the committed results, without those of a GPU."""
+    folder: Path = tmp_path / "results"
+    shutil.copytree(readme.RESULTS, folder)
+    for file in (*folder.glob("gpu_suite_*"), *folder.glob("first_step*")):
+        file.unlink()
+    return folder
+
+
+GOALS = {
+    "training": "training on two CPU cores, images/s (share of the bare step's speed)",
+    "against": "training side by side, images/s",
+    "validation": "validation, images/s (share of the network's speed); side by side",
+    "memory": "peak memory, GiB",
+    "waits": "waits of the host",
+    "steps": "optimizer step alone, images/s",
+    "deterministic": "time of a step with `--deterministic`, over that without",
+    "tiers": "each tier's defaults in its card's memory",
+    "recovery": "settings that do not fit",
+    "exactness": "trained twice with `--deterministic`",
+    "first step": "from the command to the first step, s",
+}
+
+
+def write_suite(results: Path, rows: Sequence[Row], card: str = "card") -> None:
+    report = Report(host=f"2026-12-01; 8 cores; {card}; commit abc", rows=rows)
+    (results / f"gpu_suite_{card}.json").write_text(json.dumps(report.to_json()))
+
+
+def once(value: float) -> Spread:
+    return Spread.of([value])
+
+
+def test_every_goal_on_a_gpu_is_not_measured_before_anybody_did(
+    readme: Any, results: Path, smoke_results: Path
+) -> None:
+    shutil.copy(smoke_results / "gpu_suite_smoke.json", results)  # it is no GPU
+    (results / "first_step.json").write_text(
+        json.dumps({"host": "h", "device": "cpu", "seen_s": [9.0]})
+    )
+    lines = gpu_lines(readme, results)
+    assert list(lines) == list(GOALS.values())
+    assert all(cells == ["not measured", "", "", "", ""] for cells in lines.values())
+
+
+def test_what_the_suite_wrote_is_in_the_table(
+    readme: Any, results: Path, smoke_results: Path
+) -> None:
+    file = results / "gpu_suite_card.json"
+    shutil.copy(smoke_results / "gpu_suite_smoke.json", file)
+    report = json.loads(file.read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    lines = gpu_lines(readme, results)
+    train, step, exact, val = (
+        rows[name]
+        for name in (
+            "train, n, fp16, rendered on the GPU, two CPU cores",
+            *("step, n, fp16", "step, n, deterministic", "validation, n"),
+        )
+    )
+
+    def speed(row: Any, digits: int = 0) -> str:
+        return f"{row['images_per_s']['median']:.{digits}f}"
+
+    def with_share(row: Any) -> str:
+        return f"n {speed(row)} ({row['efficiency']['median']:.2f})"
+
+    assert lines[GOALS["training"]][:4] == [with_share(train), "", "", "rounds: 1"]
+    assert lines[GOALS["validation"]][0] == with_share(val)
+    assert lines[GOALS["memory"]][0] == f"n {train['peak_memory_bytes'] / 2**30:.2f}"
+    assert lines[GOALS["waits"]][0] == "a step: n 0; a validation: n 1"
+    assert lines[GOALS["steps"]][0] == f"fp16: n {speed(step)}"
+    ratio = step["images_per_s"]["median"] / exact["images_per_s"]["median"]
+    assert lines[GOALS["deterministic"]][0] == f"n {ratio:.2f}x"
+    assert lines[GOALS["exactness"]][0] == "4 steps twice: equal bit for bit"
+    for goal in ("against", "tiers", "recovery", "first step"):  # skipped: no GPU
+        assert lines[GOALS[goal]] == ["not measured", "", "", "", ""], goal
+    letter = lines[GOALS["training"]][4]
+    (host,) = [line for line in readme.block(results) if line.startswith(f"- {letter}: ")]
+    assert host == f"- {letter}: {report['host']}"
+
+
+def test_figures_beside_ultralytics_are_those_of_the_contest(readme: Any, results: Path) -> None:
+    ours = {"train_s": [9.0, 2.0], "val_s": [3.0, 0.5], "mAP50-95": 0.1}
+    theirs = {"train_s": [9.0, 5.0], "val_s": [3.0, 2.0], "mAP50-95": 0.1}
+    rows = [
+        dataclasses.replace(row, name=f"against Ultralytics, {scale}: {row.name}")
+        for scale in "nx"
+        for row in rows_of([ours], [theirs], ours, images=512, epochs=(2, 4))
+    ]
+    write_suite(results, [dataclasses.replace(row, peak_memory_bytes=None) for row in rows])
+    lines = gpu_lines(readme, results)
+    assert lines[GOALS["against"]][:4] == [
+        *("n 256, x 256", "n 102, x 102", "n 2.50x, x 2.50x", "1 pair"),
+    ]
+    assert lines[GOALS["validation"]][2] == "n 4.00x, x 4.00x"
+    assert lines[GOALS["memory"]][0] == "not measured"
+    peaks = {"hsrloop": 4 * GIB, "Ultralytics": 5 * GIB, "hsrloop, equal time": 4 * GIB}
+    told = [
+        dataclasses.replace(row, peak_memory_bytes=peaks[row.name.partition(": ")[2]])
+        for row in rows
+    ]
+    write_suite(results, told)
+    assert gpu_lines(readme, results)[GOALS["memory"]][:4] == [
+        *("n 4.00, x 4.00", "n 5.00, x 5.00", "n 1.25x, x 1.25x", "1 pair"),
+    ]
+
+
+def test_what_a_card_found_stands_beside_its_name(readme: Any, results: Path) -> None:
+    tiers = [
+        Row(name="tier low", note="fits"),
+        Row(name="tier high", note="micro_batch 32 | 16"),
+        Row(name="tier workstation", note="skipped: it takes 25 GiB, the card has 16"),
+        Row(name="tier cpu", note="fits"),
+    ]
+    write_suite(results, [*tiers, Row(name="recovery", note="failed: RuntimeError: no")], "a")
+    steps = [Row(name="step, m, fp16", images_per_s=once(200.0), host_waits=0)]
+    write_suite(results, [*steps, Row(name="step, s, compiled", images_per_s=once(300.0))], "b")
+    start = {"host": "card c; commit d", "device": "cuda:0", "seen_s": [8.0, 7.0, 9.5]}
+    (results / "first_step_card.json").write_text(json.dumps(start))
+    lines = gpu_lines(readme, results)
+    assert lines[GOALS["tiers"]][0] == "low: fits; high: micro_batch 32 / 16"
+    assert lines[GOALS["recovery"]][0] == "failed: RuntimeError: no"
+    assert lines[GOALS["steps"]][0] == "fp16: m 200; compiled: s 300"
+    assert lines[GOALS["first step"]][:4] == ["8.0 (7.0 to 9.5)", "", "", "3"]
+    letters = {lines[GOALS[goal]][4] for goal in ("tiers", "steps", "first step")}
+    assert len(letters) == 3  # three hosts
 
 
 def test_other_results_make_another_table(readme: Any, tmp_path: Path) -> None:

@@ -1,86 +1,154 @@
-"""The suite's order, its patience, and one run of it on a machine without a GPU."""
+"""The suite's parts and their order, and one run of it on a machine without a GPU."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from hsrloop.bench import suite
 from hsrloop.bench.results import Row
-from hsrloop.bench.suite import FULL, Cell, cells_of, run_suite
+from hsrloop.bench.suite import FEW_CORES, FULL, SMOKE, cells_of
+from hsrloop.bench.visit import Cell, run_suite
+from hsrloop.bench.workbench import Workbench
 from hsrloop.config import resolve
-from tests.bench.test_bench import Clock
+from hsrloop.errors import DependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+VISIT_S = 480
+START_S = 20  # torch loaded, CUDA started, the data set painted (a guess)
+TWO_CORES = "train, {}, fp16, rendered on the GPU, two CPU cores"
+ESSENTIAL = (
+    TWO_CORES.format("m"),
+    *("step, m, fp16", "criterion", "validation, m", "against Ultralytics, n"),
+    *("step, m, compiled", "recovery", "tier low", "tier medium", "tier high"),
+    *("tier workstation", "exactness under --deterministic"),
+)
 
-def collected(cells: list[Cell], clock: Clock, *, minutes: float, has_gpu: bool) -> list[Row]:
+
+@pytest.fixture
+def full(tiny_dataset: Path) -> list[Cell]:
+    asked = resolve([("test", {"dataset": str(tiny_dataset), "device": "cpu"})])
+    return cells_of(asked, FULL, lambda _: None)
+
+
+def ran(cell: Cell) -> list[Row]:
     rows: list[Row] = []
-    run_suite(cells, minutes=minutes, has_gpu=has_gpu, on_row=rows.append, clock=clock)
+    run_suite([cell], minutes=60, began=0, has_gpu=True, on_row=rows.append, clock=lambda: 0.0)
     return rows
 
 
-def test_what_fails_or_has_no_time_or_no_gpu_says_so_and_the_rest_goes_on() -> None:
-    clock = Clock()
-
-    def work(seconds: float, *names: str) -> Iterator[Row]:
-        for name in names:
-            clock.now += seconds
-            yield Row(name=name)
-
-    def fail() -> Iterator[Row]:
-        yield Row(name="half")
-        raise RuntimeError("no kernel image\nand more")
-
-    cells = [
-        Cell("a", 30, lambda: work(30, "a1", "a2")),
-        Cell("gpu", 1, lambda: work(0, "never"), needs_gpu=True),
-        Cell("broken", 1, fail),
-        Cell("long", 70, lambda: work(70, "never")),
-        Cell("short", 50, lambda: work(50, "short")),
-    ]
-    rows = collected(cells, clock, minutes=2, has_gpu=False)
-    assert [(row.name, row.note) for row in rows] == [
-        ("a1", ""),
-        ("a2", ""),
-        ("gpu", "skipped: no GPU"),
-        ("half", ""),
-        ("broken", "failed: RuntimeError: no kernel image"),
-        ("long", "skipped: no time left"),
-        ("short", ""),
-    ]
-
-
-def test_the_full_suite_has_every_part_and_the_most_telling_first(tiny_dataset: Path) -> None:
-    asked = resolve([("test", {"dataset": str(tiny_dataset), "device": "cpu"})])
-    names = [cell.name for cell in cells_of(asked, FULL, lambda _: None)]
-    assert names[0] == "train, m, fp16, rendered on the GPU"
-    expected = [
+def test_every_scale_has_every_part_of_the_goals_once(full: list[Cell]) -> None:
+    names = [cell.name for cell in full]
+    expected = {
+        *ESSENTIAL,
+        *(TWO_CORES.format(scale) for scale in "nsmlx"),
         *(f"step, {scale}, {kind}" for scale in "nsmlx" for kind in ("fp16", "bf16", "compiled")),
-        *("train, m, fp16, rendered on the CPU", "criterion", "validation, m", "exactness"),
-        *("step, m, deterministic", "recovery", "tiers", "against Ultralytics"),
-        *("loader, rendered on the GPU", "loader, rendered on the CPU"),
-    ]
-    assert sorted(names[1:]) == sorted(expected)
+        *(f"against Ultralytics, {scale}" for scale in "nsmlx"),
+        *(f"train, m, fp16, rendered on the {place}" for place in ("GPU", "CPU")),
+        *(f"loader, rendered on the {place}" for place in ("GPU", "CPU")),
+        *("step, m, deterministic", "tier cpu"),
+    }
     assert len(names) == len(set(names))
+    assert set(names) == expected
 
 
-def test_the_suite_works_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--smoke"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "gpu_suite_smoke.json").read_text())
+def test_one_visit_has_time_for_what_is_essential(full: list[Cell]) -> None:
+    names = [cell.name for cell in full]
+    last = max(names.index(name) for name in ESSENTIAL)
+    assert names[0] == ESSENTIAL[0]
+    assert START_S + sum(cell.seconds for cell in full[: last + 1]) <= VISIT_S
+
+
+def test_what_is_compiled_or_bf16_for_other_models_comes_last(full: list[Cell]) -> None:
+    names = [cell.name for cell in full]
+    step = max(names.index(f"step, {scale}, fp16") for scale in "nslx")
+    against = max(names.index(f"against Ultralytics, {scale}") for scale in "smlx")
+    bf16 = [names.index(f"step, {scale}, bf16") for scale in "nsmlx"]
+    compiled = [names.index(f"step, {scale}, compiled") for scale in "nslx"]
+    assert max(step, against) < min(bf16) and max(bf16) < min(compiled)
+
+
+def test_a_training_keeps_to_two_cores_and_lets_them_go(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = os.sched_getaffinity(0)
+    seen: list[tuple[int, int]] = []
+
+    def measure(bench: Workbench, _: Any) -> Row:
+        seen.append((len(os.sched_getaffinity(0)), bench.info.cores))
+        if len(seen) > 1:
+            raise ZeroDivisionError("broken")
+        return Row(name="train")
+
+    monkeypatch.setattr(suite, "measure_training", measure)
+    asked = resolve([("test", {"dataset": str(tiny_dataset), "device": "cpu"})])
+    cell = cells_of(asked, replace(SMOKE, effort=FULL.effort), lambda _: None)[0]
+    (row,) = ran(cell)
+    cores = min(FEW_CORES, len(own))
+    assert cell.name == row.name == TWO_CORES.format("n")
+    assert row.note.startswith(f"{cores} CPU core")
+    assert os.sched_getaffinity(0) == own
+    assert [row.note for row in ran(cell)] == ["failed: ZeroDivisionError: broken"]
+    assert os.sched_getaffinity(0) == own
+    assert [at for at, _ in seen] == [cores, cores]
+    assert all(counted <= cores for _, counted in seen)  # a run's loader processes follow from it
+
+
+def test_a_system_that_cannot_keep_to_cores_is_skipped(
+    full: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity")
+    (row,) = ran(full[0])
+    assert row.name == full[0].name
+    assert row.note == "skipped: this system does not let a process choose its cores"
+
+
+def test_without_ultralytics_it_is_skipped_and_a_training_that_breaks_off_failed(
+    full: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = [cell for cell in full if cell.name == "against Ultralytics, n"]
+
+    def breaks_off(*_: Any, **__: Any) -> Iterator[Row]:
+        raise DependencyError("-m hsrloop.bench.peer failed: Traceback\n  line\nValueError: no\n")
+
+    monkeypatch.setattr(suite, "against_ultralytics", breaks_off)
+    assert [row.note for row in ran(cell)] == ["failed: RuntimeError: ValueError: no"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert [row.note for row in ran(cell)] == ["skipped: ultralytics is not installed"]
+
+
+def test_the_suite_works_without_a_gpu(smoke_results: Path) -> None:
+    report = json.loads((smoke_results / "gpu_suite_smoke.json").read_text())
     notes = {row["name"]: row["note"] for row in report["rows"]}
     assert not [note for note in notes.values() if note.startswith("failed")]
     assert notes["exactness under --deterministic"] == "4 steps twice: equal bit for bit"
     assert notes["recovery"] == notes["tier medium"] == "skipped: no GPU"
     assert notes["tier cpu"] == "fits"
+    assert notes[TWO_CORES.format("n")].startswith(f"{min(2, len(os.sched_getaffinity(0)))} CPU")
     measured = [row["name"] for row in report["rows"] if row["images_per_s"]]
-    assert len(measured) == 14
-    page = (tmp_path / "gpu_suite_smoke.md").read_text()
+    assert len(measured) == 15
+    page = (smoke_results / "gpu_suite_smoke.md").read_text()
     assert all(f"| {name} |" in page for name in notes)
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(smoke_results.glob("*.new"))
+
+
+def test_minutes_count_from_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Loading torch takes longer than a second, so not one is left for the first cell."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--smoke"]
+    subprocess.run(
+        [*command, "--minutes", f"{1 / 60}", "--output", str(tmp_path)],
+        capture_output=True,
+        check=True,
+    )
+    rows = json.loads((tmp_path / "gpu_suite_smoke.json").read_text())["rows"]
+    assert rows[0]["note"] == "skipped: no time left (25 s expected, 0 s left)"
