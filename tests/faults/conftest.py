@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hsrloop.model.ema import Ema
-from hsrloop.train import checkpoint, evaluate, saver, step
+from hsrloop.train import checkpoint, detector, saver, step
 from tests.train.conftest import Recorder
 
 # Where a run can need memory: the object and the attribute that is called there.
@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "optimizer": (torch.optim.AdamW, "step"),
     "scaler update": (torch.amp.GradScaler, "update"),
     "ema": (Ema, "update"),
-    "validation": (evaluate, "detect"),
+    "validation": (detector.Detector, "detect"),
     "best.pt": (saver, "averages_of"),
     "last.pt": (saver.Saver, "_start"),
     "reserve": (saver.Saver, "reserve"),
@@ -151,7 +151,7 @@ def insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Card], Card]:
     def put(card: Card) -> Card:
         for owner, name, training in (
             (step, "forward_train", True),
-            (evaluate, "forward_eval", False),
+            (detector, "forward_eval", False),
         ):
             real = getattr(owner, name)
 
