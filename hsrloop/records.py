@@ -20,7 +20,7 @@ class DeviceInfo:
     name: str = "CPU"
     uuid: str = ""
     total_bytes: int = 0  # of the GPU; 0 on the CPU
-    free_bytes: int = 0
+    free_bytes: int = 0  # of the GPU, as far as this process may take them
     capability: tuple[int, int] = (0, 0)
     bf16: bool = False
     driver: str = ""

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+GIB = 2**30
 SHAPES = ("square", "disc", "bar")
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 80, 230))
 
@@ -104,6 +105,44 @@ def write_material(root: Path, *, each: int = 2, backgrounds: int = 3) -> None:
 def tiny_dataset(tmp_path: Path) -> Path:
     """Return the data.yaml of a fresh set: 8 images to train on, 4 to validate, 3 classes."""
     return write_tiny_dataset(tmp_path / "tiny")
+
+
+class CardMemory:
+    """A card's memory as driver and allocator tell of it, and this process's cap; sizes in GiB."""
+
+    def __init__(self) -> None:
+        self.total = 80.0
+        self.others = 0.0  # what other processes hold
+        self.reserved = 0.0  # what this one holds
+        self.share = 1.0  # the cap
+        self.shares: list[float] = []  # caps as they were set
+
+    def set_share(self, share: float, device: int | None = None) -> None:
+        self.share = share
+        self.shares.append(share)
+
+
+@pytest.fixture
+def card_memory(monkeypatch: pytest.MonkeyPatch) -> CardMemory:
+    """Let torch speak of a card of 80 GiB that the test fills; nothing can be computed on it."""
+    import torch
+
+    card = CardMemory()
+    for name, answer in (
+        (
+            "mem_get_info",
+            lambda device=None: (
+                int(GIB * (card.total - card.others - card.reserved)),
+                int(GIB * card.total),
+            ),
+        ),
+        ("memory_reserved", lambda device=None: int(GIB * card.reserved)),
+        ("get_per_process_memory_fraction", lambda device=None: card.share),
+        ("set_per_process_memory_fraction", card.set_share),
+        ("empty_cache", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return card
 
 
 @pytest.fixture(scope="session")

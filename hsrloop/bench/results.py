@@ -53,7 +53,7 @@ class Row:
     watts: float | None = None
     utilisation: float | None = None  # share of time with work on the GPU
     note: str = ""  # such as "skipped: no GPU"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # shown before the figures
 
     @property
     def s_per_1000(self) -> float | None:
@@ -101,28 +101,36 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def titled(rows: Sequence[Row]) -> list[tuple[str, Sequence[str]]]:
+    """Return each title with a text for each row; settings and figures that no row has are absent.
+
+    Settings come first, in the order in which the rows name them.
+    """
+    names = dict.fromkeys(name for row in rows for name in row.settings)
+    settings = [(name, [str(row.settings.get(name, "")) for row in rows]) for name in names]
+    columns = [cells(row) for row in rows]
+    figures = [(title, [column[i] for column in columns]) for i, title in enumerate(_TITLES)]
+    return [(title, texts) for title, texts in (*settings, *figures) if any(texts)]
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """Return the rows for a terminal, side by side; figures that nothing has are left out."""
+    """Return the rows for a terminal, side by side."""
     shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     shown.add_column("")
     for row in rows:
         shown.add_column(row.name, justify="right")
-    columns = [cells(row) for row in rows]
-    for line, title in enumerate(_TITLES):
-        texts = [column[line] for column in columns]
-        if any(texts):
-            shown.add_row(title, *texts)
+    for title, texts in titled(rows):
+        shown.add_row(title, *texts)
     return shown
 
 
 def markdown(report: Report) -> list[str]:
     """Return the report as lines of a page, a line a row."""
-    columns = [cells(row) for row in report.rows]
-    kept = [i for i in range(len(_TITLES)) if any(column[i] for column in columns)]
+    columns = titled(report.rows)
     said = ", ".join(f"{key} {value}" for key, value in report.settings.items())
     lines = [report.host, "", *([said, ""] if said else [])]
-    lines.append("| | " + " | ".join(_TITLES[i] for i in kept) + " |")
-    lines.append("|" + "---|" * (len(kept) + 1))
-    for row, column in zip(report.rows, columns, strict=True):
-        lines.append(f"| {row.name} | " + " | ".join(column[i] for i in kept) + " |")
+    lines.append("| | " + " | ".join(title for title, _ in columns) + " |")
+    lines.append("|" + "---|" * (len(columns) + 1))
+    for i, row in enumerate(report.rows):
+        lines.append(f"| {row.name} | " + " | ".join(texts[i] for _, texts in columns) + " |")
     return lines

@@ -1,7 +1,8 @@
 """Does every tier's default fit its card? A short real run for each, on this machine.
 
 On a large card the smaller tiers are emulated: the allocator may take no more than the smallest
-card of the tier has. What recovery makes of settings that do not fit is part of the answer.
+card of the tier has. What recovery makes of settings that do not fit is part of the answer. What
+fits such a card is remembered apart from what fits the user's, and no longer than it is emulated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +21,18 @@ from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
 from hsrloop.errors import HsrloopError
-from hsrloop.events import Event, Progress, Recovered
-from hsrloop.hardware.memory import GIB
+from hsrloop.events import Climbed, Event, Progress, Recovered
+from hsrloop.hardware.memory import GIB, capped
 from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
 from hsrloop.records import DeviceInfo, Tier
+from hsrloop.train.fits import FILE
 from hsrloop.train.run import train
 
 SMALLEST_LOW_GIB = 4.0  # of the cards that train at all (a guess)
 WARM = 3  # steps before the clock starts
+DECIDED = ("model", "batch", "imgsz")  # by the tier
 
 
 def card_gib(tier: Tier) -> float:
@@ -70,7 +74,7 @@ class StepWatch:
 
     def handle(self, event: Event) -> None:
         """Start over when settings change."""
-        if isinstance(event, Recovered):
+        if isinstance(event, Recovered | Climbed):
             self.changes.append(event.change)
             self._seen = 0
 
@@ -114,7 +118,7 @@ def measure_tiers(
         reason = why_not(tier, info)
         values = {**settings_of(tier), **(changes or {})}
         if reason:
-            yield Row(name=tier.name, note=reason, settings=values)
+            yield Row(name=tier.name, note=reason, settings={k: values[k] for k in DECIDED})
             continue
         device = "cpu" if tier is CPU else torch_device(info)
         sources = {**resolved.sources, **dict.fromkeys(values, f"tier {tier.name}")}
@@ -130,12 +134,10 @@ def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[No
         yield
         return
     torch.cuda.empty_cache()
-    share = min(1.0, card_gib(tier) * GIB / total_bytes)
-    torch.cuda.set_per_process_memory_fraction(share, device)
     try:
-        yield
+        with capped(device, card_gib(tier) * GIB / total_bytes):
+            yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
 
 
@@ -145,7 +147,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     watch = StepWatch(steps, settle=lambda: finish(device))
     reader = nvml_reader(info.uuid) if device.type == "cuda" else None
     reset_peak(device)
-    failure = ""
+    failure, ended = "", {}
     with (
         tempfile.TemporaryDirectory(prefix="hsrloop-tier-") as output,
         memory_of(tier, device, info.total_bytes),
@@ -153,7 +155,13 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     ):
         endless = config.replace(output=output, epochs=10_000, patience=0, tensorboard=False)
         try:
-            train(Resolved(endless, asked.sources), sinks=[watch], stop=watch)
+            outcome = train(
+                Resolved(endless, asked.sources),
+                sinks=[watch],
+                stop=watch,
+                fits=Path(output) / FILE,
+            )
+            ended = {"micro_batch": outcome.rung.micro_batch}
         except HsrloopError as error:
             failure = str(error)
     speed = Spread.of([config.batch / watch.step_s]) if watch.step_s else None
@@ -165,5 +173,5 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
         watts=watts,
         utilisation=busy,
         note=failure or "; ".join(watch.changes) or "fits",
-        settings={"model": config.model, "batch": config.batch, "imgsz": config.imgsz},
+        settings={**{name: getattr(config, name) for name in DECIDED}, **ended},
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hsrloop.cli.layers import Request, add_machine, resolve_explicit
 from hsrloop.cli.run import check_file_place, from_anywhere, prepare
 from hsrloop.config import Resolved
+from hsrloop.errors import ConfigError
 
 if TYPE_CHECKING:
     from hsrloop.bench.results import Row
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TIERS = "tiers"
 _SCENES = {"train": 128, "val": 32}  # of the set that is painted when none is given
 _TIER_STEPS = 6
+_LEFT_TO_TIERS = ("gpu_tier", "model", "batch", "imgsz")
 _EPOCHS_AGAINST = 5
 
 
@@ -46,6 +48,8 @@ def run_bench(
         if file is not None:
             check_file_place(file, option)
     asked = resolve_explicit(request)
+    if TIERS in wanted.parts:
+        _check_left_to_tiers(asked)
     prepare()
     resolved = from_anywhere(add_machine(request, asked))
 
@@ -72,6 +76,22 @@ def run_bench(
         save_bars(report, plot)
         console.print(f"Written: {plot}", soft_wrap=True)
     return 0
+
+
+def _check_left_to_tiers(asked: Resolved) -> None:
+    """Refuse settings that trying the tiers would ignore.
+
+    Raises:
+        ConfigError: a tier is named, or something that each tier decides.
+    """
+    values = {name: getattr(asked.config, name) for name in _LEFT_TO_TIERS}
+    given = {k: v for k, v in values.items() if v is not None and asked.sources[k] != "default"}
+    if given:
+        said = " and ".join(f"{name} is {value}" for name, value in given.items())
+        raise ConfigError(
+            f"{said}, but bench tiers tries every tier with its own model, batch and imgsz. "
+            f"Drop {' and '.join(given)}, or name other parts than tiers."
+        )
 
 
 def _measured(

@@ -1,14 +1,19 @@
-"""What this process may use of the host: memory, cores, disk; container limits counted in."""
+"""What this process may use of host and GPU: memory, cores, disk; limits set on it counted in."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 _ROOT = Path("/")
@@ -17,6 +22,14 @@ _ROOT = Path("/")
 @dataclass(frozen=True, slots=True)
 class HostMemory:
     """RAM in bytes: the machine's, or its container's when that is less."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Memory of a GPU in bytes: the card's, or this process's own cap's when that is less."""
 
     total_bytes: int
     free_bytes: int
@@ -54,6 +67,43 @@ def disk_free_bytes(path: Path | str) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def gpu_memory(device: torch.device | str) -> GpuMemory:
+    """Return what this process may have of a GPU in all, and what it can still take of it.
+
+    Free is what the driver has left, or what torch's allocator may still take under its cap
+    (`capped`), whichever is less. Memory that the allocator holds unused is not counted as free.
+
+    Args:
+        device: "cuda" or "cuda:N"; without a number the current one.
+    """
+    import torch
+
+    index = torch.device(device).index
+    free, total = torch.cuda.mem_get_info(index)
+    cap = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+    left = cap - torch.cuda.memory_reserved(index)
+    return GpuMemory(min(total, cap), max(0, min(free, left)))
+
+
+@contextmanager
+def capped(device: torch.device | str, share: float) -> Iterator[None]:
+    """Let torch's allocator take no more than a share of a GPU; a smaller cap set before stays.
+
+    Args:
+        device: as for `gpu_memory`.
+        share: of the card's whole memory; above 1 it caps nothing.
+    """
+    import torch
+
+    index = torch.device(device).index
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction(min(before, share), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def gpu_neighbours(uuid: str) -> tuple[tuple[int, int], ...]:

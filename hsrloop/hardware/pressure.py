@@ -11,9 +11,11 @@ from __future__ import annotations
 import platform
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hsrloop.hardware.memory import capped, gpu_memory
 from hsrloop.records import DeviceInfo
 
 SETTLING = 2  # windows in which kernels are still being chosen, which takes and gives memory
@@ -27,7 +29,10 @@ SPILL_SHARE = 0.97  # of what is free at the start: where a driver would begin t
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A look at a card: how often its allocator started over, and what share of it is taken."""
+    """A look at a card: how often its allocator started over, and what share of it is taken.
+
+    The share is of what this process may have of the card.
+    """
 
     retries: int
     full_share: float
@@ -91,9 +96,9 @@ def watch(device: str) -> Pressure | None:
     import torch
 
     def read() -> Reading:
-        free, total = torch.cuda.mem_get_info(device)
+        memory = gpu_memory(device)
         retries = int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
-        return Reading(retries, 1 - free / total)
+        return Reading(retries, 1 - memory.free_bytes / memory.total_bytes)
 
     return Pressure(read)
 
@@ -104,11 +109,10 @@ def memory_use(device: str) -> MemoryUse | None:
         return None
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
     return MemoryUse(
         fixed_bytes=torch.cuda.memory_allocated(device),
         peak_bytes=torch.cuda.max_memory_allocated(device),
-        capacity_bytes=free + torch.cuda.memory_reserved(device),
+        capacity_bytes=gpu_memory(device).free_bytes + torch.cuda.memory_reserved(device),
     )
 
 
@@ -126,3 +130,14 @@ def spill_cap(
     if info.kind != "cuda" or not info.total_bytes or not lends:
         return None
     return min(1.0, SPILL_SHARE * info.free_bytes / info.total_bytes)
+
+
+@contextmanager
+def without_spilling(info: DeviceInfo) -> Iterator[None]:
+    """Keep torch, meanwhile, from memory that the driver would lend; see `spill_cap`."""
+    share = spill_cap(info)
+    if share is None:
+        yield
+        return
+    with capped(f"cuda:{info.index}", share):
+        yield

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hsrloop.errors import ConfigError, DeviceError
-from hsrloop.hardware.memory import host_memory, shm_free_bytes, usable_cores
+from hsrloop.hardware.memory import gpu_memory, host_memory, shm_free_bytes, usable_cores
 from hsrloop.records import DeviceInfo
 
 
@@ -275,7 +275,7 @@ def _torch_card(index: int) -> Card:
         name=properties.name,
         uuid=str(properties.uuid),
         total_bytes=properties.total_memory,
-        free_bytes=torch.cuda.mem_get_info(index)[0],
+        free_bytes=gpu_memory(f"cuda:{index}").free_bytes,
         capability=capability,
         bf16=capability >= (8, 0),
     )

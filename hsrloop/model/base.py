@@ -30,6 +30,13 @@ class BaseModel:
     source: str  # the file, or the yaml name
     source_names: tuple[str, ...]  # classes of the file; empty for scratch
 
+    @property
+    def fresh_share(self) -> float | None:
+        """Share of classes that pretrained weights do not know; None from scratch."""
+        if not self.source_names:
+            return None
+        return sum(self.fresh_classes) / len(self.fresh_classes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:

@@ -63,9 +63,9 @@ class Fits:
     path: Path
 
     @classmethod
-    def of(cls, key: str) -> Fits:
-        """Return the results that this user's cache folder holds."""
-        return cls(key, cache_folder() / FILE)
+    def of(cls, key: str, path: Path | None = None) -> Fits:
+        """Return the results in a file; None: the one in this user's cache folder."""
+        return cls(key, path or cache_folder() / FILE)
 
     def known(self) -> Rung | None:
         """Return the rung that fitted when the same was tried before."""

@@ -17,7 +17,7 @@ from hsrloop.data.scenes.cutouts import CutoutStore
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.errors import DeviceError
 from hsrloop.events import Event, Note, Progress
-from hsrloop.hardware.memory import GIB, usable_cores
+from hsrloop.hardware.memory import GIB, gpu_memory, usable_cores
 from hsrloop.paths import cache_folder
 
 Emit = Callable[[Event], None]
@@ -56,7 +56,7 @@ def train_images(
     Raises:
         DeviceError: `config.augment_device` asks for a GPU and `device` is none.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    free = gpu_memory(device).free_bytes if device.type == "cuda" else 0
     scratch = int(min(max(free * SCRATCH_SHARE, SCRATCH_LIMITS[0]), SCRATCH_LIMITS[1]))
     sources = Sources(ImageStore(images, imgsz=config.imgsz), cutouts)
     place = render_place(

@@ -14,6 +14,7 @@ from hsrloop.data.pixels.bank import BANK_SHARE, BYTES_PER_PIXEL
 from hsrloop.data.pixels.store import stored_size
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Note, Progress
+from hsrloop.hardware.memory import gpu_memory
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, cause_of
 from hsrloop.train.loop import set_modes
 from hsrloop.train.recovery import free_memory
@@ -146,6 +147,5 @@ def _room_for(images: Sequence[ImageRef], rehearsal: Rehearsal) -> Tensor | None
         return None
     imgsz = rehearsal.config.imgsz
     pixels = sum(h * w for h, w in (stored_size(r.height, r.width, imgsz) for r in images))
-    free, _ = torch.cuda.mem_get_info(device)
-    size = min(BYTES_PER_PIXEL * pixels, int(BANK_SHARE * free))
+    size = min(BYTES_PER_PIXEL * pixels, int(BANK_SHARE * gpu_memory(device).free_bytes))
     return torch.empty(size, dtype=torch.uint8, device=device)

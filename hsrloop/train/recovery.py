@@ -229,8 +229,8 @@ def _advice(cause: Cause, info: DeviceInfo) -> str:
         words = f" Others hold memory on {info.name}: {held}; end them."
     elif taken > GIB:  # in a container and under Windows the driver does not tell who
         words = (
-            f" {taken / GIB:.1f} of the {info.total_bytes / GIB:.1f} GiB of {info.name} were taken "
-            "when the run started; see nvidia-smi for who holds them."
+            f" When the run started it could take {info.free_bytes / GIB:.1f} of the "
+            f"{info.total_bytes / GIB:.1f} GiB of {info.name}; see nvidia-smi for who holds memory."
         )
     return f"{words} Use a smaller model (-m yolov8n.pt), or --device cpu."
 

@@ -19,12 +19,12 @@ from hsrloop.events import Event, Note, RunFinished, RunStarted, RunStopped, Sin
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.power import Power
-from hsrloop.hardware.pressure import spill_cap, watch
+from hsrloop.hardware.pressure import watch, without_spilling
 from hsrloop.hardware.probe import probe, torch_device
-from hsrloop.model.base import BaseModel, load_base
+from hsrloop.model.base import load_base
 from hsrloop.model.groups import groups_table
 from hsrloop.paths import is_file
-from hsrloop.records import DeviceInfo
+from hsrloop.records import DeviceInfo, Rung
 from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
@@ -72,6 +72,7 @@ class Outcome:
 
     run_dir: Path
     reason: str  # "completed", "patience" or "interrupted"
+    rung: Rung  # where it ended
     result: Mapping[str, Any] | None
 
 
@@ -81,6 +82,7 @@ def train(
     resume: Path | None = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
+    fits: Path | None = None,
 ) -> Outcome:
     """Run a training from its settings, or go on with one.
 
@@ -89,6 +91,7 @@ def train(
         resume: weights/last.pt of the run to go on with.
         sinks: listeners beside the run folder's own; closed at the end, as those are.
         stop: asked after every step; once it says True the run saves and returns.
+        fits: file of what is known to fit in GPU memory; None: the user's.
 
     Raises:
         HsrloopError: anything the user can mend, before the run starts where that can be known.
@@ -102,7 +105,7 @@ def train(
         saved = read_newest(resume, hub.emit, trust=trust) if resume else None
         if saved is not None:
             resolved = resumed_settings(resolved, saved, hub.emit)
-        return _train(resolved, saved, hub, stop)
+        return _train(resolved, saved, hub, stop, fits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +122,15 @@ class _Ready:
     choose: bool  # the micro-batch is still to be chosen
 
 
-def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool]) -> Outcome:
+def _train(
+    resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool], fits: Path | None
+) -> Outcome:
     run_dir = folder.of_checkpoint(saved.path) if saved else None
-    ready = _prepare(resolved, saved, run_dir, hub)
-    state, resolved = ready.state, ready.resolved
+    info = probe(resolved.config.device)
     with contextlib.ExitStack() as closing:
+        closing.enter_context(without_spilling(info))
+        ready = _prepare(resolved, saved, run_dir, info, hub)
+        state, resolved = ready.state, ready.resolved
         if run_dir is None:
             run_dir = folder.make_run_folder(folder.output_of(resolved.config))
             closing.enter_context(folder.held(run_dir))
@@ -151,19 +158,17 @@ def _train(resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[],
         )
         guard = Guard(state, run_dir)
         power = closing.enter_context(Power(hub.emit))
-        reason = _go(ready, saver, guard, governor, profiler, power.emit, stop)
+        reason = _go(ready, saver, guard, governor, profiler, power.emit, stop, fits)
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
-def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub: Hub) -> _Ready:
+def _prepare(
+    resolved: Resolved, saved: Saved | None, run_dir: Path | None, info: DeviceInfo, hub: Hub
+) -> _Ready:
     """Load data and model, check what can be checked, and stand at the position to start from."""
     config = resolved.config
-    info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
-    cap = spill_cap(info)
-    if cap is not None:
-        torch.cuda.set_per_process_memory_fraction(cap, device)
     check_augment_device(config, info.kind)
     spec, synthesis = _data(resolved, hub)
     place = run_dir or folder.output_of(config)
@@ -173,7 +178,7 @@ def _prepare(resolved: Resolved, saved: Saved | None, run_dir: Path | None, hub:
         config = resolved.config
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
-    fresh_share = saved.identity.fresh_share if saved else _fresh_share(base)
+    fresh_share = saved.identity.fresh_share if saved else base.fresh_share
     identity = _identity(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     with must_fit(info):
@@ -220,11 +225,12 @@ def _go(
     profiler: StepProfiler | None,
     emit: Callable[[Event], None],
     stop: Callable[[], bool],
+    fits: Path | None,
 ) -> str:
     """Run to the end, on smaller settings where memory runs out; return how it ended."""
     state, config = ready.state, ready.resolved.config
     transaction = Transaction(state)
-    rehearsal = _rehearsal(ready, transaction, emit)
+    rehearsal = _rehearsal(ready, transaction, emit, fits)
     if ready.choose:
         choose_micro_batch(rehearsal, _images(ready))
     if rehearsal.wanted:
@@ -265,7 +271,9 @@ def _images(ready: _Ready) -> Sequence[ImageRef]:
     return (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
 
 
-def _rehearsal(ready: _Ready, transaction: Transaction, emit: Callable[[Event], None]) -> Rehearsal:
+def _rehearsal(
+    ready: _Ready, transaction: Transaction, emit: Callable[[Event], None], fits: Path | None
+) -> Rehearsal:
     """Return what tries the worst step out, where the user and the device want it."""
     config, scenes, state = ready.resolved.config, ready.synthesis.scenes, ready.state
     boxes = most_boxes(ready.spec.train, scenes, config)
@@ -285,7 +293,7 @@ def _rehearsal(ready: _Ready, transaction: Transaction, emit: Callable[[Event], 
         transaction=transaction,
         boxes=boxes,
         classes=classes,
-        fits=Fits.of(key),
+        fits=Fits.of(key, fits),
         emit=emit,
         wanted=config.rehearsal == "always"
         or (config.rehearsal == "auto" and state.device.type == "cuda"),
@@ -304,7 +312,7 @@ def _finish(
         last = shlex.quote(str(run_dir / "weights" / "last.pt"))
         text = f"go on with: hsrloop train --resume {last}"
         hub.emit(RunStopped(reason=reason, text=text))
-        return Outcome(run_dir=run_dir, reason=reason, result=None)
+        return Outcome(run_dir=run_dir, reason=reason, rung=state.rung, result=None)
     best = state.history[state.best_epoch - 1]
     names = {"ap50": "mAP50", "ap50_95": "mAP50-95"}
     result = {
@@ -328,7 +336,7 @@ def _finish(
     hub.emit(
         RunFinished(run_dir=str(run_dir), reason=reason, result=result, classes=best["classes"])
     )
-    return Outcome(run_dir=run_dir, reason=reason, result=result)
+    return Outcome(run_dir=run_dir, reason=reason, rung=state.rung, result=result)
 
 
 def _open_reports(hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState) -> Server | None:
@@ -390,10 +398,3 @@ def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
     if ignored := ignored_synthesis(resolved, spec, synthesis):
         hub.emit(Note(text=ignored, level="warning"))
     return spec, synthesis
-
-
-def _fresh_share(base: BaseModel) -> float | None:
-    """Return the share of classes that pretrained weights do not know; None from scratch."""
-    if not base.source_names:
-        return None
-    return sum(base.fresh_classes) / len(base.fresh_classes)

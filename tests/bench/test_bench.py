@@ -11,10 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from hsrloop.bench import tiers
 from hsrloop.bench.meters import in_turn, nvml_reader, power, rates, shares
 from hsrloop.bench.picture import draw_bars
 from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
 from hsrloop.cli.main import main
+from hsrloop.config import Resolved
 from hsrloop.report.console import make_console
 
 CPU = torch.device("cpu")
@@ -125,6 +127,26 @@ def test_a_report_as_markdown_and_json() -> None:
     assert data["rows"][1]["images_per_s"] is None
 
 
+def test_settings_of_rows_are_shown_before_the_figures() -> None:
+    rows = (
+        Row(name="low", note="skipped: no GPU", settings={"model": "yolov8s.pt", "batch": 8}),
+        Row(
+            name="medium",
+            note="imgsz 640 -> 576",
+            settings={"model": "yolov8m.pt", "batch": 16, "micro_batch": 4},
+        ),
+    )
+    head, rule, low, medium = markdown(Report(host="this machine", rows=rows))[2:]
+    assert head == "| | model | batch | micro_batch |  |" and rule.count("|") == head.count("|")
+    assert low == "| low | yolov8s.pt | 8 |  | skipped: no GPU |"
+    assert medium == "| medium | yolov8m.pt | 16 | 4 | imgsz 640 -> 576 |"
+    console = make_console()
+    with console.capture() as captured:
+        console.print(table(rows))
+    lines = [line.split() for line in captured.get().splitlines()]
+    assert ["model", "yolov8s.pt", "yolov8m.pt"] in lines and ["micro_batch", "4"] in lines
+
+
 def test_bars_are_as_long_as_the_speeds() -> None:
     axes = draw_bars(Report(host="this machine", rows=ROWS)).axes[0]
     assert sorted(bar.get_width() for bar in axes.patches) == [90.0, 100.0]
@@ -161,3 +183,43 @@ def test_only_the_parts_named_are_measured(tiny_dataset: Path, tmp_path: Path) -
     assert "measuring the loader" in done.output
     others = ("step", "validation", "training")
     assert not any(f"measuring {what}" in done.output.replace("the ", "") for what in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "yolov8n.yaml"], "model is yolov8n.yaml, but bench tiers tries every tier"),
+        (["--batch", "4", "--imgsz", "64"], "batch is 4 and imgsz is 64, but bench tiers"),
+        (["--set", "imgsz=64"], "Drop imgsz, or name other parts than tiers."),
+        (["--gpu-tier", "low", "step"], "gpu_tier is low, but bench tiers"),
+    ],
+)
+def test_what_each_tier_decides_cannot_be_given_beside_tiers(
+    arguments: list[str], said: str
+) -> None:
+    done = CliRunner().invoke(main, ["bench", "tiers", *arguments])
+    assert done.exit_code == 2 and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_cannot_either(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: yolov8n.yaml\ngpu_tier: null\n")
+    done = CliRunner().invoke(main, ["bench", "tiers", "--config", str(tmp_path / "config.yaml")])
+    assert done.exit_code == 2 and "model is yolov8n.yaml, but" in done.stderr
+
+
+def test_tiers_are_shown_with_their_settings(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tier does not decide is handed on, as `--batch auto` is, which is no batch."""
+    asked = []
+
+    def measured(resolved: Resolved, **_: object) -> list[Row]:
+        asked.append(resolved.config.micro_batch)
+        return [Row(name="low", settings={"model": "yolov8s.pt", "micro_batch": 8})]
+
+    monkeypatch.setattr(tiers, "measure_tiers", measured)
+    arguments = ["bench", "tiers", "-d", str(tiny_dataset), "--device", "cpu", "--batch", "auto"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert asked == ["auto"] and "yolov8s.pt" in done.stdout

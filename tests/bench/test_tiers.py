@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hsrloop.bench import tiers
+from hsrloop.bench.suite import SMOKE, TIGHT, cells_of
 from hsrloop.bench.tiers import WARM, StepWatch, measure_tiers, memory_of, why_not
 from hsrloop.config import resolve
-from hsrloop.events import Note, Recovered
-from hsrloop.hardware.memory import GIB
+from hsrloop.events import Climbed, Note, Recovered
+from hsrloop.hardware.memory import GIB, gpu_memory
 from hsrloop.hardware.tiers import CPU, TIERS, tier_named
-from hsrloop.records import DeviceInfo
-from hsrloop.train import step
+from hsrloop.paths import cache_folder
+from hsrloop.records import DeviceInfo, Rung, Tier
+from hsrloop.train import fits, step
 from tests.bench.test_bench import Clock
+from tests.conftest import CardMemory
 
 TINY = {"model": "yolov8n.yaml", "imgsz": 64, "batch": 4}
 
@@ -42,6 +49,20 @@ def test_steps_are_timed_after_warm_up_and_again_after_a_recovery() -> None:
     assert len(settled) == 3, "the device is waited for whenever the clock is read"
 
 
+def test_a_larger_micro_batch_is_timed_anew_too() -> None:
+    clock = Clock()
+    watch = StepWatch(1, clock=clock)
+    for seconds in (10.0,) * WARM:
+        clock.now += seconds
+        watch()
+    watch.handle(Climbed(change="micro_batch 4 -> 8", rung={}, epoch=2))
+    for _ in range(WARM + 1):
+        clock.now += 0.5
+        ended = watch()
+    assert ended and watch.step_s == pytest.approx(0.5)
+    assert watch.changes == ["micro_batch 4 -> 8"]
+
+
 def test_a_run_that_ends_before_has_no_speed() -> None:
     watch = StepWatch(4, clock=Clock())
     watch()
@@ -62,19 +83,16 @@ def test_which_tiers_a_machine_can_try() -> None:
 
 
 def test_a_smaller_card_is_emulated_and_the_whole_card_comes_back(
-    monkeypatch: pytest.MonkeyPatch,
+    card_memory: CardMemory,
 ) -> None:
-    shares: list[float] = []
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
-    )
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    with pytest.raises(KeyError), memory_of(tier_named("medium"), torch.device("cuda"), 80 * GIB):
+    device = torch.device("cuda:0")
+    with pytest.raises(KeyError), memory_of(tier_named("medium"), device, 80 * GIB):
+        assert gpu_memory(device).free_bytes == pytest.approx(6 * GIB, abs=1)
         raise KeyError
-    assert shares == [pytest.approx(6 / 80), 1.0]
+    assert card_memory.shares == [pytest.approx(6 / 80), 1.0]
     with memory_of(CPU, torch.device("cpu"), 0):
         pass
-    assert len(shares) == 2
+    assert len(card_memory.shares) == 2
 
 
 @pytest.fixture
@@ -87,7 +105,8 @@ def test_the_tier_of_this_machine_is_run(asked: Any) -> None:
     assert [row.name for row in rows] == [tier.name for tier in TIERS]
     assert [row.note for row in rows] == ["skipped: no GPU"] * 4 + ["fits"]
     assert rows[-1].images_per_s is not None and rows[-1].images_per_s.median > 0
-    assert rows[-1].settings == TINY
+    assert rows[-1].settings == {**TINY, "micro_batch": 4}
+    assert all(row.settings == TINY for row in rows[:-1]), "nothing ended anywhere"
 
 
 def test_what_recovery_made_of_a_tier_is_told(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,9 +122,72 @@ def test_what_recovery_made_of_a_tier_is_told(asked: Any, monkeypatch: pytest.Mo
     changes = {**TINY, "batch": 8}
     (row,) = measure_tiers(asked, steps=1, emit=lambda _: None, tiers=[CPU], changes=changes)
     assert row.note.endswith("micro_batch 8 -> 4") and row.images_per_s is not None
+    assert row.settings == {**changes, "micro_batch": 4}
 
 
 def test_a_tier_that_cannot_run_says_so_and_the_next_one_goes_on(asked: Any) -> None:
     broken = {**TINY, "model": "nowhere/of_that_name.pt"}
     rows = list(measure_tiers(asked, steps=1, emit=lambda _: None, tiers=[CPU], changes=broken))
     assert len(rows) == 1 and "does not exist" in rows[0].note and rows[0].images_per_s is None
+    assert rows[0].settings == broken
+
+
+MEDIUM = tier_named("medium")
+REHEARSED = {**TINY, "batch": 8, "rehearsal": "always"}
+
+
+@pytest.fixture
+def small_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiers run on the CPU: a card trains two images at once for each GiB it has."""
+    room: list[float] = []
+    real = step.forward_train
+
+    @contextmanager
+    def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[None]:
+        room.append(2 * tier.from_gib)
+        try:
+            yield
+        finally:
+            room.pop()
+
+    def limited(module: Any, images: torch.Tensor) -> Any:
+        if len(images) > room[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(module, images)
+
+    monkeypatch.setattr(tiers, "why_not", lambda tier, info: "")
+    monkeypatch.setattr(tiers, "memory_of", memory_of)
+    monkeypatch.setattr(step, "forward_train", limited)
+
+
+@pytest.fixture(params=["absent", "present"])
+def users_file(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """What the user's own runs found to fit must be there afterwards, as it was, or not at all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = cache_folder() / fits.FILE
+    if request.param == "present":
+        rung = Rung(micro_batch=2, imgsz=64, cache=False, workers=0, val_batch=2, bank="cv2")
+        fits.Fits.of("a key").remember(rung)
+    before = path.read_bytes() if path.exists() else None
+    yield
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+@pytest.mark.parametrize("order", [(TIGHT, MEDIUM), (MEDIUM, TIGHT)])
+@pytest.mark.usefixtures("small_cards", "users_file")
+def test_what_fits_a_card_is_not_taken_for_what_fits_another(
+    asked: Any, order: tuple[Tier, ...]
+) -> None:
+    rows = measure_tiers(asked, steps=1, emit=lambda _: None, tiers=order, changes=REHEARSED)
+    found = {row.name: (row.note, row.settings["micro_batch"]) for row in rows}
+    assert found == {TIGHT.name: ("micro_batch 8 -> 4", 4), "medium": ("fits", 8)}
+
+
+@pytest.mark.usefixtures("small_cards", "users_file")
+def test_recovery_in_the_suite_leaves_the_users_file_alone(asked: Any) -> None:
+    scope = replace(SMOKE, tier_changes=REHEARSED)
+    (cell,) = [c for c in cells_of(asked, scope, lambda _: None) if c.name == "recovery"]
+    (row,) = cell.run()
+    assert row.note == "micro_batch 8 -> 4"

@@ -14,11 +14,12 @@ from hsrloop.cli import run
 from hsrloop.cli.main import main
 from hsrloop.config import Resolved
 from hsrloop.hardware import probe as probe_module
-from hsrloop.records import DeviceInfo, Metrics
+from hsrloop.records import DeviceInfo, Metrics, Rung
 from hsrloop.train import run as train_run
 from hsrloop.train import validation
 
 Invoke = Callable[..., Result]
+RUNG = Rung(micro_batch=4, imgsz=64, cache=False, workers=0, val_batch=4, bank="cv2")
 
 
 @pytest.fixture
@@ -54,9 +55,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
         calls.trained.append((resolved, resume))
         if calls.reason == "interrupted":
             stop.signum = calls.signum
-            return train_run.Outcome(run_dir=tmp_path, reason="interrupted", result=None)
+            return train_run.Outcome(run_dir=tmp_path, reason=calls.reason, rung=RUNG, result=None)
         result = {"best_model_path": "weights/best.pt", "config": resolved.config.to_json()}
-        return train_run.Outcome(run_dir=tmp_path, reason=calls.reason, result=result)
+        return train_run.Outcome(run_dir=tmp_path, reason=calls.reason, rung=RUNG, result=result)
 
     def validate(resolved: Resolved, *, sinks: Any, stop: Any) -> Metrics | None:
         calls.validated.append(resolved)

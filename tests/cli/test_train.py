@@ -16,7 +16,7 @@ from hsrloop.cli import demo, run
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.model import weights
 from hsrloop.train import run as train_run
-from tests.cli.conftest import Calls, Invoke
+from tests.cli.conftest import RUNG, Calls, Invoke
 
 
 def test_the_tier_lies_over_the_defaults(invoke: Invoke, calls: Calls) -> None:
@@ -351,7 +351,7 @@ def test_a_demo_leaves_nothing_in_the_temporary_folder(
 
     def train(resolved: Resolved, **_: object) -> train_run.Outcome:
         seen.append(resolved.config.model)
-        return train_run.Outcome(run_dir=tmp_path, reason="interrupted", result=None)
+        return train_run.Outcome(run_dir=tmp_path, reason="interrupted", rung=RUNG, result=None)
 
     monkeypatch.setattr(train_run, "train", train)
     invoke("demo", "-o", "out")

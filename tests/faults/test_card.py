@@ -151,7 +151,7 @@ GPU = DeviceInfo(kind="cuda", name="Card", total_bytes=8 * 2**30, free_bytes=2 *
     ("error", "info", "others", "said"),
     [
         (gpu_error, GPU, ((4711, 3 * 2**30),), "on Card: process 4711 3072 MiB; end them. Use a"),
-        (gpu_error, GPU, (), "6.0 of the 8.0 GiB of Card were taken when the run started"),
+        (gpu_error, GPU, (), "it could take 2.0 of the 8.0 GiB of Card; see nvidia-smi"),
         (gpu_error, dataclasses.replace(GPU, free_bytes=8 * 2**30), (), "GiB.). Use a smaller mod"),
         (host_error, GPU, (), "End other programs"),
     ],

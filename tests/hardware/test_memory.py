@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from hsrloop.hardware import memory
-from hsrloop.hardware.memory import GIB
+from hsrloop.hardware.memory import GIB, GpuMemory, capped, gpu_memory
+from tests.conftest import CardMemory
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -97,3 +98,42 @@ def test_cache_budget_grows_and_leaves_room() -> None:
     assert budgets == sorted(budgets) and budgets[0] == 0
     assert all(budget <= 0.6 * size for budget, size in zip(budgets, sizes, strict=True))
     assert memory.cache_budget(16 * GIB) == int(14 * GIB * 0.6)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize(
+    ("cap", "others", "reserved", "total", "free"),
+    [
+        (80, 0, 0, 80, 80),
+        (80, 70, 2, 80, 8),  # as the driver says
+        (6, 0, 0, 6, 6),
+        (6, 0, 4, 6, 2),  # what is held counts against the cap
+        (6, 77, 1, 6, 2),  # the card is fuller than the cap
+        (6, 0, 7, 6, 0),  # capped when more was held already
+    ],
+)
+def test_free_gpu_memory_is_the_cards_or_the_caps(
+    card_memory: CardMemory,
+    device: str,
+    cap: float,
+    others: float,
+    reserved: float,
+    total: float,
+    free: float,
+) -> None:
+    card_memory.share = cap / 80
+    card_memory.others, card_memory.reserved = others, reserved
+    found = gpu_memory(device)
+    assert found == GpuMemory(pytest.approx(total * GIB), pytest.approx(free * GIB, abs=1))
+
+
+def test_a_cap_ends_with_its_block_and_never_raises_a_smaller_one(card_memory: CardMemory) -> None:
+    with pytest.raises(KeyError), capped("cuda:0", 0.5):
+        assert card_memory.share == 0.5
+        with capped("cuda:0", 0.25):
+            assert card_memory.share == 0.25
+            with capped("cuda:0", 0.75), capped("cuda:0", 1.5):
+                assert card_memory.share == 0.25
+        assert card_memory.share == 0.5
+        raise KeyError
+    assert card_memory.share == 1.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from hsrloop.hardware import pressure
 from hsrloop.hardware.pressure import (
     GROWING,
     SETTLING,
@@ -12,8 +14,10 @@ from hsrloop.hardware.pressure import (
     memory_use,
     spill_cap,
     watch,
+    without_spilling,
 )
 from hsrloop.records import DeviceInfo
+from tests.conftest import GIB, CardMemory
 
 
 class Watched:
@@ -123,3 +127,40 @@ def test_torch_is_capped_where_drivers_lend_main_memory(
     info: DeviceInfo, system: str, release: str, cap: float | None
 ) -> None:
     assert spill_cap(info, system=system, release=release) == cap
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [(1.0, 0.485), (0.25, 0.25)])
+def test_against_spilling_a_smaller_cap_stays_and_the_one_before_comes_back(
+    card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch, before: float, meanwhile: float
+) -> None:
+    monkeypatch.setattr(pressure, "spill_cap", lambda info: 0.485)
+    card_memory.share = before
+    with without_spilling(CARD):
+        assert card_memory.share == meanwhile
+    assert card_memory.share == before
+
+
+def test_where_nothing_spills_no_cap_is_set(
+    card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pressure, "spill_cap", lambda info: None)
+    with without_spilling(CARD):
+        pass
+    assert card_memory.shares == []
+
+
+def test_a_card_is_as_full_and_as_large_as_the_cap_makes_it(
+    card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * GIB)
+    card_memory.reserved = 5.9
+    shares = []
+    monkeypatch.setattr(pressure, "Pressure", lambda read: read)
+    for cap in (80, 6):
+        card_memory.share = cap / 80
+        shares.append(watch("cuda:0")().full_share)
+        use = memory_use("cuda:0")
+        assert use is not None and use.capacity_bytes == pytest.approx(cap * GIB)
+    assert shares == [pytest.approx(5.9 / 80), pytest.approx(5.9 / 6)]

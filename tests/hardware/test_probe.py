@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hsrloop.errors import ConfigError, DeviceError
 from hsrloop.hardware import probe as p
 from hsrloop.hardware.memory import GIB
+from tests.conftest import CardMemory
 
 CU132 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
@@ -132,3 +135,19 @@ def test_this_machine() -> None:
     assert isinstance(p._see_driver(), p.DriverView)
     view = p._see_torch()
     assert view.version and len(view.cards) >= 0
+
+
+def test_free_memory_is_what_this_process_may_take(
+    card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(name="H100", uuid="GPU-1", total_memory=80 * GIB, major=9, minor=0)
+    for name, answer in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_arch_list", ["sm_90"]),
+        ("get_device_properties", properties),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    card_memory.share, card_memory.reserved = 6 / 80, 1
+    info = p.probe("cuda", see_driver=driver())
+    assert info.total_bytes == 80 * GIB and info.free_bytes == pytest.approx(5 * GIB, abs=1)

@@ -17,6 +17,7 @@ from hsrloop.events import Progress
 from hsrloop.train import images
 from hsrloop.train.images import render_place, train_images
 from hsrloop.train.run import train
+from tests.conftest import CardMemory
 from tests.train.conftest import Recorder
 
 GIB = 2**30
@@ -82,6 +83,36 @@ def test_on_the_cpu_images_are_cached_and_nothing_is_said(tiny_dataset: Path) ->
     )
     assert made.renderer is None and made.store.cached_images == 8
     assert {type(event).__name__ for event in said} == {"Progress"}
+
+
+@pytest.mark.parametrize(("cap_gib", "place"), [(80, "device"), (0.5, "pinned"), (0.1, "cv2")])
+def test_images_lie_where_the_cap_leaves_room(
+    tiny_dataset: Path,
+    card_memory: CardMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    cap_gib: float,
+    place: str,
+) -> None:
+    """The card has 80 GiB; where the tiny set is to lie is found, and not acted upon."""
+    card_memory.share = cap_gib / 80
+    monkeypatch.setattr(Sources, "bytes", GIB // 8)
+    found = []
+
+    def placed(*args: object, **kwargs: int) -> str:
+        found.append(render_place(*args, **kwargs))
+        return "cv2"
+
+    monkeypatch.setattr(images, "render_place", placed)
+    train_images(
+        TrainConfig(imgsz=64),
+        load_dataset(tiny_dataset).train,
+        None,
+        torch.device("cuda:0"),
+        micro_batch=2,
+        budget_bytes=GIB,
+        emit=lambda event: None,
+    )
+    assert found == [place]
 
 
 @pytest.mark.parametrize("place", ["device", "pinned"])

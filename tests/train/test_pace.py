@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hsrloop.config import Resolved, resolve
+from hsrloop.config import Resolved, TrainConfig, resolve
+from hsrloop.data.pixels.bank import BANK_SHARE
 from hsrloop.events import Note
 from hsrloop.train import checkpoint, pace
 from hsrloop.train.pace import Pace, choose_micro_batch, measure, sizes_to_try
 from hsrloop.train.rehearsal import Rehearsal
 from hsrloop.train.run import train
+from tests.conftest import GIB, CardMemory
 from tests.train.conftest import Recorder
 from tests.train.test_resume import StopAfter, differences, state_of
 
@@ -88,6 +91,20 @@ def test_the_faster_one_is_chosen_and_nothing_else_of_the_state_changes(
     assert progress == [(0, 2), (1, 2), (2, 2)]
     assert said[-1].text == "micro_batch 4 is chosen (4: 4.0 images/s, 6: 2.0 images/s)"
     assert differences({**after, "rung": 0}, {**before, "rung": 0}) == []
+
+
+def test_room_is_kept_for_images_that_fit_under_the_cap(
+    card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_memory.share = 2 / 80
+    taken = []
+    monkeypatch.setattr(torch, "empty", lambda size, **_: taken.append(size))
+    rehearsal: Any = SimpleNamespace(
+        state=SimpleNamespace(device=torch.device("cuda:0")), config=TrainConfig(imgsz=640)
+    )
+    photographs: Any = [SimpleNamespace(height=640, width=640)] * 10_000
+    pace._room_for(photographs, rehearsal)
+    assert taken == [pytest.approx(2 * GIB * BANK_SHARE, abs=1)]
 
 
 def test_an_earlier_choice_is_taken_over(made: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
