@@ -79,6 +79,7 @@ def measure_loader(bench: Workbench, effort: Effort) -> Row:
             for batch in batches:
                 to_input(batch.images, bench.device)
 
+    reset_peak(bench.device)
     times, (watts, busy) = _timed(bench, effort, {"loader": work}, task="measuring the loader")
     stream.close()
     return Row(
@@ -211,12 +212,15 @@ def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
     device = bench.device
     prepared = [(to_input(batch.images, device), to_targets(batch, device)) for batch in batches]
     state, settings = bench.state, bench.settings
+    compiled = settings.compiled  # the yardstick is compiled too
+    network = forward_train if compiled is None else compiled.forward
+    criterion = detection_loss if compiled is None else compiled.loss
 
     def once() -> None:
         for inputs, targets in prepared:
             with torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp):
-                raw = forward_train(state.model, inputs)
-            sums = detection_loss(raw, settings.strides, targets, reg_max=settings.reg_max)
+                raw = network(state.model, inputs)
+            sums = criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
             loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)
             torch.autograd.backward(state.scaler.scale(loss))
         for group in state.optimizer.param_groups:

@@ -44,8 +44,10 @@ def draw_bars(report: Report) -> Figure:
         ecolor=_INK,
         label="images/s",
     )
-    for place, row in zip(at, rows, strict=True):
-        axes.annotate(f" {_said(row)}", (0, place), va="center", color="white", fontsize=8)
+    ends = [max(speed.high, behind) for speed, behind in zip(speeds, bare, strict=True)]
+    for place, row, end in zip(at, rows, ends, strict=True):  # beside the bar: it may be short
+        axes.annotate(f"  {_said(row)}", (end, place), va="center", color=_INK, fontsize=8)
+    axes.set_xlim(0, 1.25 * max(ends, default=1.0))  # room for what stands beside the longest
     axes.set_yticks(at, [row.name for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("images/s")
