@@ -39,6 +39,7 @@ from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.loop import by_step
+from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler
 from hsrloop.train.step import to_input, to_targets
 
 
@@ -175,9 +176,17 @@ MEASURES: dict[str, Callable[[Workbench, Effort], Row]] = {
 
 
 def measure(
-    resolved: Resolved, parts: Sequence[str], effort: Effort, emit: Emit
+    resolved: Resolved,
+    parts: Sequence[str],
+    effort: Effort,
+    emit: Emit,
+    *,
+    profile: Path | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure the named parts of one run, in that order.
+
+    Args:
+        profile: folder for a recording of a few steps; None: nothing is recorded.
 
     Returns:
         A row a part, and the settings that the figures depend on.
@@ -187,7 +196,20 @@ def measure(
     """
     with workbench(resolved, emit) as bench:
         rows = [MEASURES[part](bench, effort) for part in parts]
+        if profile is not None:
+            record_steps(bench, profile)
         return rows, said_of(bench)
+
+
+def record_steps(bench: Workbench, folder: Path) -> None:
+    """Record a few steps of training, their data included; see `StepProfiler`."""
+    profiler = StepProfiler(folder, bench.device, bench.emit)
+    stream = endless(bench)
+    for _ in range(SKIPPED + WARM + RECORDED):
+        bench.step(next(stream))
+        profiler.step()
+    profiler.close()
+    stream.close()
 
 
 def said_of(bench: Workbench) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hsrloop.cli.layers import Request, add_machine, resolve_explicit
 from hsrloop.cli.run import check_file_place, from_anywhere, prepare
 from hsrloop.config import Resolved
-from hsrloop.errors import ConfigError
+from hsrloop.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from hsrloop.bench.results import Row
@@ -34,6 +34,7 @@ class Wanted:
     against: bool = False
     rounds: int | None = None
     seconds: float = 2.0
+    profile: Path | None = None  # folder for a recording of a few steps
 
 
 def run_bench(
@@ -47,6 +48,8 @@ def run_bench(
     for file, option in ((json_file, "--json"), (plot, "--plot")):
         if file is not None:
             check_file_place(file, option)
+    if wanted.profile is not None:
+        make_folder(wanted.profile, "--profile")
     asked = resolve_explicit(request)
     if TIERS in wanted.parts:
         _check_left_to_tiers(asked)
@@ -69,6 +72,8 @@ def run_bench(
     console.print(report.host, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), soft_wrap=True)
     console.print(table(rows))
+    if wanted.profile is not None:
+        console.print(f"Written: {wanted.profile}/profile.txt, tensorboard/", soft_wrap=True)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         console.print(f"Written: {json_file}", soft_wrap=True)
@@ -115,7 +120,7 @@ def _measured(
     rows, settings = [], dict[str, Any]()
     if parts:
         effort = Effort(wanted.rounds or 7, wanted.seconds)
-        rows, settings = measure(resolved, parts, effort, sink.handle)
+        rows, settings = measure(resolved, parts, effort, sink.handle, profile=wanted.profile)
     if TIERS in wanted.parts:
         rows += measure_tiers(resolved, steps=_TIER_STEPS, emit=sink.handle)
     return rows, settings
@@ -132,6 +137,18 @@ def data_set(resolved: Resolved) -> Iterator[Resolved]:
     with tempfile.TemporaryDirectory(prefix="hsrloop-bench-") as folder:
         yaml = write_data_set(Path(folder), **_SCENES, seed=0)
         yield with_settings(resolved, dataset=str(yaml))
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder to write to.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{option} {folder} cannot be made ({error.strerror}).") from None
 
 
 def with_settings(resolved: Resolved, **changes: Any) -> Resolved:

@@ -264,6 +264,12 @@ def preview(
 )
 @click.option("--json", "json_file", type=_file, metavar="FILE", help="Also write JSON.")
 @click.option("--plot", type=_file, metavar="FILE", help="Also draw bars as one PNG.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Also record a few steps: TensorBoard's profiler tab, and profile.txt.",
+)
 @_file_option
 @_set_option
 @setting_options(*BENCH_SETTINGS)
@@ -274,6 +280,7 @@ def bench(
     against: str | None,
     json_file: Path | None,
     plot: Path | None,
+    profile: Path | None,
     file: Path | None,
     assignments: tuple[str, ...],
     **options: Any,
@@ -291,7 +298,9 @@ def bench(
     request = Request(options=given_settings(options), assignments=assignments, file=file)
     if against is not None and parts:
         raise click.UsageError("--against measures whole trainings; name no part with it.")
-    wanted = Wanted(parts, against is not None, rounds, seconds)
+    if profile is not None and (against is not None or set(parts) == {"tiers"}):
+        raise click.UsageError("--profile records steps of this machine's own settings.")
+    wanted = Wanted(parts, against is not None, rounds, seconds, profile)
     code = run_bench(request, wanted, json_file=json_file, plot=plot)
     click.get_current_context().exit(code)
 

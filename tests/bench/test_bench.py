@@ -152,17 +152,35 @@ def test_bars_are_as_long_as_the_speeds() -> None:
     assert sorted(bar.get_width() for bar in axes.patches) == [90.0, 100.0]
 
 
+@pytest.mark.parametrize("other", [("tiers",), ("--against", "ultralytics")])
+def test_there_is_nothing_to_profile_where_runs_are_measured(
+    other: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(main, ["bench", *other, "--profile", str(tmp_path / "profile")])
+    assert done.exit_code == 2 and "--profile records steps" in done.output
+
+
+def test_a_profile_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["bench", "--profile", str(tmp_path / "file" / "below")])
+    assert done.exit_code == 2 and "Not a directory" in done.output
+
+
 def test_the_command_measures_all_parts(tiny_dataset: Path, tmp_path: Path) -> None:
     arguments = [
         *("bench", "--dataset", tiny_dataset, "--model", "yolov8n.yaml", "--device", "cpu"),
         *("--imgsz", 64, "--batch", 4, "--micro-batch", 2, "--rounds", 2, "--seconds", 0.01),
         *("--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.png"),
+        *("--profile", tmp_path / "new" / "profile"),
     ]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["step", "loader", "validation", "train"]
+    profiled = (tmp_path / "new" / "profile" / "profile.txt").read_text()
+    assert all(f"\n{name} " in profiled for name in ("data", "render", "forward", "optimizer"))
+    assert list((tmp_path / "new" / "profile" / "tensorboard").glob("*.pt.trace.json"))
     assert all(row["images_per_s"]["median"] > 0 for row in rows.values())
     assert rows["step"]["host_waits"] == rows["train"]["host_waits"] == 0
     assert rows["validation"]["host_waits"] == 1

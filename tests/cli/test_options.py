@@ -52,7 +52,7 @@ BENCH = {
     "--against", "--config", "--dataset",
     "--deterministic", "--device", "--epochs", "--gpu-tier", "--help", "--imgsz", "--json",
     "--micro-batch", "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale",
-    "--no-deterministic", "--no-trust-checkpoint", "--optimizer", "--plot", "--rounds",
+    "--no-deterministic", "--no-trust-checkpoint", "--optimizer", "--plot", "--profile", "--rounds",
     "--seconds", "--seed", "--set",
     "--trust-checkpoint", "--workers", "-d", "-h", "-m", "parts",
 }  # fmt: skip
