@@ -14,11 +14,11 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_figures import gpu_rows
+from gpu_figures import ABSENT, gpu_rows
 from vs_ultralytics import PEER_SETTINGS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -60,6 +60,9 @@ def block(results: Path = RESULTS) -> list[str]:
         *_loader(results, hosts),
         *_synthesis(results, hosts),
         *_saving(results, hosts),
+        *_found(results / "criterion.json", _criterion, hosts, "loss and gradient"),
+        *_found(results / "bench_cpu.json", _shares, hosts, "on the CPU: share of the bare step"),
+        *_found(results / "first_step.json", _start, hosts, "on the CPU: until the first step"),
         *gpu_rows(results, hosts.letter_of),
     ]
     return [
@@ -170,6 +173,49 @@ def _saving(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
             f"what a checkpoint of yolov8m takes from training {words}, ms",
             _spread(values, "{:.0f}"), "", "", f"{len(values)}", hosts.letter(where),
         )  # fmt: skip
+
+
+Figures = Callable[[Mapping[str, Any], Hosts], Iterator[Sequence[str]]]
+
+
+def _found(file: Path, rows: Figures, hosts: Hosts, words: str) -> Iterator[Sequence[str]]:
+    """Return the rows made of a file, or one that says it is not there."""
+    if file.exists():
+        yield from rows(json.loads(file.read_text()), hosts)
+    else:
+        yield words, ABSENT, "", "", "", ""
+
+
+def _criterion(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
+    for row in found["rows"]:
+        ours, theirs = ([1000 * s for s in row["s"][name]] for name in ("ours", "theirs"))
+        yield (
+            f"loss and gradient of {found['images']} images of {found['imgsz']} px with "
+            f"{row['objects']} objects each, ms of one core",
+            f"{statistics.median(ours):.0f}", f"{statistics.median(theirs):.0f}",
+            _times([b / a for a, b in zip(ours, theirs, strict=True)]), f"{len(ours)} pairs",
+            hosts.letter_of(found["host"]),
+        )  # fmt: skip
+
+
+def _shares(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
+    words = {"step": "a step", "train": "training, data included,", "validation": "validation"}
+    for row in found["rows"]:
+        share = row["efficiency"]
+        if share is not None:
+            yield (
+                f"on the CPU: {words[row['name']]} as a share of the bare step's speed",
+                f"{share['median']:.2f} ({share['low']:.2f} to {share['high']:.2f})", "", "",
+                f"{share['n']} pairs", hosts.letter_of(found["host"]),
+            )  # fmt: skip
+
+
+def _start(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
+    yield (
+        "on the CPU: from the command to the end of the first step, a set seen before, s",
+        _spread(found["seen_s"], "{:.1f}"), "", "", f"{len(found['seen_s'])}",
+        hosts.letter_of(found["host"]),
+    )  # fmt: skip
 
 
 def written(text: str, lines: Sequence[str]) -> str:
