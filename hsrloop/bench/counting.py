@@ -10,6 +10,7 @@ device; `.cpu()`, `.tolist()`, `.numpy()` and `.item()` bring it back.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -168,6 +169,29 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self._watch._operator(func, args, kwargs or {}, result)
         return result
+
+
+@contextlib.contextmanager
+def synchronisations(device: torch.device) -> Iterator[list[str]]:
+    """Collect what CUDA itself calls synchronising while the block runs; nothing on the CPU.
+
+    It sees what `DeviceWatch` cannot, such as a wait inside an operator, and misses others, such as
+    an event that is waited for. The list is complete after the block.
+    """
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    said = (str(warning.message) for warning in caught)
+    found += [text for text in said if "synchronizing" in text]
 
 
 def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.counting import DeviceWatch
+from hsrloop.bench.counting import DeviceWatch, synchronisations
 from hsrloop.bench.machine import load_average
 from hsrloop.bench.meters import (
     Work,
@@ -258,20 +258,24 @@ def waits_of_a_validation(bench: Workbench) -> int:
     """Count how often the host waits in a validation of two batches; see `waits_of_a_step`."""
     module, loader = bench.state.ema.module, bench.loaders.val
     few = loader.head(2 * loader.batch)
-    with DeviceWatch(bench.device) as watch:
+    with DeviceWatch(bench.device) as watch, synchronisations(bench.device) as told:
         evaluate(
             module, few, names=bench.spec.names, device=bench.device, half=bench.settings.amp,
             ahead=True,
         )  # fmt: skip
-    return sum(watch.waits.values())
+    return max(sum(watch.waits.values()), len(told))
 
 
 def waits_of_a_step(bench: Workbench, batches: list[Batch]) -> int:
-    """Count how often the host waits in one steady step; on the CPU, how often it would."""
+    """Count how often the host waits in one steady step; on the CPU, how often it would.
+
+    On a GPU it is counted twice, by operator and by CUDA's own debug mode; the larger is returned.
+    """
     bench.step(batches)
-    with DeviceWatch(bench.device, bench.resident()) as watch:
+    watch = DeviceWatch(bench.device, bench.resident())
+    with watch, synchronisations(bench.device) as told:
         bench.step(batches)
-    return sum(watch.waits.values())
+    return max(sum(watch.waits.values()), len(told))
 
 
 def endless(bench: Workbench) -> Generator[list[Batch], None, None]:

@@ -111,9 +111,12 @@ def auto_batch(settings: dict[str, Any]) -> dict[str, Any]:
     result, which must not depend on what else runs on a card.
 
     Raises:
-        ConfigError: a size is given for the micro-batch too.
+        ConfigError: a size is given for the micro-batch too, or the batch is another word.
     """
-    if settings.get("batch") != AUTO:
+    batch = settings.get("batch")
+    if batch != AUTO:
+        if isinstance(batch, str):
+            raise ConfigError(f"batch is {batch!r}; it must be of type int, or auto.")
         return settings
     rest = {key: value for key, value in settings.items() if key != "batch"}
     if rest.get("micro_batch", AUTO) != AUTO:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hsrloop.bench.counting import DeviceWatch
+from hsrloop.bench.counting import DeviceWatch, synchronisations
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,31 @@ def test_memory_used_again_is_not_taken_for_the_device() -> None:
     watch = DeviceWatch(CPU, [torch.ones(1000)])
     fresh = [torch.ones(1000) for _ in range(20)]
     assert not any(watch.holds(tensor) for tensor in fresh)
+
+
+def test_what_cuda_calls_synchronising_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with synchronisations(torch.device("cuda")) as found:
+        for _ in range(2):  # at one place: each counts
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert len(found) == 2
+    assert modes == ["warn", 0]
+    with pytest.raises(RuntimeError), synchronisations(torch.device("cuda")):
+        raise RuntimeError
+    assert modes == ["warn", 0, "warn", 0], "put back after a failure too"
+    with synchronisations(CPU) as found:
+        pass
+    assert not found and len(modes) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_both_ways_of_counting_see_a_read_from_the_gpu() -> None:
+    x = torch.ones(3, device="cuda")
+    watch = DeviceWatch(x.device)
+    with watch, synchronisations(x.device) as told:
+        x.sum().item()
+    assert sum(watch.waits.values()) == len(told) == 1
