@@ -199,12 +199,16 @@ def _criterion(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]
 
 
 def _shares(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
-    words = {"step": "a step", "train": "training, data included,", "validation": "validation"}
+    words = {
+        "step": "a step as a share of the bare step's speed",
+        "train": "training, data included, as a share of the bare step's speed",
+        "validation": "validation as a share of the network's speed",
+    }
     for row in found["rows"]:
         share = row["efficiency"]
         if share is not None:
             yield (
-                f"on the CPU: {words[row['name']]} as a share of the bare step's speed",
+                f"on the CPU: {words[row['name']]}",
                 f"{share['median']:.2f} ({share['low']:.2f} to {share['high']:.2f})", "", "",
                 f"{share['n']} pairs", hosts.letter_of(found["host"]),
             )  # fmt: skip
