@@ -36,6 +36,17 @@ class Wanted:
     seconds: float = 2.0
     profile: Path | None = None  # folder for a recording of a few steps
 
+    def __post_init__(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.against and self.parts:
+            raise ConfigError("--against measures whole trainings; name no part with it.")
+        if self.profile is not None and (self.against or set(self.parts) == {TIERS}):
+            raise ConfigError("--profile records steps of this machine's own settings.")
+
 
 def run_bench(
     request: Request, wanted: Wanted, *, json_file: Path | None, plot: Path | None

@@ -37,6 +37,7 @@ _REFUSALS = frozenset(
 )
 
 _file = click.Path(path_type=Path, dir_okay=False)
+_folder = click.Path(path_type=Path, file_okay=False)
 _file_option = click.option(
     "--config",
     "file",
@@ -264,12 +265,7 @@ def preview(
 )
 @click.option("--json", "json_file", type=_file, metavar="FILE", help="Also write JSON.")
 @click.option("--plot", type=_file, metavar="FILE", help="Also draw bars as one PNG.")
-@click.option(
-    "--profile",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    help="Also record a few steps: TensorBoard's profiler tab, and profile.txt.",
-)
+@click.option("--profile", type=_folder, metavar="FOLDER", help="Also profile a few steps.")
 @_file_option
 @_set_option
 @setting_options(*BENCH_SETTINGS)
@@ -296,10 +292,6 @@ def bench(
     from hsrloop.cli.layers import Request
 
     request = Request(options=given_settings(options), assignments=assignments, file=file)
-    if against is not None and parts:
-        raise click.UsageError("--against measures whole trainings; name no part with it.")
-    if profile is not None and (against is not None or set(parts) == {"tiers"}):
-        raise click.UsageError("--profile records steps of this machine's own settings.")
     wanted = Wanted(parts, against is not None, rounds, seconds, profile)
     code = run_bench(request, wanted, json_file=json_file, plot=plot)
     click.get_current_context().exit(code)
