@@ -215,11 +215,12 @@ def _shares(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
 
 
 def _start(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
-    yield (
-        "on the CPU: from the command to the end of the first step, a set seen before, s",
-        _spread(found["seen_s"], "{:.1f}"), "", "", f"{len(found['seen_s'])}",
-        hosts.letter_of(found["host"]),
-    )  # fmt: skip
+    if found["device"] == "cpu":  # else it is among the figures of a GPU
+        yield (
+            "on the CPU: from the command to the end of the first step, a set seen before, s",
+            _spread(found["seen_s"], "{:.1f}"), "", "", f"{len(found['seen_s'])}",
+            hosts.letter_of(found["host"]),
+        )  # fmt: skip
 
 
 def written(text: str, lines: Sequence[str]) -> str:

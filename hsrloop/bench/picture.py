@@ -53,7 +53,7 @@ def draw_bars(report: Report) -> Figure:
     axes.set_xlabel("images/s")
     axes.spines[["top", "right"]].set_visible(False)
     if any(bare):
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.suptitle(report.host, fontsize=6, color=_INK, wrap=True, parse_math=False)
     return figure
 
