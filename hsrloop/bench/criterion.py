@@ -82,6 +82,24 @@ class CriterionInput:
         return [self.raw.box_logits, self.raw.class_logits, *here]
 
 
+def peers_loss(*, classes: int, device: torch.device) -> Any:
+    """Return Ultralytics' `v8DetectionLoss`, which reads what it needs off a model.
+
+    Raises:
+        ImportError: Ultralytics is not installed.
+    """
+    import_ultralytics()
+    loss: Any = importlib.import_module("ultralytics.utils.loss")
+    head: Any = nn.Module()
+    head.nc, head.reg_max = classes, REG_MAX
+    head.stride = torch.tensor([float(stride) for stride in STRIDES], device=device)
+    model: Any = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1, device=device))
+    model.args = SimpleNamespace(box=GAINS.box, cls=GAINS.cls, dfl=GAINS.dfl)
+    model.model = nn.ModuleList([head])
+    return loss.v8DetectionLoss(model)
+
+
 class PeersCriterion:
     """Ultralytics' own loss on the same input.
 
@@ -90,17 +108,8 @@ class PeersCriterion:
     """
 
     def __init__(self, given: CriterionInput) -> None:
-        import_ultralytics()
-        loss: Any = importlib.import_module("ultralytics.utils.loss")
         box, cls = given.raw.box_logits, given.raw.class_logits
-        head: Any = nn.Module()
-        head.nc, head.reg_max = cls.shape[1], REG_MAX
-        head.stride = torch.tensor([float(stride) for stride in STRIDES], device=box.device)
-        model: Any = nn.Module()
-        model.weight = nn.Parameter(torch.zeros(1, device=box.device))
-        model.args = SimpleNamespace(box=GAINS.box, cls=GAINS.cls, dfl=GAINS.dfl)
-        model.model = nn.ModuleList([head])
-        self._criterion = loss.v8DetectionLoss(model)
+        self._criterion = peers_loss(classes=cls.shape[1], device=box.device)
         self._raw = given.raw
         self._levels = [torch.zeros(1, 1, *shape, device=box.device) for shape in given.raw.shapes]
         self._batch = {
@@ -108,7 +117,6 @@ class PeersCriterion:
             "cls": given.labels.float(),
             "bboxes": given.boxes_cxcywh,
         }
-        self._head = head
 
     def run(self) -> Tensor:
         """Do what `CriterionInput.run` does."""
@@ -124,7 +132,7 @@ class PeersCriterion:
 
     def resident(self) -> list[Tensor]:
         """Return the tensors that lie on the device."""
-        here = [self._head.stride, self._criterion.proj, *self._levels, *self._batch.values()]
+        here = [self._criterion.stride, self._criterion.proj, *self._levels, *self._batch.values()]
         return [self._raw.box_logits, self._raw.class_logits, *here]
 
 

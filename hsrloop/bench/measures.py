@@ -33,8 +33,8 @@ from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.events import Progress
 from hsrloop.hardware.peak import peak_bytes
-from hsrloop.model.yolo import forward_eval, forward_train
-from hsrloop.ops.loss import GAINS, detection_loss
+from hsrloop.model.yolo import forward_eval
+from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
@@ -234,15 +234,12 @@ def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
     device = bench.device
     prepared = [(to_input(batch.images, device), to_targets(batch, device)) for batch in batches]
     state, settings = bench.state, bench.settings
-    compiled = settings.compiled  # the yardstick is compiled too
-    network = forward_train if compiled is None else compiled.forward
-    criterion = detection_loss if compiled is None else compiled.loss
 
     def once() -> None:
         for inputs, targets in prepared:
             with torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp):
-                raw = network(state.model, inputs)
-            sums = criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
+                raw = settings.network(state.model, inputs)
+            sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
             loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)
             torch.autograd.backward(state.scaler.scale(loss))
         for group in state.optimizer.param_groups:

@@ -23,7 +23,7 @@ from hsrloop.model.yolo import forward_train, norms_in_eval
 from hsrloop.ops.loss import GAINS, LossSums, PaddedTargets, detection_loss, pad_targets
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
-from hsrloop.records import Batch, Position
+from hsrloop.records import Batch, Position, RawPredictions
 from hsrloop.train.compiled import Compiled
 from hsrloop.train.state import Commit, TrainState
 
@@ -43,6 +43,16 @@ class StepSettings:
     dtype: torch.dtype = torch.float32  # of inputs and weights; float64 in tests of exactness
     amp_dtype: torch.dtype = torch.float16
     compiled: Compiled | None = None
+
+    @property
+    def network(self) -> Callable[[nn.Module, Tensor], RawPredictions]:
+        """`forward_train`, compiled where that is wanted."""
+        return forward_train if self.compiled is None else self.compiled.forward
+
+    @property
+    def criterion(self) -> Callable[..., LossSums]:
+        """`detection_loss`, compiled where that is wanted."""
+        return detection_loss if self.compiled is None else self.compiled.loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +235,6 @@ def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
 
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
-    compiled = settings.compiled
-    network = forward_train if compiled is None else compiled.forward
-    criterion = detection_loss if compiled is None else compiled.loss
     images = to_input(batch.images, settings.device, settings.dtype)
     targets = to_targets(batch, settings.device)
     single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
@@ -236,8 +243,8 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
         torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp),
         norms_in_eval(state.model, when=single),  # one value a channel has no variance
     ):
-        raw = network(state.model, images)
-    sums = criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
+        raw = settings.network(state.model, images)
+    sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
     with named("backward"):
         torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
     return sums

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from ultralytics.utils.loss import v8DetectionLoss
 
+from hsrloop.bench.criterion import peers_loss
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets
 from hsrloop.records import RawPredictions
 
@@ -84,15 +83,9 @@ def peers(s: Scene, *, settle_zeros: bool = False) -> tuple[Tensor, Tensor, Tens
     `torch.topk` happens to name. `settle_zeros` lets it do without, as ours does.
     """
     box, cls = s.box_logits.clone().requires_grad_(), s.class_logits.clone().requires_grad_()
-    head = torch.nn.Module()
-    head.nc, head.reg_max, head.stride = cls.shape[1], 16, torch.tensor([8.0, 16.0, 32.0])
-    model = torch.nn.Module()
-    model.weight = torch.nn.Parameter(torch.zeros(1))
-    model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)
-    model.model = torch.nn.ModuleList([head])
     feats = [torch.zeros(len(box), 1, *shape, dtype=box.dtype) for shape in s.shapes]
     batch = {"batch_idx": s.image.float(), "cls": s.labels.float(), "bboxes": s.boxes}
-    criterion = v8DetectionLoss(model)
+    criterion = peers_loss(classes=cls.shape[1], device=box.device)
     if settle_zeros:
         select = criterion.assigner.select_topk_candidates
         criterion.assigner.select_topk_candidates = lambda metrics, topk_mask: (
