@@ -30,6 +30,8 @@ _WAITS = frozenset(
 )
 """Operators that cannot return before the device has answered, by their name without overload."""
 
+_HOST_INDICES = frozenset(("index", "index_put", "index_put_", "_index_put_impl_"))
+
 _NO_KERNEL = frozenset(
     (
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
@@ -51,6 +53,8 @@ class DeviceWatch:
         self.kernels: Counter[str] = Counter()  # operators that launch work, by name
         self.waits: Counter[str] = Counter()  # what made the host wait, by operator or method
         self.sent = 0  # copies from the host to the device
+        self.mixed: Counter[str] = Counter()  # operators that a GPU would refuse: one tensor there,
+        # another, of more than one number, on the host
         self._emulated = device.type == "cpu"
         self._device = device
         self._known: dict[int, StorageWeakRef] = {}
@@ -126,8 +130,10 @@ class DeviceWatch:
             return
         if name in _WAITS or _waits_for_size(name, args):
             self.waits[name] += 1
-        if name == "index" and there[0] and not all(there):
-            self.sent += 1
+        if name in _HOST_INDICES and there[0]:
+            self.sent += not all(there)
+        elif name != "copy_" and any(t.dim() and not self.holds(t) for t in given):
+            self.mixed[name] += 1
         self._count_kernel(func, name)
         if self._emulated and not (name == "copy_" and not there[0]):
             for tensor in made:

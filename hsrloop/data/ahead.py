@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-from hsrloop.data.pixels.render_torch import TorchRenderer
-from hsrloop.data.plan import AugmentPlan
-from hsrloop.ops.ranges import named
 
 T = TypeVar("T")
 
@@ -26,26 +22,19 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def rendered_ahead(
-    renderer: TorchRenderer, planned: Iterable[tuple[Sequence[AugmentPlan], T]]
-) -> Iterator[tuple[Tensor, T]]:
-    """Yield (images, rest) for each (plans, rest); both are made one batch ahead.
+def arriving(made: Iterable[tuple[Tensor, T]], device: torch.device) -> Iterator[tuple[Tensor, T]]:
+    """Yield (images, rest) as given, made one ahead, the images on `device`.
 
-    Images may be used on the stream that is current when they are yielded: it waits for them, the
-    host does not.
+    On CUDA they are made, or sent from page-locked memory, on a stream of their own. They may be
+    used on the stream that is current when they are yielded: it waits for them, the host does not.
     """
-    device = renderer.device
     if device.type != "cuda":
-        yield from ahead((_render(renderer, plans), rest) for plans, rest in planned)
+        for images, rest in ahead(made):
+            yield images.to(device), rest
         return
     side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream(device))  # the bank may still be filling
-
-    def render(plans: Sequence[AugmentPlan]) -> tuple[Tensor, torch.cuda.Event]:
-        with torch.cuda.stream(side_stream):
-            return _render(renderer, plans), side_stream.record_event()
-
-    for (images, ready), rest in ahead((render(plans), rest) for plans, rest in planned):
+    for images, ready, rest in ahead(_on_stream(side_stream, made, device)):
         current = torch.cuda.current_stream(device)
         current.wait_event(ready)
         # Without this the memory could be given out again on the side stream while still in use.
@@ -53,6 +42,16 @@ def rendered_ahead(
         yield images, rest
 
 
-def _render(renderer: TorchRenderer, plans: Sequence[AugmentPlan]) -> Tensor:
-    with named("render"):
-        return renderer.pixels(plans)
+def _on_stream(
+    stream: torch.cuda.Stream, made: Iterable[tuple[Tensor, T]], device: torch.device
+) -> Iterator[tuple[Tensor, torch.cuda.Event, T]]:
+    """Make each item on a stream; with it comes the event that says it is there."""
+    source = iter(made)
+    while True:
+        with torch.cuda.stream(stream):  # not across a yield: the thread would keep it
+            item = next(source, None)
+            if item is None:
+                return
+            images = item[0].to(device, non_blocking=True)
+            ready = stream.record_event()
+        yield images, ready, item[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.ahead import ahead, rendered_ahead
+from hsrloop.data.ahead import ahead, arriving
 from hsrloop.data.pixels.render import Renderer, without_broken
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
@@ -26,6 +26,8 @@ from hsrloop.ops.ranges import named
 from hsrloop.records import Batch, Position
 
 __all__ = ["TrainLoader", "ValBatch", "ValLoader", "WorkerDied"]
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,12 @@ class TrainLoader:
         micro_batch: images at a time; by default config.micro_batch, or the whole batch.
         workers: processes that render; 0 renders in the calling thread.
         prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
+        device: where the images go. On a GPU they are there when they are yielded: sent a
+            micro-batch ahead, on a stream of their own.
         scenes: synthetic images beside the real ones; `store` then holds `scenes.backgrounds` after
             `refs`.
         cutouts: the pixels of `scenes.cutouts`.
-        renderer: renders on its device instead, a micro-batch ahead; the host draws plans and
+        renderer: renders on that device instead, a micro-batch ahead; the host draws plans and
             labels only, and workers are not used. Made from the same `store` and `cutouts`.
     """
 
@@ -77,7 +81,7 @@ class TrainLoader:
         micro_batch: int | None = None,
         workers: int = 0,
         prefetch: bool = False,
-        pin_memory: bool = False,
+        device: torch.device = _HOST,
         scenes: Scenes | None = None,
         cutouts: CutoutStore | None = None,
         renderer: TorchRenderer | None = None,
@@ -91,7 +95,7 @@ class TrainLoader:
         self._cutouts = cutouts
         self.workers = workers
         self._prefetch = prefetch
-        self._pin_memory = pin_memory
+        self._device = device
         self._renderer = renderer
         self._pool: WorkerPool[_Task, _Targets] | None = None
 
@@ -138,27 +142,40 @@ class TrainLoader:
 
     def _rendered(self, tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, _Targets]]:
         """Yield (B, 3, S, S) images, channels_last, and targets of each task in order."""
-        if self._renderer is not None:
-            planned = (self._plan(task) for task in tasks)
-            for images, labels in rendered_ahead(self._renderer, planned):
+        if (renderer := self._renderer) is not None:
+            drawn = (_drawn(renderer, *self._plan(task)) for task in tasks)
+            for images, labels in arriving(drawn, renderer.device):
                 yield images, self._targets(labels)
             return
         if self.workers == 0:
-            renderer = Renderer(self._store.imgsz)
-            rendered = (self._inline(renderer, task) for task in tasks)
-            yield from ahead(rendered) if self._prefetch else rendered
-            return
+            own = Renderer(self._store.imgsz)
+            rendered: Iterator[tuple[Tensor, _Targets]] = (
+                self._inline(own, task) for task in tasks
+            )
+        else:
+            rendered = self._from(self._workers(), tasks)
+        if self._device.type == "cuda":
+            yield from arriving(rendered, self._device)
+        else:
+            yield from ahead(rendered) if self._prefetch and not self.workers else rendered
+
+    def _workers(self) -> WorkerPool[_Task, _Targets]:
         if self._pool is None:
             size = 3 * self._store.imgsz**2 * self.micro_batch
             work = functools.partial(self._work, Renderer(self._store.imgsz))
             self._pool = WorkerPool(work, count=self.workers, slot_bytes=size)
-        for task, (targets, slot) in zip(tasks, self._pool.map(tasks), strict=True):
+        return self._pool
+
+    def _from(
+        self, pool: WorkerPool[_Task, _Targets], tasks: Sequence[_Task]
+    ) -> Iterator[tuple[Tensor, _Targets]]:
+        for task, (targets, slot) in zip(tasks, pool.map(tasks), strict=True):
             images = self._images(len(task.indices))
             images.numpy()[:] = slot[: images.numel()].reshape(images.shape)
             yield images.permute(0, 3, 1, 2), targets
 
     def _images(self, count: int) -> Tensor:
-        return _empty(count, self._store.imgsz, self._pin_memory)
+        return _empty(count, self._store.imgsz, pinned=self._device.type == "cuda")
 
     def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:
         images = self._images(len(task.indices))
@@ -211,6 +228,13 @@ class TrainLoader:
         self.close()
 
 
+def _drawn(
+    renderer: TorchRenderer, plans: Sequence[AugmentPlan], labels: _Labels
+) -> tuple[Tensor, _Labels]:
+    with named("render"):
+        return renderer.pixels(plans), labels
+
+
 @dataclass(frozen=True, slots=True)
 class ValBatch:
     """Letterboxed images with their true boxes; N boxes over B images, N may be 0.
@@ -235,7 +259,9 @@ class ValLoader:
 
     Args:
         store: made with interpolation "linear".
-        prefetch: make one batch ahead in a thread.
+        device: where the images go. On a GPU they are there when they are yielded: sent a batch
+            ahead, on a stream of their own.
+        prefetch: make one batch ahead in a thread; on a GPU always.
     """
 
     def __init__(
@@ -244,14 +270,14 @@ class ValLoader:
         store: ImageStore,
         *,
         batch: int,
-        pin_memory: bool = False,
+        device: torch.device = _HOST,
         prefetch: bool = True,
     ) -> None:
         self.n_samples = len(refs)
         self.batch = batch
         self._refs = refs
         self._store = store
-        self._pin_memory = pin_memory
+        self._device = device
         self._prefetch = prefetch
 
     def __len__(self) -> int:
@@ -263,20 +289,22 @@ class ValLoader:
 
     def head(self, count: int) -> ValLoader:
         """Return a loader of the first images alone."""
-        pin, ahead = self._pin_memory, self._prefetch
-        return ValLoader(
-            self._refs[:count], self._store, batch=self.batch, pin_memory=pin, prefetch=ahead
-        )
+        refs, store = self._refs[:count], self._store
+        device, prefetch = self._device, self._prefetch
+        return ValLoader(refs, store, batch=self.batch, device=device, prefetch=prefetch)
 
     def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
         """Iterate over some places in the split, in batches, in the order given."""
         starts = range(0, len(indices), self.batch)
         made = (self._make(indices[start : start + self.batch]) for start in starts)
+        if self._device.type == "cuda":
+            sent = arriving(((batch.images, batch) for batch in made), self._device)
+            return (replace(batch, images=images) for images, batch in sent)
         return ahead(made) if self._prefetch and len(indices) else made
 
     def _make(self, indices: Sequence[int]) -> ValBatch:
         side = self._store.imgsz
-        images = _empty(len(indices), side, self._pin_memory)
+        images = _empty(len(indices), side, pinned=self._device.type == "cuda")
         frames = np.array([_frame(self._refs[i], side) for i in indices])
         boxes = []
         for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
@@ -320,8 +348,8 @@ def _letterboxed(
     return np.concatenate((low, high), axis=1).astype(np.float32)
 
 
-def _empty(count: int, side: int, pin_memory: bool) -> Tensor:
+def _empty(count: int, side: int, *, pinned: bool) -> Tensor:
     """Return (count, S, S, 3) uint8; unpinned, from numpy, which asks for huge pages."""
-    if pin_memory:
+    if pinned:
         return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=True)
     return torch.from_numpy(np.empty((count, side, side, 3), np.uint8))

@@ -137,7 +137,8 @@ class _BoxTerms(torch.autograd.Function):
         share = aim[:, None] - below
         above = below + 1
         nearest = log_p.gather(1, below).lerp_(log_p.gather(1, above), share)
-        ctx.save_for_backward(log_p, below, above, share, weight, slope)
+        bins = torch.arange(log_p.shape[1], device=log_p.device, dtype=log_p.dtype)[:, None]
+        ctx.save_for_backward(log_p, bins, below, above, share, weight, slope)
         dfl = torch.mv(nearest.view_as(aim), weight).mean()
         return torch.dot(1 - overlap, weight), -dfl
 
@@ -146,10 +147,10 @@ class _BoxTerms(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        log_p, below, above, share, weight, slope = ctx.saved_tensors  # type: ignore[attr-defined]
+        log_p, bins, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
+        below, above, share, weight, slope = rest
         by_box, by_dfl = grads
         p = log_p.exp()  # (4, R, T)
-        bins = torch.arange(p.shape[1], device=p.device, dtype=p.dtype)[:, None]
         distance = (p * bins).sum(1, keepdim=True)  # (4, 1, T)
         quarter = weight * (by_dfl / 4)  # (T,)
         grad = (distance - bins).mul_((slope * by_box)[:, None]).add_(quarter).mul_(p)

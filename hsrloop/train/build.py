@@ -277,11 +277,12 @@ def build_loaders(
     if scenes is not None:
         cutouts = CutoutStore(scenes.cutouts, imgsz=config.imgsz, threads=usable_cores())
     budget = cache_budget(host_memory().free_bytes)
+    device = torch.device(torch_device(info))
     made = train_images(
         config,
         (*spec.train, *scenes.backgrounds) if scenes else spec.train,
         cutouts,
-        torch.device(torch_device(info)),
+        device,
         micro_batch=rung.micro_batch,
         at_best=rung.bank,
         budget_bytes=budget,
@@ -298,12 +299,12 @@ def build_loaders(
         made.store,
         config,
         workers=worker_count(config, resolved.sources, info),
-        pin_memory=info.kind == "cuda",
+        device=device,
         scenes=scenes,
         cutouts=cutouts,
         renderer=made.renderer,
     )
-    val = ValLoader(spec.val, val_store, batch=rung.val_batch, pin_memory=info.kind == "cuda")
+    val = ValLoader(spec.val, val_store, batch=rung.val_batch, device=device)
     return Loaders(train, val, (made.store, val_store), made.place)
 
 

@@ -32,6 +32,7 @@ from hsrloop.train.step import (
 )
 
 MOSAIC_IMAGES = 4
+_MADE_AHEAD = 2  # micro-batches: one ready, one being made
 
 
 class RehearsalFailed(RuntimeError):
@@ -127,9 +128,13 @@ class Rehearsal:
     def accumulate(self) -> None:
         """Do all of a step but its commit, on two micro-batches where a step has several.
 
-        From the second on there are gradients beside the activations.
+        From the second on there are gradients beside the activations, and all the while the images
+        of the step and those made ahead.
         """
         state, size = self.state, self.state.rung.micro_batch
+        pixels = 3 * state.rung.imgsz**2
+        waiting = self.config.batch - size + _MADE_AHEAD * size
+        held = torch.empty(waiting * pixels, dtype=torch.uint8, device=state.device)
         for count in (size, min(size, self.config.batch - size)):
             if count > 0:
                 batch = worst_batch(
@@ -141,6 +146,7 @@ class Rehearsal:
                 forward_backward(state, batch, self.settings)
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
+        del held
 
     def _validate(self) -> None:
         settings, imgsz = self.settings, self.config.imgsz

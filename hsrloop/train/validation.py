@@ -61,7 +61,7 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
         text = f"{path} has never seen {', '.join(unknown)}: their AP says nothing"
         hub.emit(Note(text=text, level="warning"))
     store = val_image_store(config.replace(cache=False), spec.val, budget_bytes=0, emit=hub.emit)
-    loader = ValLoader(spec.val, store, batch=config.batch, pin_memory=info.kind == "cuda")
+    loader = ValLoader(spec.val, store, batch=config.batch, device=device)
     try:
         return evaluate(
             base.module,

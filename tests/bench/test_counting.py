@@ -76,6 +76,21 @@ def test_results_of_what_was_sent_or_made_there_are_there() -> None:
     assert watch.sent == 1
 
 
+def test_a_tensor_left_on_the_host_is_noticed_where_a_gpu_would_refuse_it() -> None:
+    x = torch.ones(4)
+    with DeviceWatch(CPU, [x]) as watch:
+        x + torch.ones(4)
+        torch.where(torch.tensor([True, False, True, False]), x, 0.0)
+    assert watch.mixed == {"add": 1, "where": 1}
+    with DeviceWatch(CPU, [x]) as watch:
+        x + torch.tensor(1.0)  # a single number may come from the host
+        x[torch.tensor([0, 1])]
+        x.copy_(torch.ones(4))
+        torch.ones(4) + torch.ones(4)
+        x + torch.ones(4).to(CPU)
+    assert not watch.mixed
+
+
 def test_kernels_of_both_directions_are_counted_and_views_are_not() -> None:
     x = torch.ones(4, 4, requires_grad=True)
     with DeviceWatch(CPU, [x]) as watch:

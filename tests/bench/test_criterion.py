@@ -37,6 +37,8 @@ def test_the_criterion_needs_half_the_kernels_of_the_peers_and_hardly_more_in_a_
     assert 2 * counts[10] <= sum(peers.kernels.values())
     assert counts[300] <= 1.5 * counts[10]
     assert sum(peers.waits.values()) >= 5, "the peer's waits for the device as well"
+    ours = watched(of_noise(10))
+    assert not ours.waits and not ours.mixed
 
 
 @pytest.mark.parametrize("objects", [3, 60])

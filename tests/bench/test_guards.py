@@ -66,7 +66,7 @@ def test_a_steady_step_waits_for_nothing_and_sends_each_batch_in_two_copies(
     scale = [state.scaler._scale, state.scaler._growth_tracker] if amp else []
     with DeviceWatch(CPU, resident(state, *transaction.shadow, *scale)) as watch:
         step(1)
-    assert not watch.waits
+    assert not watch.waits and not watch.mixed
     assert watch.sent == 2 * 2, "of each micro-batch the images and the targets"
     assert watch.kernels["convolution"] == 2 * 63, "the whole network was watched"
     with DeviceWatch(CPU, resident(state, *scale)) as network:
@@ -83,7 +83,7 @@ def test_a_validation_waits_once_however_long_it_is(tiny_dataset: Path, batch: i
     module = build("yolov8n.yaml", names=NAMES, seed=0)
     with DeviceWatch(CPU) as watch:
         evaluate(module, loader, names=NAMES, device=CPU, ahead=True)
-    assert watch.waits == {"cpu": 1}
+    assert watch.waits == {"cpu": 1} and not watch.mixed
     assert watch.kernels["conv2d"] == 63 * len(loader), "the whole network was watched"
 
 
@@ -150,7 +150,7 @@ def test_torch_interpolates_once_for_each_image_and_sends_one_table(
     held = [renderer._x, renderer._y, *([bank._pixels] if kind is DeviceBank else [])]
     with DeviceWatch(CPU, held) as watch:
         renderer.pixels(plans)
-    assert not watch.waits
+    assert not watch.waits and not watch.mixed
     # Twelve numbers of the layer that each pixel shows, then the four taps of one interpolation:
     # for six images of four sources each.
     assert watch.kernels["index_select"] == 12 + 4

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsrloop.data.ahead import rendered_ahead
+from hsrloop.data.ahead import arriving
 from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank, bank_place
 from hsrloop.data.pixels.render import Renderer
 from hsrloop.data.pixels.render_torch import TorchRenderer
@@ -274,7 +274,8 @@ def test_the_host_waits_for_nothing_and_two_runs_are_bit_equal(
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        streamed = list(rendered_ahead(renderer, ((plans, i) for i in range(4))))
+        made = ((renderer.pixels(plans), i) for i in range(4))
+        streamed = list(arriving(made, device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [rest for _, rest in streamed] == [0, 1, 2, 3]

@@ -165,6 +165,31 @@ def test_one_stream_for_any_number_of_workers(spec: DatasetSpec, workers: int) -
             assert_same(list(loader.batches(Position(epoch, 0))), expected[epoch])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_a_gpu_the_same_batches_arrive_and_the_host_waits_for_none(
+    spec: DatasetSpec, workers: int
+) -> None:
+    store, gpu = ImageStore(spec.train, imgsz=SIDE, cache="ram"), torch.device("cuda", 0)
+    torch.empty(1, device=gpu)  # starts CUDA
+    with TrainLoader(spec.train, store, config()) as loader:
+        expected = list(loader.batches(Position(0, 0)))
+    validated = ValLoader(spec.train, store, batch=3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with TrainLoader(spec.train, store, config(), workers=workers, device=gpu) as loader:
+            found = list(loader.batches(Position(0, 0)))
+        sent = list(ValLoader(spec.train, store, batch=3, device=gpu))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(batch.images.device == gpu for batch in (*found, *sent))
+    home = [dataclasses.replace(batch, images=batch.images.cpu()) for batch in found]
+    assert_same(home, expected)
+    for one, other in zip(sent, validated, strict=True):
+        assert torch.equal(one.images.cpu(), other.images)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("cache", [False, "ram"])
 def test_one_stream_for_any_batch_and_cache(spec: DatasetSpec, batch: int, cache: str) -> None:
