@@ -123,7 +123,7 @@ class DeviceWatch:
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         there = [self.holds(tensor) for tensor in given]
         if name in ("copy_", "_to_copy"):
-            self._copy(name, given, made)
+            self._copy(name, given, made, non_blocking=_is_non_blocking(name, args, kwargs))
         if not any(there):
             if not self._emulated and any(self.holds(tensor) for tensor in made):
                 self._count_kernel(func, name)
@@ -139,14 +139,18 @@ class DeviceWatch:
             for tensor in made:
                 self._mark(tensor)
 
-    def _copy(self, name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _copy(
+        self, name: str, given: Sequence[Tensor], made: Sequence[Tensor], *, non_blocking: bool
+    ) -> None:
         source, target = (given[1], given[0]) if name == "copy_" else (given[0], made[0])
         if self._emulated and name == "_to_copy":
             return  # a change of type
         if self.holds(target) and not self.holds(source):
             self.sent += 1
         elif self.holds(source) and not self.holds(target):
-            self.waits[name] += 1
+            # Into other than page-locked memory CUDA waits all the same.
+            if not (non_blocking and (self._emulated or target.is_pinned())):
+                self.waits[name] += 1
 
     def _count_kernel(self, func: Any, name: str) -> None:
         if not func.is_view and name not in _NO_KERNEL:
@@ -202,6 +206,10 @@ def synchronisations(device: torch.device) -> Iterator[list[str]]:
 
 def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return "device" in kwargs or any(isinstance(a, torch.device | str) for a in args)
+
+
+def _is_non_blocking(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return bool(kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2]))
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -38,7 +38,7 @@ from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
-from hsrloop.train.loop import by_step
+from hsrloop.train.loop import REPORT_EVERY_S, by_step
 from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler
 from hsrloop.train.step import to_input, to_targets
 
@@ -132,17 +132,20 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
 
 
 def measure_training(bench: Workbench, effort: Effort) -> Row:
-    """Measure training as a run trains, loader and steps together, beside the bare step."""
+    """Measure training as a run trains, beside the bare step: loader, steps, reading of losses."""
     first = bench.first_step()
     stream = endless(bench)
     waited: list[float] = []
     images = sum(len(batch.images) for batch in first)
 
     def train(steps: int) -> None:
-        begun = time.perf_counter()
+        begun = reported = time.perf_counter()
         wait = 0.0
         for _ in range(steps):
             asked = time.perf_counter()
+            if asked - reported >= REPORT_EVERY_S:
+                bench.state.mean_losses()
+                reported = asked = time.perf_counter()
             batches = next(stream)
             wait += time.perf_counter() - asked
             bench.step(batches)

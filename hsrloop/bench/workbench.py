@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from hsrloop.train.build import (
     load_model,
     step_settings,
 )
+from hsrloop.train.guard import Guard
 from hsrloop.train.loop import set_modes
 from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.state import TrainState
@@ -47,6 +49,7 @@ class Workbench:
     state: TrainState
     settings: StepSettings
     transaction: Transaction
+    guard: Guard
     loaders: Loaders
     governor: SpinGovernor | None
     emit: Emit
@@ -60,6 +63,7 @@ class Workbench:
         """Take one optimizer step as the loop takes it."""
         self.transaction.begin()
         train_step(self.state, batches, settings=self.settings, lr=lr, transaction=self.transaction)
+        self.guard.persists(self.state)
         if self.governor is not None:
             self.governor.observe()
 
@@ -120,6 +124,7 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
                 state=state,
                 settings=settings,
                 transaction=Transaction(state),
+                guard=Guard(state, Path()),  # no step is bad enough to be kept
                 loaders=loaders,
                 governor=governor,
                 emit=emit,

@@ -39,6 +39,7 @@ FREE: dict[str, Callable[[Tensor], object]] = {
     "shape": lambda x: len(x[:2]) + x.numel(),
     "top": lambda x: x.topk(2).values.cumsum(0),
     "host work": lambda x: torch.arange(4)[torch.tensor([True, False, True, False])].tolist(),
+    "copy into page-locked memory": lambda x: torch.empty(4).copy_(x, non_blocking=True),
     "new on the device": lambda x: torch.zeros(4, device=CPU).add_(x),
 }
 
