@@ -84,7 +84,8 @@ def main() -> None:
         "seen_s": seen,
     }
     folder = results_folder(options.output)
-    (folder / "first_step.json").write_text(json.dumps(found, indent=1) + "\n")
+    stem = "first_step" if options.device == "cpu" else "first_step_gpu"
+    (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [
         "# From the command to the first step",
         "",
@@ -99,7 +100,7 @@ def main() -> None:
         f"| the first, nothing kept | {first:.1f} | 1 |",
         f"| of a set that was seen before | {Spread.of(seen).text()} | {len(seen)} |",
     ]
-    write_markdown(folder / "first_step.md", lines)
+    write_markdown(folder / f"{stem}.md", lines)
 
 
 if __name__ == "__main__":

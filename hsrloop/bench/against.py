@@ -32,6 +32,7 @@ from hsrloop.data.sets.labels import label_path
 from hsrloop.errors import ConfigError, DependencyError
 from hsrloop.events import Event, Progress
 from hsrloop.hardware.memory import usable_cores
+from hsrloop.hardware.threads import as_found
 from hsrloop.model.weights import find_weights
 from hsrloop.train.build import dataset_of
 from hsrloop.train.loop import tail_epochs
@@ -202,7 +203,8 @@ def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:
 
 def _run(command: Sequence[str]) -> str:
     """Run a process and return all it said."""
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env = as_found(os.environ)
+    env.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if done.returncode:

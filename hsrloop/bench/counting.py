@@ -147,10 +147,15 @@ class DeviceWatch:
             return  # a change of type
         if self.holds(target) and not self.holds(source):
             self.sent += 1
-        elif self.holds(source) and not self.holds(target):
-            # Into other than page-locked memory CUDA waits all the same.
-            if not (non_blocking and (self._emulated or target.is_pinned())):
-                self.waits[name] += 1
+        elif (
+            self.holds(source)
+            and not self.holds(target)
+            and not (
+                # Into other than page-locked memory CUDA waits all the same.
+                non_blocking and (self._emulated or target.is_pinned())
+            )
+        ):
+            self.waits[name] += 1
 
     def _count_kernel(self, func: Any, name: str) -> None:
         if not func.is_view and name not in _NO_KERNEL:
@@ -201,7 +206,8 @@ def synchronisations(device: torch.device) -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     said = (str(warning.message) for warning in caught)
-    found += [text for text in said if "synchronizing" in text]
+    # Not its notice of the mode itself, which it gives once a process.
+    found += [text for text in said if "called a synchronizing" in text]
 
 
 def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

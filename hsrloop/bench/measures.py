@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from hsrloop.bench.counting import DeviceWatch, synchronisations
 from hsrloop.bench.machine import load_average
 from hsrloop.bench.meters import (
+    PowerReading,
     Work,
     finish,
     in_turn,
@@ -55,18 +57,16 @@ def measure_step(bench: Workbench, effort: Effort) -> Row:
     """Measure the step as the loop takes it, its images on the device, beside the bare one."""
     batches = bench.first_step()
     works = {"bare": bare_step(bench, batches), "step": _repeat(lambda: bench.step(batches))}
-    reset_peak(bench.device)
-    times, (watts, busy) = _timed(bench, effort, works, task="measuring the step")
+    timed = _timed(bench, effort, works, of="step", task="measuring the step")
+    times = timed.seconds
     images = sum(len(batch.images) for batch in batches)
     return Row(
         name="step",
         images_per_s=rates(times["step"], images),
         bare_images_per_s=rates(times["bare"], images),
         efficiency=shares(times["step"], times["bare"]),
-        peak_memory_bytes=peak_bytes(bench.device),
         host_waits=waits_of_a_step(bench, batches),
-        watts=watts,
-        utilisation=busy,
+        **timed.instruments(),
     )
 
 
@@ -80,15 +80,12 @@ def measure_loader(bench: Workbench, effort: Effort) -> Row:
             for batch in batches:
                 to_input(batch.images, bench.device)
 
-    reset_peak(bench.device)
-    times, (watts, busy) = _timed(bench, effort, {"loader": work}, task="measuring the loader")
+    timed = _timed(bench, effort, {"loader": work}, of="loader", task="measuring the loader")
     stream.close()
     return Row(
         name="loader",
-        images_per_s=rates(times["loader"], images),
-        peak_memory_bytes=peak_bytes(bench.device),
-        watts=watts,
-        utilisation=busy,
+        images_per_s=rates(timed.seconds["loader"], images),
+        **timed.instruments(),
         note=f"{bench.loaders.bank}, {bench.loaders.train.workers} workers",
     )
 
@@ -111,11 +108,9 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
         for _ in range(steps):
             evaluate(module, loader, names=names, device=bench.device, half=half)
 
-    reset_peak(bench.device)
-    times, (watts, busy) = _timed(
-        bench, effort, {"bare": bare, "validation": whole}, task="measuring validation"
-    )
-    peak = peak_bytes(bench.device)  # counting waits takes another path on the CPU
+    works = {"bare": bare, "validation": whole}
+    timed = _timed(bench, effort, works, of="validation", task="measuring validation")
+    times = timed.seconds
     # A bare step repeats the first batch, which is as large as any.
     bare_images = len(loader) * len(batch.images)
     bare_s = [seconds * loader.n_samples / bare_images for seconds in times["bare"]]
@@ -124,10 +119,8 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
         images_per_s=rates(times["validation"], loader.n_samples),
         bare_images_per_s=rates(bare_s, loader.n_samples),
         efficiency=shares(times["validation"], bare_s),
-        peak_memory_bytes=peak,
         host_waits=waits_of_a_validation(bench),
-        watts=watts,
-        utilisation=busy,
+        **timed.instruments(),
     )
 
 
@@ -152,21 +145,18 @@ def measure_training(bench: Workbench, effort: Effort) -> Row:
         finish(bench.device)
         waited.append(wait / (time.perf_counter() - begun))
 
-    reset_peak(bench.device)
-    times, (watts, busy) = _timed(
-        bench, effort, {"bare": bare_step(bench, first), "train": train}, task="measuring training"
-    )
+    works = {"bare": bare_step(bench, first), "train": train}
+    timed = _timed(bench, effort, works, of="train", task="measuring training")
+    times = timed.seconds
     stream.close()
     return Row(
         name="train",
         images_per_s=rates(times["train"], images),
         bare_images_per_s=rates(times["bare"], images),
         efficiency=shares(times["train"], times["bare"]),
-        peak_memory_bytes=peak_bytes(bench.device),
         host_waits=waits_of_a_step(bench, first),
         data_wait=Spread.of(waited[-effort.rounds :]),
-        watts=watts,
-        utilisation=busy,
+        **timed.instruments(),
     )
 
 
@@ -266,12 +256,19 @@ def waits_of_a_validation(bench: Workbench) -> int:
     return max(sum(watch.waits.values()), len(told))
 
 
-def waits_of_a_step(bench: Workbench, batches: list[Batch]) -> int:
+def waits_of_a_step(bench: Workbench, batches: list[Batch]) -> int | None:
     """Count how often the host waits in one steady step; on the CPU, how often it would.
 
     On a GPU it is counted twice, by operator and by CUDA's own debug mode; the larger is returned.
+    Compiled code is not watched by operator: it would be left for the plain one, in torch 2.11 for
+    the rest of the process. None: it cannot be counted.
     """
     bench.step(batches)
+    compiled = bench.settings.compiled
+    if compiled is not None and compiled.started:
+        with synchronisations(bench.device) as told:
+            bench.step(batches)
+        return len(told) if bench.device.type == "cuda" else None
     watch = DeviceWatch(bench.device, bench.resident())
     with watch, synchronisations(bench.device) as told:
         bench.step(batches)
@@ -298,16 +295,50 @@ def _repeat(once: Callable[[], None]) -> Work:
     return work
 
 
+@dataclass(slots=True)
+class _Timed:
+    """Seconds of works taken in turn, and what else was read while one of them ran."""
+
+    seconds: dict[str, list[float]]
+    reading: PowerReading
+    peak_bytes: int
+
+    def instruments(self) -> dict[str, Any]:
+        """Return fields of a row."""
+        watts, busy = self.reading.means()
+        return {"peak_memory_bytes": self.peak_bytes, "watts": watts, "utilisation": busy}
+
+
 def _timed(
-    bench: Workbench, effort: Effort, works: Mapping[str, Work], *, task: str
-) -> tuple[dict[str, list[float]], tuple[float | None, float | None]]:
-    """Time works in turn; return their seconds, and the card's watts and utilisation meanwhile."""
+    bench: Workbench, effort: Effort, works: Mapping[str, Work], *, of: str, task: str
+) -> _Timed:
+    """Time works in turn.
+
+    Args:
+        of: the work whose memory, watts and utilisation are read; warm by then, so that what
+            autotuning and compiling took is not among it.
+    """
+    peak = 0
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        nonlocal peak
+        if name != of:
+            yield
+            return
+        reset_peak(bench.device)
+        reading.on = True
+        yield
+        reading.on = False
+        peak = max(peak, peak_bytes(bench.device))
+
     with power(nvml_reader(bench.info.uuid)) as reading:
-        times = in_turn(
+        seconds = in_turn(
             works,
             rounds=effort.rounds,
             seconds=effort.seconds,
             device=bench.device,
             on_round=lambda done, total: bench.emit(Progress(task=task, done=done, total=total)),
+            around=around,
         )
-    return times, reading.means()
+    return _Timed(seconds, reading, peak)

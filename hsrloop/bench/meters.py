@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +18,11 @@ Work = Callable[[int], None]  # does so many steps
 
 @dataclass(slots=True)
 class PowerReading:
-    """Means over the samples taken; None where nothing could be read."""
+    """Means over the samples taken while it is on; None where nothing could be read."""
 
     watts: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
+    on: bool = False
 
     def means(self) -> tuple[float | None, float | None]:
         """Return mean watts and mean share of time with work on the GPU."""
@@ -43,8 +44,9 @@ def power(read: ReadPower | None) -> Iterator[PowerReading]:
     def sample() -> None:
         while not done.wait(SAMPLE_EVERY_S):
             watts, busy = read()
-            reading.watts.append(watts)
-            reading.busy.append(busy)
+            if reading.on:
+                reading.watts.append(watts)
+                reading.busy.append(busy)
 
     thread = threading.Thread(target=sample, name="power-meter", daemon=True)
     thread.start()
@@ -96,12 +98,16 @@ def in_turn(
     seconds: float,
     device: torch.device,
     on_round: Callable[[int, int], None] = lambda done, total: None,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Measure several works in rounds, in alternating order.
 
     A round of each work takes about `seconds`, but at least three steps; how many steps that is, is
     found out first, which also warms it up.
+
+    Args:
+        around: other instruments, for the time of one work in one round.
 
     Returns:
         By work, the seconds of a step in each round.
@@ -110,10 +116,11 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds):
         for name in list(works) if number % 2 == 0 else list(works)[::-1]:
-            start = clock()
-            works[name](steps[name])
-            finish(device)
-            times[name].append((clock() - start) / steps[name])
+            with around(name):
+                start = clock()
+                works[name](steps[name])
+                finish(device)
+                times[name].append((clock() - start) / steps[name])
         on_round(number + 1, rounds)
     return times
 

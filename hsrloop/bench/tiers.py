@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.meters import finish, nvml_reader, power, reset_peak
+from hsrloop.bench.meters import PowerReading, finish, nvml_reader, power, reset_peak
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
 from hsrloop.errors import HsrloopError
-from hsrloop.events import Climbed, Event, Progress, Recovered
+from hsrloop.events import Climbed, EpochDone, Event, Progress, Recovered
 from hsrloop.hardware.memory import GIB, capped
 from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.probe import probe, torch_device
@@ -54,8 +54,11 @@ def why_not(tier: Tier, info: DeviceInfo) -> str:
 class StepWatch:
     """Listens to a run and ends it after enough steps on the settings it came to.
 
+    A step is timed from the end of the one before, or of the epoch before: validation is left out.
+
     Args:
         steps: to be timed, after `WARM` others.
+        reading: on while steps are timed.
         settle: waits for the device.
         clock: seconds; replaced in tests.
     """
@@ -64,38 +67,52 @@ class StepWatch:
         self,
         steps: int,
         *,
+        reading: PowerReading | None = None,
         settle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.changes: list[str] = []
         self._steps, self._settle, self._clock = steps, settle, clock
-        self._seen = 0
-        self._from = self._to = 0.0
+        self._reading = reading or PowerReading()
+        self._start_over()
 
     def handle(self, event: Event) -> None:
-        """Start over when settings change."""
+        """Start over when settings change; know validation from training."""
         if isinstance(event, Recovered | Climbed):
             self.changes.append(event.change)
-            self._seen = 0
+            self._start_over()
+        elif isinstance(event, Progress) and event.task == "validating":
+            self._validating, self._reading.on = True, False
+        elif isinstance(event, EpochDone):
+            self._validating, self._reading.on = False, self._warm == WARM
+            self._mark = self._clock()
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
 
     def __call__(self) -> bool:
-        """Count a step; return whether the run shall end."""
-        self._seen += 1
-        if self._seen == WARM:
-            self._settle()
-            self._from = self._clock()
-        if self._seen == WARM + self._steps:
-            self._settle()
-            self._to = self._clock()
-        return self._seen >= WARM + self._steps
+        """Count a step; return whether the run shall end. Also asked while validating."""
+        if self._validating:
+            return False
+        self._settle()
+        now = self._clock()
+        if self._warm < WARM:
+            self._warm += 1
+        else:
+            self._spent += now - self._mark
+            self._seen += 1
+        self._mark, self._reading.on = now, self._warm == WARM
+        return self._seen == self._steps
 
     @property
     def step_s(self) -> float:
         """Seconds of a step; 0 when the run ended before."""
-        return max(0.0, self._to - self._from) / self._steps
+        return self._spent / self._steps if self._seen == self._steps else 0.0
+
+    def _start_over(self) -> None:
+        self._seen = self._warm = 0
+        self._spent = self._mark = 0.0
+        self._validating = self._reading.on = False
 
 
 def measure_tiers(
@@ -144,7 +161,6 @@ def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[No
 def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     config = asked.config
     device = torch.device(config.device)
-    watch = StepWatch(steps, settle=lambda: finish(device))
     reader = nvml_reader(info.uuid) if device.type == "cuda" else None
     reset_peak(device)
     failure, ended = "", {}
@@ -153,6 +169,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
         memory_of(tier, device, info.total_bytes),
         power(reader) as reading,
     ):
+        watch = StepWatch(steps, reading=reading, settle=lambda: finish(device))
         endless = config.replace(output=output, epochs=10_000, patience=0, tensorboard=False)
         try:
             outcome = train(

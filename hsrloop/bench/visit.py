@@ -7,6 +7,7 @@ a row that says so.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _measures(cell: Cell, on_row: Callable[[Row], None]) -> bool:
     except Exception as error:  # whatever it is, the other cells are worth having
         on_row(Row(name=cell.name, note=f"failed: {type(error).__name__}: {_first_line(error)}"))
     finally:
+        gc.collect()  # else what only cycles keep would count against an emulated card
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.sets.dataset import DatasetSpec
@@ -18,6 +18,7 @@ from hsrloop.events import Event, Note
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.weights import OFFICIAL, find_weights
+from hsrloop.model.yolo import class_outputs
 from hsrloop.records import Batch, DeviceInfo, Position
 from hsrloop.train.build import (
     Loaders,
@@ -36,6 +37,7 @@ from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 
 Emit = Callable[[Event], None]
+_QUIETER = 3.0  # logits
 LR = 1e-6  # steps that are only timed must not lead anywhere
 
 
@@ -93,7 +95,7 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     """Build it, and release it afterwards.
 
     Weights that are not on this machine are replaced by an untrained network of the same shape,
-    which costs the same.
+    which costs the same: its head is made to be as sure of nothing as a trained one is of most.
 
     Raises:
         HsrloopError: as a run would raise.
@@ -106,6 +108,8 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     spec, synthesis = load_data(config, dataset_of(resolved))
     resolved, base = load_model(resolved, spec.names, emit)
     config = resolved.config
+    if config.model.endswith(".yaml"):
+        _quieten(base.module)
     amp_dtype = autocast_dtype(config, info, base.module, device, emit)
     half = amp_dtype is torch.float16
     state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
@@ -132,6 +136,18 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     finally:
         if governor is not None:
             governor.close()
+
+
+def _quieten(module: nn.Module) -> None:
+    """Lower class scores below what counts as a detection.
+
+    Of an untrained network all of some levels' points lie just above it: ten times as many
+    candidates as a trained network has.
+    """
+    with torch.no_grad():
+        for out in class_outputs(module):
+            assert out.bias is not None
+            out.bias.sub_(_QUIETER)
 
 
 def at_hand(resolved: Resolved, emit: Emit) -> Resolved:

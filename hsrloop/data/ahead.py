@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -32,7 +33,7 @@ def arriving(made: Iterable[tuple[Tensor, T]], device: torch.device) -> Iterator
         for images, rest in ahead(made):
             yield images.to(device), rest
         return
-    side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side_stream = _side_stream(device)
     side_stream.wait_stream(torch.cuda.current_stream(device))  # the bank may still be filling
     for images, ready, rest in ahead(_on_stream(side_stream, made, device)):
         current = torch.cuda.current_stream(device)
@@ -40,6 +41,12 @@ def arriving(made: Iterable[tuple[Tensor, T]], device: torch.device) -> Iterator
         # Without this the memory could be given out again on the side stream while still in use.
         images.record_stream(current)
         yield images, rest
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all: what its memory pool has freed serves the next epoch again."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _on_stream(

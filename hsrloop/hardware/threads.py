@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Mapping
 
 from hsrloop.hardware.memory import usable_cores
 from hsrloop.paths import cache_folder
@@ -22,6 +23,12 @@ def prepare_environment(*, cores: int | None = None) -> None:
     """
     for key, value in _settings(cores or usable_cores()).items():
         os.environ.setdefault(key, value)
+
+
+def as_found(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what `prepare_environment` sets, for other programs."""
+    ours = _settings(usable_cores())
+    return {k: v for k, v in environment.items() if ours.get(k) != v}
 
 
 def _settings(cores: int) -> dict[str, str]:

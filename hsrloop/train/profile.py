@@ -33,6 +33,7 @@ class StepProfiler:
             activities=activities,
             schedule=schedule(skip_first=SKIPPED, wait=0, warmup=WARM, active=RECORDED, repeat=1),
             on_trace_ready=self._ready,
+            acc_events=True,  # without it torch 2.11 warns of later cycles, which there are not
             experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
         )
         self._seen = 0

@@ -271,8 +271,11 @@ def _give_way() -> None:
 def averages_of(state: TrainState) -> dict[str, Tensor]:
     """Return a copy of the averaged weights on the CPU, by name."""
     averages = state.ema.module.state_dict()
-    # Not pinned: it is allocated anew each time, and CUDA waits for such a copy.
-    return {k: copy_into(torch.empty_like(t, device="cpu"), t) for k, t in averages.items()}
+    # Not pinned: it is allocated anew each time.
+    copies = {k: copy_into(torch.empty_like(t, device="cpu"), t) for k, t in averages.items()}
+    if state.device.type == "cuda":
+        torch.cuda.current_stream(state.device).synchronize()
+    return copies
 
 
 def _is_finite(run: Mapping[str, Any]) -> bool:

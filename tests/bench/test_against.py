@@ -34,8 +34,9 @@ class Processes:
         self.requests: list[dict[str, Any]] = []
         self.failing = False
 
-    def run(self, command: list[str], **_: Any) -> Any:
+    def run(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
         said = ""
+        assert not {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF"} & set(env)
         if "hsrloop.bench.peer" in command:
             request = json.loads(command[-1])
             self.requests.append(request)

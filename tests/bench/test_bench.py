@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -77,7 +78,11 @@ def test_power_is_the_mean_of_what_was_read() -> None:
             return 150.0, 0.75
         return answer
 
+    with power(lambda: (-1.0, 0.0)) as off:
+        time.sleep(0.25)
+    assert off.means() == (None, None), "nothing is kept while it is off"
     with power(read) as reading:
+        reading.on = True
         assert seen.wait(30)
     watts, busy = reading.means()
     assert watts == pytest.approx(150.0) and busy == pytest.approx(0.75)

@@ -112,7 +112,12 @@ def test_memory_used_again_is_not_taken_for_the_device() -> None:
 def test_what_cuda_calls_synchronising_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[object] = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode: object) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode detects synchronizing operations", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     with synchronisations(torch.device("cuda")) as found:
         for _ in range(2):  # at one place: each counts
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from hsrloop.bench import tiers
+from hsrloop.bench.meters import PowerReading
 from hsrloop.bench.suite import SMOKE, TIGHT, cells_of
 from hsrloop.bench.tiers import WARM, StepWatch, measure_tiers, memory_of, why_not
 from hsrloop.config import resolve
-from hsrloop.events import Climbed, Note, Recovered
+from hsrloop.events import Climbed, EpochDone, Note, Progress, Recovered
 from hsrloop.hardware.memory import GIB, gpu_memory
 from hsrloop.hardware.tiers import CPU, TIERS, tier_named
 from hsrloop.paths import cache_folder
@@ -29,6 +31,11 @@ TINY = {"model": "yolov8n.yaml", "imgsz": 64, "batch": 4}
 
 def recovered(change: str) -> Recovered:
     return Recovered(cause="GPU memory", change=change, rung={}, epoch=0, sample=0, reason="")
+
+
+def epoch_done() -> EpochDone:
+    values = dict.fromkeys((f.name for f in dataclasses.fields(EpochDone)), 0)
+    return EpochDone(**values)  # type: ignore[arg-type]
 
 
 def test_steps_are_timed_after_warm_up_and_again_after_a_recovery() -> None:
@@ -46,7 +53,25 @@ def test_steps_are_timed_after_warm_up_and_again_after_a_recovery() -> None:
     assert answers == [False] * (WARM + 3) + [True]
     assert watch.step_s == pytest.approx(0.5)
     assert watch.changes == ["micro_batch 8 -> 4"]
-    assert len(settled) == 3, "the device is waited for whenever the clock is read"
+    assert len(settled) == 2 * WARM + 6, "the device is waited for whenever the clock is read"
+
+
+def test_validation_is_neither_counted_nor_timed() -> None:
+    clock, reading = Clock(), PowerReading()
+    watch = StepWatch(4, reading=reading, clock=clock)
+    power, ended = [], False
+    for _ in range(WARM + 4):  # epochs of one step, as a small set has on a large card
+        assert not ended
+        clock.now += 0.5
+        ended = watch()
+        power.append(reading.on)
+        for done in range(3):  # batches of its validation
+            clock.now += 10.0
+            watch.handle(Progress(task="validating", done=done, total=3))
+            assert not watch() and not reading.on
+        watch.handle(epoch_done())
+    assert ended and watch.step_s == pytest.approx(0.5)
+    assert power == [False] * (WARM - 1) + [True] * 5
 
 
 def test_a_larger_micro_batch_is_timed_anew_too() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsrloop.data import ahead
 from hsrloop.data.ahead import arriving
 
 CPU = torch.device("cpu")
@@ -46,8 +47,10 @@ class _Gpu:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.current: dict[str, str] = {}
+        self.streams = 0
 
     def Stream(self, device: torch.device) -> Any:
+        self.streams += 1
         return SimpleNamespace(
             name="side",
             wait_stream=lambda other: self.log.append(f"side waits for {other.name}"),
@@ -95,6 +98,7 @@ def test_on_a_gpu_they_are_sent_on_a_side_stream_that_the_user_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = _Gpu()
+    ahead._side_stream.cache_clear()
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(gpu, name))
     made: Any = ((_Images(gpu), i) for i in range(2))
@@ -105,3 +109,6 @@ def test_on_a_gpu_they_are_sent_on_a_side_stream_that_the_user_waits_for(
     assert [rest for _, rest in items] == [1]
     assert not gpu.current, "no thread is left on the side stream"
     assert gpu.log.count("sent on side") == gpu.log.count("kept for main") == 2
+    list(arriving(iter([(made, 0) for made in [_Images(gpu)]]), torch.device("cuda")))  # type: ignore[list-item]
+    assert gpu.streams == 1, "the next epoch uses the same, and its memory"
+    ahead._side_stream.cache_clear()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from hsrloop.bench.counting import synchronisations
 from hsrloop.data.ahead import arriving
 from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank, bank_place
 from hsrloop.data.pixels.render import Renderer
@@ -272,12 +273,10 @@ def test_the_host_waits_for_nothing_and_two_runs_are_bit_equal(
     renderer = TorchRenderer(bank, refs, imgsz=SIDE, device=device)
     first = renderer.pixels(plans)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisations(device) as waits:
         made = ((renderer.pixels(plans), i) for i in range(4))
         streamed = list(arriving(made, device))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert not waits
     assert [rest for _, rest in streamed] == [0, 1, 2, 3]
     assert all(torch.equal(images, first) for images, _ in streamed)
 

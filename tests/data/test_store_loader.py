@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from hsrloop.bench.counting import synchronisations
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
 from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank
@@ -176,13 +177,11 @@ def test_on_a_gpu_the_same_batches_arrive_and_the_host_waits_for_none(
     with TrainLoader(spec.train, store, config()) as loader:
         expected = list(loader.batches(Position(0, 0)))
     validated = ValLoader(spec.train, store, batch=3)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisations(gpu) as waits:
         with TrainLoader(spec.train, store, config(), workers=workers, device=gpu) as loader:
             found = list(loader.batches(Position(0, 0)))
         sent = list(ValLoader(spec.train, store, batch=3, device=gpu))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert not waits
     assert all(batch.images.device == gpu for batch in (*found, *sent))
     home = [dataclasses.replace(batch, images=batch.images.cpu()) for batch in found]
     assert_same(home, expected)

@@ -43,6 +43,14 @@ def test_the_users_own_stay(monkeypatch) -> None:
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
+def test_other_programs_find_none_of_it_but_what_the_user_set(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    before = dict(os.environ)
+    threads.prepare_environment()
+    assert dict(os.environ) != before
+    assert threads.as_found(os.environ) == before
+
+
 SCRIPT = """
 import sys
 from hsrloop.hardware import memory, probe, threads, tiers
