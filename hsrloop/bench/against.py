@@ -3,7 +3,8 @@
 Both train in turn, each in a process of its own, as a user would start them. The first epoch of a
 training warms up and is not counted. Ratios are the peer's time over ours, pair by pair. Then ours
 trains once more with as many epochs as fit into the peer's time, and Ultralytics' own validator
-judges all the weights.
+judges all the weights. Peak memory of ours contains the worst step of the run, which is tried
+before the first.
 """
 
 from __future__ import annotations

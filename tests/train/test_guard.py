@@ -115,13 +115,14 @@ def test_on_a_gpu_the_device_decides_by_itself(optimizer: str, amp: bool, poison
     watch = Guard(state, NOWHERE)
     poison(lambda state: "gradient" if state.steps else None)
     take(state, settings, 0)
+    already = int(state.loss_sums[5])  # in fp16 the first scale may be too large for the card
     before = copy.deepcopy(state.to_payload())
     seen = []
     for i in range(guard_module.IN_A_ROW_SCALED + guard_module.LAG + 1):
         take(state, settings, i)
         seen.append(watch.persists(state))
     most = guard_module.IN_A_ROW_SCALED if amp else guard_module.IN_A_ROW
-    assert seen.index(True) == most - 1 + guard_module.LAG
+    assert seen.index(True) == most - 1 - already + guard_module.LAG
     for name in ("model", "optimizer"):
         assert_same({**before[name]}, {**state.to_payload()[name]})
     assert_same(dict(before["ema"]["module"]), dict(state.ema.module.state_dict()))
