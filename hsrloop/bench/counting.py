@@ -4,7 +4,8 @@ A GPU does its work while the host prepares more; each time the host reads a res
 the GPU has caught up. `DeviceWatch` counts such waits exactly as a GPU would suffer them, also on a
 machine without one: there it keeps book of which memory would lie on the device. What is made with
 an explicit device, what is sent with `.to(device)`, and what is computed from either is on the
-device; `.cpu()`, `.tolist()`, `.numpy()` and `.item()` bring it back.
+device; `.cpu()`, `.tolist()`, `.numpy()` and `.item()` bring it back. What has a way of its own for
+the CPU takes the GPU's meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from hsrloop.ops.paths import as_on_a_gpu
 
 _WAITS = frozenset(
     (
@@ -64,6 +67,8 @@ class DeviceWatch:
             self._mark(tensor)
 
     def __enter__(self) -> DeviceWatch:
+        if self._emulated:
+            self._modes.enter_context(as_on_a_gpu())
         self._modes.enter_context(_Calls(self))
         self._modes.enter_context(_Operators(self))
         return self

@@ -249,10 +249,7 @@ def waits_of_a_validation(bench: Workbench) -> int:
     module, loader = bench.state.ema.module, bench.loaders.val
     few = loader.head(2 * loader.batch)
     with DeviceWatch(bench.device) as watch, synchronisations(bench.device) as told:
-        evaluate(
-            module, few, names=bench.spec.names, device=bench.device, half=bench.settings.amp,
-            ahead=True,
-        )  # fmt: skip
+        evaluate(module, few, names=bench.spec.names, device=bench.device, half=bench.settings.amp)
     return max(sum(watch.waits.values()), len(told))
 
 

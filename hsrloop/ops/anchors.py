@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hsrloop.ops.paths import on_cpu
 from hsrloop.records import RawPredictions
 
 
@@ -63,7 +64,7 @@ def mean_distances(box_logits: Tensor, *, reg_max: int) -> Tensor:
     """
     images, _, points = box_logits.shape
     bins = torch.arange(reg_max, device=box_logits.device, dtype=torch.float32)
-    step = 1 if box_logits.device.type == "cpu" else max(images, 1)
+    step = 1 if on_cpu(box_logits.device) else max(images, 1)
     parts = []
     with torch.autocast(box_logits.device.type, enabled=False):
         for part in torch.split(box_logits, step):

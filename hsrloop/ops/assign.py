@@ -1,7 +1,8 @@
 """Task-aligned assignment of anchor points to ground truth boxes.
 
-Nothing here waits for the device, and no tensor is as large as boxes times anchor points: only
-cells inside a box are looked at, in blocks of bounded size.
+Only cells inside a box are looked at: no tensor is as large as boxes times anchor points. A GPU
+looks at them in blocks of bounded size, without ever being waited for; what the CPU does instead
+is in `assign_cpu`.
 
 Source: Feng et al. 2021, arXiv:2108.07755; constants and order of the decisions as
 ultralytics@8.4.190, TaskAlignedAssigner with topk 10, alpha 0.5, beta 6.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hsrloop.ops.anchors import at_least_float32
 from hsrloop.ops.boxes import Columns, Pairs
+from hsrloop.ops.paths import on_cpu
 from hsrloop.ops.targets import PaddedTargets
 
 TOPK = 10
@@ -26,18 +28,16 @@ _EPS = 1e-9
 _ROW_BITS = 28  # low bits of a ranking key: row of the box, image * M + place
 _ROWS = (1 << _ROW_BITS) - 1
 
-# (pairs, padding) at which a block ends. On the CPU temporaries then stay in cache, and padding
-# costs no more than the 45 calls of one more block (measured). On a GPU kernels are few and large;
-# 100 bytes of temporaries a pair (measured) then make 105 MB, while all activations are alive.
-_BLOCK_CPU = (1 << 15, 1 << 12)
-_BLOCK_GPU = (1 << 20, 1 << 20)
+# Pairs at which a block ends. Kernels are few and large; 100 bytes of temporaries a pair (measured)
+# then make 105 MB, while all activations are alive.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """Foreground anchor points, as T slots of which those of weight 0 are unused.
 
-    T depends on the number of boxes only. Each used anchor point stands in one slot.
+    On a GPU T depends on the number of boxes only. Each used anchor point stands in one slot.
     """
 
     image: Tensor  # (T,) int64
@@ -47,6 +47,10 @@ class Assignment:
     weight: Tensor  # (T,) target score in [0, 1]
     pairs: Pairs  # (T,) the decoded box of the anchor point, and the box it was given, px
     ciou: Tensor  # (T,) theirs
+
+
+# Image, anchor point, row of the box, and whether the slot is used; (T,) each.
+_Slots = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
     places = targets.labels.shape[1]
     scene = _Scene(
         predicted=Columns.of(boxes.reshape(4, -1)),
-        logits=class_logits.reshape(-1),
+        logits=class_logits.detach().reshape(-1),
         truth=Columns(targets.table.to(boxes.dtype)),
         labels=targets.labels.view(-1),
         images=images,
@@ -104,9 +108,25 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         anchors=anchors,
         places=places,
     )
+    if on_cpu(boxes.device) and scene.logits.dtype == boxes.dtype == torch.float32:
+        return _scored(scene, *_chosen_on_cpu(scene, targets))
     metric, anchor, ranking = _candidates(scene, targets)  # (N, 10), (N, 10), (B * A,)
     own = targets.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
-    return _resolve(scene, metric.view(-1) > 0, anchor.view(-1), own, ranking)
+    return _scored(scene, *_resolve(scene, metric.view(-1) > 0, anchor.view(-1), own, ranking))
+
+
+def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
+    from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
+
+    found = settled_pairs(
+        *(t.numpy() for t in (scene.predicted.table, scene.logits, scene.truth.table)),
+        *(t.numpy() for t in (targets.segments, targets.rows)),
+        *(len(targets.shapes), scene.anchors, scene.classes, TOPK),
+    )
+    point, box = (torch.from_numpy(array) for array in found)
+    image = box // max(scene.places, 1)
+    anchor = torch.sub(point, image, alpha=scene.anchors)
+    return image, anchor, box, torch.ones_like(point, dtype=torch.bool)
 
 
 def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +141,7 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     where = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=torch.int64)
     ranking = torch.zeros(scene.images * scene.anchors, device=device, dtype=torch.int64)
     numbers = targets.segments[:5].float()
-    for block, longest in _blocks(targets.cells, *_limits(device)):
+    for block, longest in _blocks(targets.cells, _BLOCK):
         slot, *_, row, image, label = targets.segments[:, block, None].unbind(0)  # (g, 1)
         _, first, width, skipped, last = numbers[:, block, None].unbind(0)
         k = torch.arange(longest, device=device, dtype=torch.float32)  # (K,)
@@ -142,23 +162,16 @@ def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, 
     return best, where.gather(1, index), ranking
 
 
-def _limits(device: torch.device) -> tuple[int, int]:
-    return _BLOCK_CPU if device.type == "cpu" else _BLOCK_GPU
-
-
-def _blocks(cells: Sequence[int], pairs: int, padding: int) -> Iterator[tuple[slice, int]]:
+def _blocks(cells: Sequence[int], pairs: int) -> Iterator[tuple[slice, int]]:
     """Cut segments of falling size into blocks, each padded to its first segment.
 
-    A block holds at most `pairs` padded cells and `padding` cells of padding, but at least one
-    segment.
+    A block holds at most `pairs` padded cells, but at least one segment.
     """
-    start, wasted = 0, 0
-    for i, count in enumerate(cells):
-        longest = max(cells[start], TOPK)
-        wasted += longest - count
-        if i > start and ((i - start + 1) * longest > pairs or wasted > padding):
-            yield slice(start, i), longest
-            start, wasted = i, max(count, TOPK) - count
+    start = 0
+    for i in range(1, len(cells)):
+        if (i - start + 1) * max(cells[start], TOPK) > pairs:
+            yield slice(start, i), max(cells[start], TOPK)
+            start = i
     if cells:
         yield slice(start, len(cells)), max(cells[start], TOPK)
 
@@ -176,10 +189,8 @@ def _keys(overlap: Tensor, row: Tensor) -> Tensor:
     return bits.add_(_ROWS - row)
 
 
-def _resolve(
-    scene: _Scene, wanted: Tensor, anchor: Tensor, own: Tensor, ranking: Tensor
-) -> Assignment:
-    """Settle points wanted by several boxes and score what remains; all (N * 10,)."""
+def _resolve(scene: _Scene, wanted: Tensor, anchor: Tensor, own: Tensor, ranking: Tensor) -> _Slots:
+    """Settle points wanted by several boxes; all (N * 10,)."""
     total = scene.images * scene.anchors
     image = own // max(scene.places, 1)
     point = torch.add(anchor, image, alpha=scene.anchors)
@@ -194,9 +205,13 @@ def _resolve(
     used = wanted & (first == slot)
     if len(own) > total:  # more slots than points: the used ones come first and all fit
         order = used.int().argsort(descending=True, stable=True)[:total]
-        image, anchor, point = image[order], anchor[order], point[order]
-        box, used = box[order], used[order]
-    pairs = scene.pairs(point, box)
+        image, anchor, box, used = image[order], anchor[order], box[order], used[order]
+    return image, anchor, box, used
+
+
+def _scored(scene: _Scene, image: Tensor, anchor: Tensor, box: Tensor, used: Tensor) -> Assignment:
+    """Score points given to boxes; all (T,)."""
+    pairs = scene.pairs(torch.add(anchor, image, alpha=scene.anchors), box)
     ciou = pairs.ciou()
     overlap = ciou.clamp(min=0).mul_(used)
     logit = scene.logit(image, anchor, scene.labels[box])

@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hsrloop.ops.anchors import anchor_table, at_least_float32, mean_distances
 from hsrloop.ops.assign import Assignment, assign
+from hsrloop.ops.paths import on_cpu
 from hsrloop.ops.ranges import named
 from hsrloop.ops.targets import PaddedTargets, pad_targets
 from hsrloop.records import RawPredictions
@@ -151,7 +152,7 @@ class _BoxTerms(torch.autograd.Function):
         below, above, share, weight, slope = rest
         by_box, by_dfl = grads
         p = log_p.exp()  # (4, R, T)
-        distance = (p * bins).sum(1, keepdim=True)  # (4, 1, T)
+        distance = torch.matmul(bins.t(), p)  # (4, 1, T)
         quarter = weight * (by_dfl / 4)  # (T,)
         grad = (distance - bins).mul_((slope * by_box)[:, None]).add_(quarter).mul_(p)
         part = share * quarter
@@ -184,7 +185,7 @@ class _SparseBce(torch.autograd.Function):
         logits, index, target = args
         ctx.save_for_backward(logits, index, target)
         flat = logits.reshape(-1)
-        chunk = _CHUNK_CPU if flat.device.type == "cpu" else max(flat.numel(), 1)
+        chunk = _CHUNK_CPU if on_cpu(flat.device) else max(flat.numel(), 1)
         parts = [F.softplus(at_least_float32(part)).sum() for part in torch.split(flat, chunk)]
         total = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
         return total - torch.dot(at_least_float32(flat[index]), target)

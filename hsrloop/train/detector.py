@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hsrloop.model.yolo import forward_eval, fuse_for_inference, reg_max, strides
 from hsrloop.ops.anchors import predictions
 from hsrloop.ops.nms import Found, nms, nms_ahead
+from hsrloop.ops.paths import on_cpu
 from hsrloop.train.precision import place
 from hsrloop.train.step import to_input
 
@@ -69,7 +70,7 @@ class Detector:
                 given, on a GPU: on the CPU waiting costs nothing, and less is to be computed.
         """
         if ahead is None:
-            ahead = self.device.type != "cpu"
+            ahead = not on_cpu(self.device)
         if not ahead:
             return Found.of(self.detect(images))
         boxes, scores = self._predicted(images)

@@ -13,16 +13,8 @@ from hsrloop.bench.criterion import (
     measure_criterion,
     watched,
 )
-from hsrloop.ops import assign, loss
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the work as on a GPU: into few pieces, since no cache is to be fitted."""
-    monkeypatch.setattr(assign, "_limits", lambda device: assign._BLOCK_GPU)
-    monkeypatch.setattr(loss, "_CHUNK_CPU", 1 << 40)
 
 
 def of_noise(objects: int) -> CriterionInput:
@@ -30,7 +22,6 @@ def of_noise(objects: int) -> CriterionInput:
     return CriterionInput.of_noise(CPU, images=1, objects=objects)
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
 def test_the_criterion_needs_half_the_kernels_of_the_peers_and_hardly_more_in_a_crowd() -> None:
     counts = {n: kernels_of(of_noise(n)) for n in (10, 300)}
     peers = watched(PeersCriterion(of_noise(10)))

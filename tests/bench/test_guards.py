@@ -82,7 +82,7 @@ def test_a_validation_waits_once_however_long_it_is(tiny_dataset: Path, batch: i
     loader = ValLoader(refs, ImageStore(refs, imgsz=64), batch=batch, prefetch=False)
     module = build("yolov8n.yaml", names=NAMES, seed=0)
     with DeviceWatch(CPU) as watch:
-        evaluate(module, loader, names=NAMES, device=CPU, ahead=True)
+        evaluate(module, loader, names=NAMES, device=CPU)
     assert watch.waits == {"cpu": 1} and not watch.mixed
     assert watch.kernels["conv2d"] == 63 * len(loader), "the whole network was watched"
 
@@ -174,6 +174,6 @@ def test_a_validation_batch_is_sent_once(tiny_dataset: Path) -> None:
     sent = 0
     for batch in loader:
         with DeviceWatch(CPU, detector.module.parameters()) as watch:
-            detector.find(batch.images, ahead=True)
+            detector.find(batch.images)
         sent += watch.sent
     assert sent == len(loader)

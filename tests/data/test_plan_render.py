@@ -11,7 +11,6 @@ import numba
 import numpy as np
 import pytest
 
-from hsrloop.data.pixels import colour
 from hsrloop.data.pixels import render as render_module
 from hsrloop.data.pixels.render import Renderer, render
 from hsrloop.data.pixels.store import GREY
@@ -19,6 +18,7 @@ from hsrloop.data.plan import AugmentPlan, AugmentSettings, draw_plan, plan_labe
 from hsrloop.data.polygon import polygon_extent
 from hsrloop.data.sampler import epoch_order, sample_rng
 from hsrloop.data.sets.dataset import ImageRef
+from hsrloop.ops.native import compiled
 
 SIDE = 160
 SIZES = ((120, 160), (160, 100), (160, 160), (40, 160))  # as stored: long side == SIDE
@@ -295,7 +295,7 @@ def test_where_machine_code_cannot_be_kept_it_is_made_anew(monkeypatch: pytest.M
         return real(*args, **options)
 
     monkeypatch.setattr(numba, "njit", no_place)
-    double = colour._compiled(double_all, "void(u1[::1])")
+    double = compiled(double_all, "void(u1[::1])")
     values = np.arange(5, dtype=np.uint8)
     double(values)
     assert asked == [True, False] and values.tolist() == [0, 2, 4, 6, 8]

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hsrloop.ops import assign as assign_module
 from hsrloop.ops.loss import GAINS, detection_loss, pad_targets
+from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.records import RawPredictions
 from tests.ops.peer import STRIDES, Scene, scene
 
@@ -57,14 +58,12 @@ def test_memory_grows_with_boxes_and_with_points_but_not_with_their_product(
     boxes: int, size: float
 ) -> None:
     s = scene([boxes, 1], imgsz=320, size=size)
-    pairs, _ = assign_module._BLOCK_CPU
-    assert peak_of_loss(s) < allowed_bytes(s, pairs)
+    assert peak_of_loss(s) < allowed_bytes(s, pairs=0)
 
 
-def test_a_block_on_the_gpu_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assign_module, "_BLOCK_CPU", assign_module._BLOCK_GPU)
+def test_a_block_on_the_gpu_is_bounded_too() -> None:
     s = scene([700], imgsz=320, size=0.9)
-    pairs, _ = assign_module._BLOCK_GPU
-    bound = allowed_bytes(s, pairs)
+    bound = allowed_bytes(s, assign_module._BLOCK)
     assert bound < 128 * 2**20
-    assert bound / 3 < peak_of_loss(s) < bound  # the bound is what one block takes, not ten
+    with as_on_a_gpu():
+        assert bound / 3 < peak_of_loss(s) < bound  # the bound is what one block takes, not ten

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrloop.ops import assign as assign_module
 from hsrloop.ops.loss import GAINS, LossSums, detection_loss, pad_targets, sparse_bce_sum
+from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.records import RawPredictions
 from tests.ops.peer import STRIDES, Scene, ours, peers, scene
 
@@ -28,6 +31,13 @@ CASES = {
     "300 boxes": scene([300, 2], imgsz=320, nc=30, size=0.08, seed=9),
     "64 px": scene([4, 4], imgsz=64, seed=11),
 }
+
+
+@pytest.fixture(params=["CPU's way", "GPU's way"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of this for both ways that assignment and loss can go."""
+    with as_on_a_gpu() if request.param == "GPU's way" else nullcontext():
+        yield
 
 
 def terms(sums: LossSums) -> Tensor:
@@ -78,15 +88,15 @@ def test_duplicate_boxes_go_to_the_first_as_in_the_peer() -> None:
 def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     s = CASES["320"]
     whole = ours(s)
-    for limits in ((1, 1 << 20), (300, 100), (1 << 30, 1 << 30)):
-        monkeypatch.setattr(assign_module, "_BLOCK_CPU", limits)
+    for pairs in (1, 300, 1 << 30):
+        monkeypatch.setattr(assign_module, "_BLOCK", pairs)
         for mine, other in zip(ours(s)[1:], whole[1:], strict=True):
             torch.testing.assert_close(mine, other)
 
 
 def test_blocks_cover_every_segment_once() -> None:
     cells = (900, 850, 400, 50, 12, 3, 1)
-    blocks = list(assign_module._blocks(cells, 1000, 100))
+    blocks = list(assign_module._blocks(cells, 1000))
     assert [i for block, _ in blocks for i in range(block.start, block.stop)] == list(range(7))
     for block, longest in blocks:
         rows = block.stop - block.start

@@ -10,11 +10,13 @@ and value, and nothing is rounded but the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
+
+from hsrloop.ops.native import compiled
 
 SEXTANTS = 6
 PLACES = (0.0, 2.0, 4.0)  # of red, green and blue
@@ -76,22 +78,5 @@ def _share_below(hue: Any, place: Any) -> Any:
     return min(max(away - _ONE, _ZERO), _ONE)
 
 
-def _compiled(function: Callable[..., None], signature: str) -> Callable[..., None]:
-    """Compile to machine code, which is kept beside this file or in the user's cache folder.
-
-    Where neither can be written it takes a second at every start.
-    """
-    for keep in (True, False):
-        try:
-            made: Callable[..., None] = numba.njit(
-                signature, error_model="numpy", nogil=True, cache=keep
-            )(function)
-            return made
-        except (RuntimeError, OSError):
-            if not keep:
-                raise
-    raise AssertionError("not reached")
-
-
 _share = numba.njit(inline="always")(_share_below)
-_recolour = _compiled(_recolour_planes, _SIGNATURE)
+_recolour = compiled(_recolour_planes, _SIGNATURE)
