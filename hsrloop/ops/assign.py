@@ -121,7 +121,10 @@ def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
     found = settled_pairs(
         *(t.numpy() for t in (scene.predicted.table, scene.logits, scene.truth.table)),
         *(t.numpy() for t in (targets.segments, targets.rows)),
-        *(len(targets.shapes), scene.anchors, scene.classes, TOPK),
+        levels=len(targets.shapes),
+        anchors=scene.anchors,
+        classes=scene.classes,
+        topk=TOPK,
     )
     point, box = (torch.from_numpy(array) for array in found)
     image = box // max(scene.places, 1)
