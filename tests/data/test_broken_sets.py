@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml as yaml_package
 from PIL import Image
 from rich.console import Console
 
@@ -206,6 +207,9 @@ MERGES = "a: &a {k: v}\n" + "".join(
     f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n"
     for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
+# From 6.0.4 on PyYAML itself merges each key once.
+_MERGES_ONCE = tuple(map(int, yaml_package.__version__.split(".")[:3])) >= (6, 0, 4)
+_TOO_LARGE = "" if _MERGES_ONCE else "merged aliases grow without bound"
 
 IMAGES = [
     Case("jpeg-without-its-tail", file(IMAGE, JPEG[: len(JPEG) // 2]), kinds="unreadable",
@@ -388,8 +392,7 @@ MANIFESTS = [
     Case("many-laughs", yaml(LAUGHS + YAML)),
     Case("many-laughs-as-names", yaml(LAUGHS + YAML.replace("[cup, fork]", "*j")),
         error="names[0] is [", kinds="yaml"),
-    Case("merged-laughs", yaml(MERGES + YAML), error="merged aliases grow without bound",
-        hopeless=True),
+    Case("merged-laughs", yaml(MERGES + YAML), error=_TOO_LARGE, hopeless=bool(_TOO_LARGE)),
     Case("alias-of-itself", names_are("&n [*n, fork]"), error="names[0] is [", kinds="yaml"),
     Case("nested-too-deep", yaml("x: " + "[" * 600), error="nested too deeply", hopeless=True),
     Case("impossible-date", yaml(YAML + "made: 2026-13-45\n"),

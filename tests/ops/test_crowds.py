@@ -20,7 +20,9 @@ BYTES_PER_PAIR = 110  # of a box and a cell inside it, in one block
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Return the most bytes that torch held on the CPU at once, above where it began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         function()
     assert profiled.profiler is not None
     events = profiled.profiler.kineto_results.events()
