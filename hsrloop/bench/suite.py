@@ -69,7 +69,7 @@ FULL = Scope(
     effort=Effort(rounds=3, seconds=1.0),
     criterion_images=16,
     tiers=TIERS,
-    tier_steps=6,
+    tier_steps=5,  # with the warm-up an epoch of the largest batch: no validation in between
     tier_changes={},
     epochs=3,
 )
