@@ -8,7 +8,6 @@ comes from) and `i` (its number), and `save` (which outputs are needed later).
 from __future__ import annotations
 
 import atexit
-import copy
 import importlib
 import logging
 import math
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hsrloop.errors import WeightsError
 from hsrloop.paths import expanded, has_folder, is_file
@@ -282,15 +282,20 @@ def norms_in_eval(module: nn.Module, *, when: bool) -> Iterator[None]:
 
 
 def fuse_for_inference(module: nn.Module) -> nn.Module:
-    """Return a copy in eval mode with every BatchNorm folded into its convolution."""
-    fused = copy.deepcopy(module).eval().requires_grad_(False)
+    """Fold every BatchNorm into its convolution, in place; return the module, in eval mode."""
+    module.eval().requires_grad_(False)
     block: Any = type(layers(module)[0])
     layer: Any
-    for layer in fused.modules():
+    for layer in module.modules():
         if isinstance(layer, block) and isinstance(layer.bn, nn.BatchNorm2d):
-            layer.conv = _folded(layer.conv, layer.bn)
+            conv, norm = layer.conv, layer.bn
+            mean, variance = norm.running_mean, norm.running_var
+            assert mean is not None and variance is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
             layer.bn = nn.Identity()
-    return fused
+    return module
 
 
 def scale_of(module: nn.Module) -> str:
@@ -298,10 +303,6 @@ def scale_of(module: nn.Module) -> str:
     stem: Any = layers(module)[0]
     blocks: Any = layers(module)[4]
     return SIZES[(stem.conv.out_channels, len(blocks.m))]
-
-
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    return torch.nn.utils.fuse_conv_bn_eval(conv, norm)
 
 
 def describe(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import pickle
 from collections import OrderedDict
@@ -198,7 +199,7 @@ def not_yolov8(nano: nn.Module) -> dict[str, tuple[object, str]]:
     shuffled = checkpoint(nano)
     shuffled["model"].model = nn.Sequential(*list(shuffled["model"].model)[::-1])
     fused = checkpoint(nano)
-    fused["model"] = yolo.fuse_for_inference(nano)
+    fused["model"] = yolo.fuse_for_inference(copy.deepcopy(nano))
     nan = checkpoint(nano)
     nan["model"].model[0].bn.weight.data[0] = torch.nan
     segment = tasks.SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)

@@ -67,13 +67,10 @@ def test_forward_takes_no_image(nano: nn.Module) -> None:
     assert raw.class_logits.shape == (0, 3, 84)
 
 
-def test_fused_copy_gives_the_same_and_leaves_the_source(nano: nn.Module) -> None:
+def test_fused_it_gives_the_same(nano: nn.Module) -> None:
     module = copy.deepcopy(nano)
-    before = copy.deepcopy(module.state_dict())
-    fused = yolo.fuse_for_inference(module)
-    assert module.training and all(
-        torch.equal(v, before[k]) for k, v in module.state_dict().items()
-    )
+    fused = yolo.fuse_for_inference(copy.deepcopy(module))
+    assert not fused.training and not any(p.requires_grad for p in fused.parameters())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     whole, folded = yolo.forward_eval(module.eval(), images), yolo.forward_eval(fused, images)

@@ -51,3 +51,14 @@ def test_it_stops_after_any_batch(
     asked = iter(range(1, 5))
     assert evaluate(**given, ahead=True, stop=lambda: next(asked) == batches) is None
     assert next(asked, None) == (batches + 1 if batches < 4 else None)
+
+
+def test_the_network_is_not_changed(given: dict[str, Any]) -> None:
+    module = given["module"]
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    trained = [p.requires_grad for p in module.parameters()]
+    assert module.training and evaluate(**given) is not None
+    assert module.training and [p.requires_grad for p in module.parameters()] == trained
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
