@@ -4,8 +4,9 @@ A GPU does its work while the host prepares more; each time the host reads a res
 the GPU has caught up. `DeviceWatch` counts such waits exactly as a GPU would suffer them, also on a
 machine without one: there it keeps book of which memory would lie on the device. What is made with
 an explicit device, what is sent with `.to(device)`, and what is computed from either is on the
-device; `.cpu()`, `.tolist()`, `.numpy()` and `.item()` bring it back. What has a way of its own for
-the CPU takes the GPU's meanwhile.
+device; `.cpu()`, `.tolist()`, `.numpy()` and `.item()` bring it back. A copy home that need not
+block is taken for one into page-locked memory. What has a way of its own for the CPU takes the
+GPU's meanwhile.
 """
 
 from __future__ import annotations
@@ -136,8 +137,10 @@ class DeviceWatch:
         if name in _WAITS or _waits_for_size(name, args):
             self.waits[name] += 1
         if name in _HOST_INDICES and there[0]:
-            self.sent += not all(there)
-        elif name != "copy_" and any(t.dim() and not self.holds(t) for t in given):
+            indices = [i for i in args[1] if isinstance(i, Tensor)]
+            self.sent += not all(map(self.holds, indices))
+            given = [t for t in given if not any(t is i for i in indices)]
+        if name != "copy_" and any(t.dim() and not self.holds(t) for t in given):
             self.mixed[name] += 1
         self._count_kernel(func, name)
         if self._emulated and not (name == "copy_" and not there[0]):

@@ -313,7 +313,8 @@ def _timed(
 
     Args:
         of: the work whose memory, watts and utilisation are read; warm by then, so that what
-            autotuning and compiling took is not among it.
+            autotuning and compiling took is not among it. On the CPU memory is the process' most
+            so far.
     """
     peak = 0
 
@@ -324,9 +325,9 @@ def _timed(
             yield
             return
         reset_peak(bench.device)
-        reading.on = True
+        reading.resume()
         yield
-        reading.on = False
+        reading.pause()
         peak = max(peak, peak_bytes(bench.device))
 
     with power(nvml_reader(bench.info.uuid)) as reading:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hsrloop.bench.results import Spread
 
-SAMPLE_EVERY_S = 0.1  # NVML renews its figures about that often
+SAMPLE_EVERY_S = 0.1  # NVML renews its figures about that often,
+LAG_S = 0.5  # and each is a mean over a time before: a sixth of a second to one, by the card
 Work = Callable[[int], None]  # does so many steps
 
 
@@ -22,7 +25,22 @@ class PowerReading:
 
     watts: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    on: bool = False
+    _since: float = math.inf  # when it was turned on
+
+    def resume(self) -> None:
+        """Keep what is read from now on, less what still tells of the time before."""
+        if self._since == math.inf:
+            self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """Keep nothing of what is read."""
+        self._since = math.inf
+
+    def take(self, watts: float, busy: float) -> None:
+        """Keep a sample if it is of the time that it is on."""
+        if time.monotonic() - self._since >= LAG_S:
+            self.watts.append(watts)
+            self.busy.append(busy)
 
     def means(self) -> tuple[float | None, float | None]:
         """Return mean watts and mean share of time with work on the GPU."""
@@ -43,10 +61,7 @@ def power(read: ReadPower | None) -> Iterator[PowerReading]:
 
     def sample() -> None:
         while not done.wait(SAMPLE_EVERY_S):
-            watts, busy = read()
-            if reading.on:
-                reading.watts.append(watts)
-                reading.busy.append(busy)
+            reading.take(*read())
 
     thread = threading.Thread(target=sample, name="power-meter", daemon=True)
     thread.start()
@@ -77,6 +92,39 @@ def nvml_reader(uuid: str) -> ReadPower | None:
     except pynvml.NVMLError:
         return None
     return read
+
+
+class Stopwatch:
+    """Takes times now, to be compared later."""
+
+    def stamp(self) -> Any:
+        """Return this moment."""
+        return time.perf_counter()
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Return the seconds between two moments."""
+        return float(last - first)
+
+
+class _CudaStopwatch(Stopwatch):
+    """Its moments are those at which the current stream has done what it was given before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+
+    def stamp(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1000
+
+
+def stopwatch_of(device: torch.device) -> Stopwatch:
+    """Return one that times what a device does, without waiting for it."""
+    return _CudaStopwatch(device) if device.type == "cuda" else Stopwatch()
 
 
 def finish(device: torch.device) -> None:

@@ -8,7 +8,6 @@ fits such a card is remembered apart from what fits the user's, and no longer th
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,14 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.meters import PowerReading, finish, nvml_reader, power, reset_peak
+from hsrloop.bench.meters import (
+    PowerReading,
+    Stopwatch,
+    nvml_reader,
+    power,
+    reset_peak,
+    stopwatch_of,
+)
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
@@ -54,13 +60,13 @@ def why_not(tier: Tier, info: DeviceInfo) -> str:
 class StepWatch:
     """Listens to a run and ends it after enough steps on the settings it came to.
 
-    A step is timed from the end of the one before, or of the epoch before: validation is left out.
+    A step is timed from the end of the one before in its epoch, on the device itself; validation
+    and saving are left out. Where an epoch is a single step, saving and its start are not.
 
     Args:
         steps: to be timed, after `WARM` others.
         reading: on while steps are timed.
-        settle: waits for the device.
-        clock: seconds; replaced in tests.
+        stopwatch: replaced in tests.
     """
 
     def __init__(
@@ -68,13 +74,15 @@ class StepWatch:
         steps: int,
         *,
         reading: PowerReading | None = None,
-        settle: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.perf_counter,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.changes: list[str] = []
-        self._steps, self._settle, self._clock = steps, settle, clock
+        self._steps, self._stopwatch = steps, stopwatch or Stopwatch()
         self._reading = reading or PowerReading()
-        self._start_over()
+        self._warm = self._in_epoch = 0
+        self._timed: list[tuple[Any, Any]] = []
+        self._before: Any = None  # the moment that the next step is timed from
+        self._validating = False
 
     def handle(self, event: Event) -> None:
         """Start over when settings change; know validation from training."""
@@ -82,10 +90,12 @@ class StepWatch:
             self.changes.append(event.change)
             self._start_over()
         elif isinstance(event, Progress) and event.task == "validating":
-            self._validating, self._reading.on = True, False
+            self._validating = True
+            self._reading.pause()
         elif isinstance(event, EpochDone):
-            self._validating, self._reading.on = False, self._warm == WARM
-            self._mark = self._clock()
+            self._validating = False
+            self._before = self._stopwatch.stamp() if self._in_epoch == 1 else None
+            self._in_epoch = 0
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
@@ -94,25 +104,29 @@ class StepWatch:
         """Count a step; return whether the run shall end. Also asked while validating."""
         if self._validating:
             return False
-        self._settle()
-        now = self._clock()
+        now = self._stopwatch.stamp()
         if self._warm < WARM:
             self._warm += 1
-        else:
-            self._spent += now - self._mark
-            self._seen += 1
-        self._mark, self._reading.on = now, self._warm == WARM
-        return self._seen == self._steps
+        elif self._before is not None:
+            self._timed.append((self._before, now))
+        self._before = now
+        self._in_epoch += 1
+        if self._warm == WARM:
+            self._reading.resume()
+        return len(self._timed) == self._steps
 
     @property
     def step_s(self) -> float:
         """Seconds of a step; 0 when the run ended before."""
-        return self._spent / self._steps if self._seen == self._steps else 0.0
+        if len(self._timed) < self._steps:
+            return 0.0
+        return sum(self._stopwatch.seconds(*pair) for pair in self._timed) / self._steps
 
     def _start_over(self) -> None:
-        self._seen = self._warm = 0
-        self._spent = self._mark = 0.0
-        self._validating = self._reading.on = False
+        self._warm = self._in_epoch = 0
+        self._timed.clear()
+        self._before, self._validating = None, False
+        self._reading.pause()
 
 
 def measure_tiers(
@@ -169,7 +183,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
         memory_of(tier, device, info.total_bytes),
         power(reader) as reading,
     ):
-        watch = StepWatch(steps, reading=reading, settle=lambda: finish(device))
+        watch = StepWatch(steps, reading=reading, stopwatch=stopwatch_of(device))
         endless = config.replace(output=output, epochs=10_000, patience=0, tensorboard=False)
         try:
             outcome = train(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.ahead import ahead, arriving
+from hsrloop.data.ahead import Made, ahead, arriving
 from hsrloop.data.pixels.render import Renderer, without_broken
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
@@ -98,6 +100,7 @@ class TrainLoader:
         self._device = device
         self._renderer = renderer
         self._pool: WorkerPool[_Task, _Targets] | None = None
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __len__(self) -> int:
         """Return the optimizer steps of an epoch."""
@@ -105,6 +108,8 @@ class TrainLoader:
 
     def batches(self, position: Position, *, mosaic: bool = True) -> Iterator[Batch]:
         """Yield micro-batches from a position to the end of its epoch.
+
+        What an earlier call left half-way ends here.
 
         Args:
             position: at the start of an optimizer step: a multiple of `batch`, within the epoch.
@@ -118,9 +123,12 @@ class TrainLoader:
             raise ValueError(
                 f"{position} is no start of a step: {self.n_samples} samples, batch {self.batch}"
             )
-        return self._run(position, mosaic)
+        self._end_running()
+        made = self._run(position, mosaic)
+        self._running = weakref.ref(made)
+        return made
 
-    def _run(self, position: Position, mosaic: bool) -> Iterator[Batch]:
+    def _run(self, position: Position, mosaic: bool) -> Generator[Batch, None, None]:
         order = self.stream.order(position.epoch)
         tasks, ends = [], []
         for start in range(position.sample, self.n_samples, self.batch):
@@ -129,29 +137,35 @@ class TrainLoader:
                 last = min(first + self.micro_batch, stop)
                 tasks.append(_Task(position.epoch, tuple(order[first:last].tolist()), mosaic))
                 ends.append((last, last == stop))
-        for (images, targets), (last, ends_step) in zip(self._rendered(tasks), ends, strict=True):
-            done = last == self.n_samples
-            yield Batch(
-                images=images,
-                boxes_cxcywh=torch.from_numpy(targets.boxes_cxcywh),
-                labels=torch.from_numpy(targets.labels),
-                image_index=torch.from_numpy(targets.image_index),
-                after=Position(position.epoch + 1, 0) if done else Position(position.epoch, last),
-                ends_step=ends_step,
-            )
+        with closing(self._rendered(tasks)) as rendered:
+            for (images, targets), (last, ends_step) in zip(rendered, ends, strict=True):
+                done = last == self.n_samples
+                yield Batch(
+                    images=images,
+                    boxes_cxcywh=torch.from_numpy(targets.boxes_cxcywh),
+                    labels=torch.from_numpy(targets.labels),
+                    image_index=torch.from_numpy(targets.image_index),
+                    after=Position(position.epoch + done, 0 if done else last),
+                    ends_step=ends_step,
+                )
 
-    def _rendered(self, tasks: Sequence[_Task]) -> Iterator[tuple[Tensor, _Targets]]:
+    def _end_running(self) -> None:
+        """Leave an epoch that was left half-way, so that its thread asks the workers no more."""
+        running = self._running() if self._running is not None else None
+        if running is not None:
+            running.close()
+
+    def _rendered(self, tasks: Sequence[_Task]) -> Made[_Targets]:
         """Yield (B, 3, S, S) images, channels_last, and targets of each task in order."""
         if (renderer := self._renderer) is not None:
             drawn = (_drawn(renderer, *self._plan(task)) for task in tasks)
-            for images, labels in arriving(drawn, renderer.device):
-                yield images, self._targets(labels)
+            with closing(arriving(drawn, renderer.device)) as arrived:
+                for images, labels in arrived:
+                    yield images, self._targets(labels)
             return
         if self.workers == 0:
             own = Renderer(self._store.imgsz)
-            rendered: Iterator[tuple[Tensor, _Targets]] = (
-                self._inline(own, task) for task in tasks
-            )
+            rendered: Made[_Targets] = (self._inline(own, task) for task in tasks)
         else:
             rendered = self._from(self._workers(), tasks)
         if self._device.type == "cuda":
@@ -166,9 +180,7 @@ class TrainLoader:
             self._pool = WorkerPool(work, count=self.workers, slot_bytes=size)
         return self._pool
 
-    def _from(
-        self, pool: WorkerPool[_Task, _Targets], tasks: Sequence[_Task]
-    ) -> Iterator[tuple[Tensor, _Targets]]:
+    def _from(self, pool: WorkerPool[_Task, _Targets], tasks: Sequence[_Task]) -> Made[_Targets]:
         for task, (targets, slot) in zip(tasks, pool.map(tasks), strict=True):
             images = self._images(len(task.indices))
             images.numpy()[:] = slot[: images.numel()].reshape(images.shape)
@@ -212,6 +224,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the worker processes; a later `batches` starts new ones."""
+        self._end_running()
         if self._pool is not None:
             self._pool.close()
             self._pool = None

@@ -2,7 +2,7 @@
 
 Only cells inside a box are looked at: no tensor is as large as boxes times anchor points. A GPU
 looks at them in blocks of bounded size, without ever being waited for; what the CPU does instead
-is in `assign_cpu`.
+is in `assign_cpu` (float64 goes the GPU's way).
 
 Source: Feng et al. 2021, arXiv:2108.07755; constants and order of the decisions as
 ultralytics@8.4.190, TaskAlignedAssigner with topk 10, alpha 0.5, beta 6.
@@ -19,7 +19,7 @@ from torch import Tensor
 from hsrloop.ops.anchors import at_least_float32
 from hsrloop.ops.boxes import Columns, Pairs
 from hsrloop.ops.paths import on_cpu
-from hsrloop.ops.targets import PaddedTargets
+from hsrloop.ops.targets import SEGMENT, PaddedTargets
 
 TOPK = 10
 """Anchor points that each box may have."""
@@ -95,12 +95,21 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         boxes: (4, B, A) decoded predictions, x1 y1 x2 y2 in px, float32 or float64.
         class_logits: (B, C, A).
         targets: of the same B images and A points; M may be 0, then T is 0.
+
+    Raises:
+        ValueError: the targets are of other images or points; on the CPU also: of other classes.
     """
     images, classes, anchors = class_logits.shape
+    points = sum(height * width for height, width in targets.shapes)
+    if (len(targets.labels), points) != (images, anchors):
+        raise ValueError(
+            f"the targets are of {len(targets.labels)} images with {points} points each, the "
+            f"predictions of {images} with {anchors}"
+        )
     places = targets.labels.shape[1]
     scene = _Scene(
         predicted=Columns.of(boxes.reshape(4, -1)),
-        logits=class_logits.detach().reshape(-1),
+        logits=class_logits.detach().reshape(-1).contiguous(),
         truth=Columns(targets.table.to(boxes.dtype)),
         labels=targets.labels.view(-1),
         images=images,
@@ -108,7 +117,7 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         anchors=anchors,
         places=places,
     )
-    if on_cpu(boxes.device) and scene.logits.dtype == boxes.dtype == torch.float32:
+    if on_cpu(boxes.device) and boxes.dtype == torch.float32:
         return _scored(scene, *_chosen_on_cpu(scene, targets))
     metric, anchor, ranking = _candidates(scene, targets)  # (N, 10), (N, 10), (B * A,)
     own = targets.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
@@ -118,8 +127,12 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
 def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
     from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
 
+    labels = targets.segments[SEGMENT.index("label")]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < scene.classes:
+        raise ValueError(f"a label is none of {scene.classes} classes")
+    logits = scene.logits.float()
     found = settled_pairs(
-        *(t.numpy() for t in (scene.predicted.table, scene.logits, scene.truth.table)),
+        *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table)),
         *(t.numpy() for t in (targets.segments, targets.rows)),
         levels=len(targets.shapes),
         anchors=scene.anchors,

@@ -32,7 +32,7 @@ from hsrloop.train.step import (
 )
 
 MOSAIC_IMAGES = 4
-_MADE_AHEAD = 2  # micro-batches: one ready, one being made
+_MADE_AHEAD = 2  # batches: one ready, one being made
 
 
 class RehearsalFailed(RuntimeError):
@@ -132,9 +132,8 @@ class Rehearsal:
         of the step and those made ahead.
         """
         state, size = self.state, self.state.rung.micro_batch
-        pixels = 3 * state.rung.imgsz**2
         waiting = self.config.batch - size + _MADE_AHEAD * size
-        held = torch.empty(waiting * pixels, dtype=torch.uint8, device=state.device)
+        held = _pixels(waiting, state.rung.imgsz, state.device)
         for count in (size, min(size, self.config.batch - size)):
             if count > 0:
                 batch = worst_batch(
@@ -152,7 +151,9 @@ class Rehearsal:
         settings, imgsz = self.settings, self.config.imgsz
         detector = Detector.of(self.state.ema.module, settings.device, half=settings.amp)
         noise = _noise(self.state.rung.val_batch, imgsz, torch.Generator().manual_seed(0))
+        held = _pixels(_MADE_AHEAD * len(noise), imgsz, settings.device)
         detector.find(noise)
+        del held
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -170,6 +171,10 @@ def _noise(images: int, imgsz: int, generator: torch.Generator) -> Tensor:
         0, 256, (images, imgsz, imgsz, 3), generator=generator, dtype=torch.uint8
     )
     return pixels.permute(0, 3, 1, 2)
+
+
+def _pixels(images: int, imgsz: int, device: torch.device) -> Tensor:
+    return torch.empty((images, 3, imgsz, imgsz), dtype=torch.uint8, device=device)
 
 
 def _cuda(state: TrainState) -> list[torch.device]:

@@ -12,8 +12,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hsrloop.bench import tiers
-from hsrloop.bench.meters import in_turn, nvml_reader, power, rates, shares
+from hsrloop.bench import meters, tiers
+from hsrloop.bench.meters import (
+    LAG_S,
+    PowerReading,
+    in_turn,
+    nvml_reader,
+    power,
+    rates,
+    shares,
+    stopwatch_of,
+)
 from hsrloop.bench.picture import draw_bars
 from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
 from hsrloop.cli.main import main
@@ -67,7 +76,26 @@ def test_rates_and_shares() -> None:
     assert shares([2.0, 4.0], [1.0, 3.0]) == Spread(0.625, 0.5, 0.75, 2)
 
 
-def test_power_is_the_mean_of_what_was_read() -> None:
+def test_power_is_kept_while_it_is_on_and_no_longer_tells_of_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    reading = PowerReading()
+    for number in range(60):
+        if number == 10:
+            reading.resume()
+        if number == 12:
+            reading.resume()  # it is on already
+        if number == 30:
+            reading.pause()
+        reading.take(float(number), 0.5)
+        clock.now += 0.125
+    assert reading.watts == [float(n) for n in range(10 + int(LAG_S / 0.125), 30)]
+
+
+def test_power_is_the_mean_of_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "LAG_S", 0.0)
     seen = threading.Event()
     answers = iter([(100.0, 0.5), (200.0, 1.0)])
 
@@ -78,11 +106,8 @@ def test_power_is_the_mean_of_what_was_read() -> None:
             return 150.0, 0.75
         return answer
 
-    with power(lambda: (-1.0, 0.0)) as off:
-        time.sleep(0.25)
-    assert off.means() == (None, None), "nothing is kept while it is off"
     with power(read) as reading:
-        reading.on = True
+        reading.resume()
         assert seen.wait(30)
     watts, busy = reading.means()
     assert watts == pytest.approx(150.0) and busy == pytest.approx(0.75)
@@ -246,3 +271,20 @@ def test_tiers_are_shown_with_their_settings(
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert asked == ["auto"] and "yolov8s.pt" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpus_stopwatch_times_the_gpu_and_does_not_wait() -> None:
+    stopwatch = stopwatch_of(torch.device("cuda", 0))
+    x = torch.rand(4096, 4096, device="cuda")
+    x @ x
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    first = stopwatch.stamp()
+    for _ in range(20):
+        x @ x
+    last = stopwatch.stamp()
+    asked = time.perf_counter() - began
+    seconds = stopwatch.seconds(first, last)
+    assert asked < seconds < time.perf_counter() - began

@@ -39,7 +39,7 @@ FREE: dict[str, Callable[[Tensor], object]] = {
     "shape": lambda x: len(x[:2]) + x.numel(),
     "top": lambda x: x.topk(2).values.cumsum(0),
     "host work": lambda x: torch.arange(4)[torch.tensor([True, False, True, False])].tolist(),
-    "copy into page-locked memory": lambda x: torch.empty(4).copy_(x, non_blocking=True),
+    "copy that need not block": lambda x: torch.empty(4).copy_(x, non_blocking=True),
     "new on the device": lambda x: torch.zeros(4, device=CPU).add_(x),
 }
 
@@ -82,7 +82,8 @@ def test_a_tensor_left_on_the_host_is_noticed_where_a_gpu_would_refuse_it() -> N
     with DeviceWatch(CPU, [x]) as watch:
         x + torch.ones(4)
         torch.where(torch.tensor([True, False, True, False]), x, 0.0)
-    assert watch.mixed == {"add": 1, "where": 1}
+        x.clone()[torch.tensor([0, 1])] = torch.ones(2)
+    assert watch.mixed == {"add": 1, "where": 1, "index_put_": 1}
     with DeviceWatch(CPU, [x]) as watch:
         x + torch.tensor(1.0)  # a single number may come from the host
         x[torch.tensor([0, 1])]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from hsrloop.data.ahead import arriving
 CPU = torch.device("cpu")
 
 
-def numbered(count: int, log: list[Any]) -> Iterator[tuple[Tensor, int]]:
+def numbered(count: int, log: list[Any]) -> Generator[tuple[Tensor, int], None, None]:
     for i in range(count):
         log.append(("made", i, threading.current_thread().name))
         yield torch.full((2,), i), i
@@ -31,7 +32,7 @@ def test_all_come_in_order_made_in_a_thread() -> None:
 
 
 def test_what_fails_while_it_is_made_is_raised_where_it_is_wanted() -> None:
-    def made() -> Iterator[tuple[Tensor, int]]:
+    def made() -> Generator[tuple[Tensor, int], None, None]:
         yield torch.zeros(1), 0
         raise ValueError("broken")
 
@@ -39,6 +40,26 @@ def test_what_fails_while_it_is_made_is_raised_where_it_is_wanted() -> None:
     assert next(items)[1] == 0
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+def test_closed_half_way_it_ends_what_makes_them() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def made() -> Generator[tuple[Tensor, int], None, None]:
+        try:
+            yield torch.zeros(1), 0
+            begun.set()
+            time.sleep(0.1)
+            yield torch.zeros(1), 1
+        finally:
+            ended.set()
+
+    items = arriving(made(), CPU)
+    next(items)
+    assert begun.wait(30) and not ended.is_set()
+    items.close()
+    assert ended.is_set()
+    assert not any("hsrloop-loader" in thread.name for thread in threading.enumerate())
 
 
 class _Gpu:
@@ -109,6 +130,7 @@ def test_on_a_gpu_they_are_sent_on_a_side_stream_that_the_user_waits_for(
     assert [rest for _, rest in items] == [1]
     assert not gpu.current, "no thread is left on the side stream"
     assert gpu.log.count("sent on side") == gpu.log.count("kept for main") == 2
-    list(arriving(iter([(made, 0) for made in [_Images(gpu)]]), torch.device("cuda")))  # type: ignore[list-item]
+    again: Any = (item for item in [(_Images(gpu), 2)])
+    assert [rest for _, rest in arriving(again, torch.device("cuda"))] == [2]
     assert gpu.streams == 1, "the next epoch uses the same, and its memory"
     ahead._side_stream.cache_clear()

@@ -166,6 +166,18 @@ def test_one_stream_for_any_number_of_workers(spec: DatasetSpec, workers: int) -
             assert_same(list(loader.batches(Position(epoch, 0))), expected[epoch])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_left_half_way_ends_when_the_next_begins(spec: DatasetSpec, workers: int) -> None:
+    """Also while somebody holds on to it: both would take each other's answers."""
+    store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
+    expected = list(TrainLoader(spec.train, store, config()).batches(Position(1, 0)))
+    with TrainLoader(spec.train, store, config(), workers=workers, prefetch=True) as loader:
+        left = loader.batches(Position(0, 0))
+        next(left)
+        assert_same(list(loader.batches(Position(1, 0))), expected)
+        assert next(left, None) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from hsrloop.ops import assign as assign_module
 from hsrloop.ops.anchors import anchor_table
-from hsrloop.ops.assign import Assignment, assign
+from hsrloop.ops.assign import TOPK, Assignment, assign
+from hsrloop.ops.assign_cpu import _settled_pairs
+from hsrloop.ops.boxes import Columns
 from hsrloop.ops.loss import _decoded_columns, pad_targets
 from hsrloop.ops.paths import as_on_a_gpu
 from tests.ops.peer import STRIDES, Scene, scene
@@ -55,6 +60,52 @@ def test_equal_boxes_are_told_apart_by_their_place() -> None:
     assert assert_same(replace(s, boxes=s.boxes[[0, 1, 0, 2, 1, 0]])) > 10
 
 
-def test_half_precision_scores_go_either_way() -> None:
+def test_half_precision_scores_go_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     s = scene([20, 20], seed=3)
-    assert assert_same(replace(s, class_logits=s.class_logits.half())) > 50
+    halved = replace(s, class_logits=s.class_logits.half())
+    assert assert_same(halved) > 50
+    monkeypatch.setattr(assign_module, "_candidates", None)
+    assigned(halved)  # by the loop, then
+
+
+def test_a_single_class_may_lie_scattered_in_memory() -> None:
+    s = scene([5, 5], nc=1, seed=4)
+    wide = torch.zeros(2, s.class_logits.shape[2], 65)
+    wide[..., 64] = s.class_logits[:, 0]
+    assert assert_same(replace(s, class_logits=wide.transpose(1, 2)[:, 64:])) > 10
+
+
+@pytest.mark.parametrize("way", ["CPU's", "GPU's"])
+def test_targets_of_other_predictions_are_refused(way: str) -> None:
+    small, large = scene([3, 3], seed=6), scene([3, 3], imgsz=320, seed=6)
+    targets = pad_targets(large.boxes, large.labels, large.image, images=2, imgsz=320)
+    more = pad_targets(small.boxes, small.labels, small.image, images=4, imgsz=160)
+    with as_on_a_gpu() if way == "GPU's" else nullcontext():
+        for wrong in (targets, more):
+            with pytest.raises(ValueError, match="points each, the predictions of 2"):
+                assign(torch.zeros(4, 2, 525), small.class_logits, wrong)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 10**7])
+def test_a_label_that_is_no_class_is_refused(label: int) -> None:
+    s = scene([3, 3], nc=5, seed=6)
+    s.labels[4] = label
+    with pytest.raises(ValueError, match="none of 5 classes"):
+        assigned(s)
+
+
+def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_product() -> None:
+    """Counted in Python, where NumPy's memory is seen, with a loop that is not compiled."""
+    most = {}
+    for boxes in (1, 20, 400):  # the first compiles what the loop calls
+        s = scene([boxes], size=0.01, imgsz=320, seed=2)
+        targets = pad_targets(s.boxes, s.labels, s.image, images=1, imgsz=320)
+        points = s.class_logits.shape[2]
+        predicted = Columns.of(torch.rand(4, points)).table.numpy()
+        given = (predicted, s.class_logits.reshape(-1).numpy(), targets.table.numpy())
+        tracemalloc.start()
+        _settled_pairs(*given, targets.segments.numpy(), targets.rows.numpy(), 3, points, 5, TOPK)
+        most[boxes] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most[400] - most[20] < 380 * 500, "bytes a box"
+    assert most[20] < 100 * points, most
