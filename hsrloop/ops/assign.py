@@ -127,8 +127,8 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
 def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
     from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
 
-    labels = targets.segments[SEGMENT.index("label")]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < scene.classes:
+    labels = targets.segments[SEGMENT.index("label")].numpy()
+    if len(labels) and not 0 <= labels.min() <= labels.max() < scene.classes:
         raise ValueError(f"a label is none of {scene.classes} classes")
     logits = scene.logits.float()
     found = settled_pairs(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrloop.bench import criterion
 from hsrloop.bench.criterion import (
@@ -30,6 +33,30 @@ def test_the_criterion_needs_half_the_kernels_of_the_peers_and_hardly_more_in_a_
     assert sum(peers.waits.values()) >= 5, "the peer's waits for the device as well"
     ours = watched(of_noise(10))
     assert not ours.waits and not ours.mixed
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operators that compute something, whatever way they are part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_the_cpu_too_it_makes_half_the_calls_of_the_peer_however_many_objects() -> None:
+    counts = []
+    for objects in (10, 300):
+        given = CriterionInput.of_noise(CPU, images=8, objects=objects, imgsz=320, classes=80)
+        for work in (given, PeersCriterion(given)):
+            with _Calls() as calls:
+                work.run()
+            counts.append(calls.count)
+    few, peers, many, _ = counts
+    assert 2 * few <= peers and many == few
 
 
 @pytest.mark.parametrize("objects", [3, 60])
