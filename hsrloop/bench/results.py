@@ -40,7 +40,8 @@ class Row:
     """One thing measured. What does not apply, or cannot be seen here, is None.
 
     `efficiency` is the share of the bare step's speed that is left, from rounds in pairs, and
-    `data_wait` the share of time in which the step waited for its images.
+    `data_wait` the share of time in which the host waited for a step's images; where a GPU's stream
+    waits for them instead, efficiency alone shows it.
     """
 
     name: str
