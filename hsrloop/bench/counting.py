@@ -153,16 +153,11 @@ class DeviceWatch:
         source, target = (given[1], given[0]) if name == "copy_" else (given[0], made[0])
         if self._emulated and name == "_to_copy":
             return  # a change of type
+        # Into other than page-locked memory CUDA waits all the same.
+        free = non_blocking and (self._emulated or target.is_pinned())
         if self.holds(target) and not self.holds(source):
             self.sent += 1
-        elif (
-            self.holds(source)
-            and not self.holds(target)
-            and not (
-                # Into other than page-locked memory CUDA waits all the same.
-                non_blocking and (self._emulated or target.is_pinned())
-            )
-        ):
+        elif self.holds(source) and not self.holds(target) and not free:
             self.waits[name] += 1
 
     def _count_kernel(self, func: Any, name: str) -> None:

@@ -38,9 +38,7 @@ def arriving(made: Made[T], device: torch.device) -> Made[T]:
     used on the stream that is current when they are yielded: it waits for them, the host does not.
     """
     if device.type != "cuda":
-        with closing(ahead(made)) as items:
-            for images, rest in items:
-                yield images.to(device), rest
+        yield from ahead(made)
         return
     side_stream = _side_stream(device)
     side_stream.wait_stream(torch.cuda.current_stream(device))  # the bank may still be filling

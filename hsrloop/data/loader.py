@@ -157,15 +157,14 @@ class TrainLoader:
 
     def _rendered(self, tasks: Sequence[_Task]) -> Made[_Targets]:
         """Yield (B, 3, S, S) images, channels_last, and targets of each task in order."""
-        if (renderer := self._renderer) is not None:
-            drawn = (_drawn(renderer, *self._plan(task)) for task in tasks)
-            with closing(arriving(drawn, renderer.device)) as arrived:
-                for images, labels in arrived:
-                    yield images, self._targets(labels)
+        rendered: Made[_Targets]
+        if (drawing := self._renderer) is not None:
+            rendered = (self._drawn(drawing, task) for task in tasks)
+            yield from arriving(rendered, drawing.device)
             return
         if self.workers == 0:
-            own = Renderer(self._store.imgsz)
-            rendered: Made[_Targets] = (self._inline(own, task) for task in tasks)
+            renderer = Renderer(self._store.imgsz)
+            rendered = (self._inline(renderer, task) for task in tasks)
         else:
             rendered = self._from(self._workers(), tasks)
         if self._device.type == "cuda":
@@ -188,6 +187,12 @@ class TrainLoader:
 
     def _images(self, count: int) -> Tensor:
         return _empty(count, self._store.imgsz, pinned=self._device.type == "cuda")
+
+    def _drawn(self, renderer: TorchRenderer, task: _Task) -> tuple[Tensor, _Targets]:
+        plans, labels = self._plan(task)
+        with named("render"):
+            images = renderer.pixels(plans)
+        return images, self._targets(labels)
 
     def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:
         images = self._images(len(task.indices))
@@ -239,13 +244,6 @@ class TrainLoader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _drawn(
-    renderer: TorchRenderer, plans: Sequence[AugmentPlan], labels: _Labels
-) -> tuple[Tensor, _Labels]:
-    with named("render"):
-        return renderer.pixels(plans), labels
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,18 @@ def _settled_pairs(
     classes: int,
     topk: int,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that are given to a box, rising, and the box of each.
+
+    Args:
+        predicted: (6, B * A) float32 `Columns` of the decoded predictions.
+        logits: (B * C * A,) float32.
+        truth: (6, B * M) float32 `Columns` of the boxes.
+        segments, rows: of `PaddedTargets`, with L levels; labels are classes.
+        topk: points that a box may have.
+
+    Returns:
+        (T,) image * A + anchor; (T,) image * M + place.
+    """
     best = np.zeros((len(rows), topk), np.float32)  # metrics, falling
     where = np.zeros((len(rows), topk), np.int64)  # their points
     highest = np.zeros(predicted.shape[1], np.float32)  # overlap that a point has with any box,
@@ -102,35 +114,4 @@ def _settled_pairs(
     return given, owner[given]
 
 
-_settled = compiled(_settled_pairs, _SIGNATURE)
-
-
-def settled_pairs(
-    predicted: np.ndarray,
-    logits: np.ndarray,
-    truth: np.ndarray,
-    segments: np.ndarray,
-    rows: np.ndarray,
-    *,
-    levels: int,
-    anchors: int,
-    classes: int,
-    topk: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that are given to a box, rising, and the box of each.
-
-    Args:
-        predicted: (6, B * A) float32 `Columns` of the decoded predictions.
-        logits: (B * C * A,) float32
-        truth: (6, B * M) float32 `Columns` of the boxes.
-        segments, rows: of `PaddedTargets`.
-        levels, anchors, classes: L, A and C.
-        topk: points that a box may have.
-
-    Returns:
-        (T,) image * A + anchor; (T,) image * M + place.
-    """
-    given: tuple[np.ndarray, np.ndarray] = _settled(
-        predicted, logits, truth, segments, rows, levels, anchors, classes, topk
-    )
-    return given
+settled_pairs = compiled(_settled_pairs, _SIGNATURE)
