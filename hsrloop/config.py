@@ -163,6 +163,9 @@ class TrainConfig:
         "torch.compile for network and loss; auto: on a GPU, when it saves more time than it takes",
         choices=("off", "auto", "on"),
     )
+    cuda_graphs: bool = setting(
+        True, "record a step's kernels on a GPU with memory to spare, and start them together"
+    )
     oom_recovery: bool = setting(True, "go on at smaller settings when memory runs out")
     rehearsal: str = setting(
         "auto",

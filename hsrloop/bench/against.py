@@ -1,9 +1,9 @@
 """Side by side with Ultralytics' own trainer: same model, data, batch, size and augmentations.
 
 Both train in turn, each in a process of its own, as a user would start them. The first epoch of a
-training warms up and is not counted. Ratios are the peer's time over ours, pair by pair. Then ours
-trains once more with as many epochs as fit into the peer's time, and Ultralytics' own validator
-judges all the weights. Peak memory of ours contains the worst step of the run, which is tried
+training warms up and is not counted. Ratios are the peer's time over ours, pair by pair. Where the
+weights are to be judged, ours then trains once more with as many epochs as fit into the peer's
+time, and Ultralytics' own validator judges all of them. Peak memory of ours contains the worst step of the run, which is tried
 before the first.
 """
 
@@ -48,7 +48,7 @@ SHARED = (
     *("scale", "shear", "flipud", "fliplr", "mosaic", "mixup", "amp", "freeze", "workers"),
 )
 # What only ours knows, passed on as it was asked for.
-_OURS = ("cache", "close_mosaic", "compile", "augment_device", "micro_batch")
+_OURS = ("cache", "close_mosaic", "compile", "cuda_graphs", "augment_device", "micro_batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Contest:
     data: Path  # a copy, since the peer writes into it
     device: str  # "cpu" or "cuda:N"
     threads: int
+    judged: bool  # its validator looks at the weights too
 
     def ours(self, *, epochs: int, seed: int) -> dict[str, Any]:
         """Train with our command line and return its times and metrics."""
@@ -75,10 +76,11 @@ class Contest:
             epochs_done = [e for e in map(json.loads, lines) if e["event"] == "EpochDone"]
             seconds = {k: [float(e[k]) for e in epochs_done] for k in ("train_s", "val_s")}
             result = json.loads((run_dir / "training_result.json").read_text(encoding="utf-8"))
-            judged = self.peer(
-                model=str(run_dir / "weights" / "best.pt"), validate={"imgsz": self.config.imgsz}
-            )
-        return {**judged, **seconds, "peak_memory_bytes": result["peak_memory_bytes"]}
+            row = {**seconds, "peak_memory_bytes": result["peak_memory_bytes"]}
+            if not self.judged:
+                return row
+            best = str(run_dir / "weights" / "best.pt")
+            return {**self.peer(model=best, validate={"imgsz": self.config.imgsz}), **row}
 
     def theirs(self, *, seed: int) -> dict[str, Any]:
         """Train with Ultralytics and return its times and metrics."""
@@ -86,7 +88,9 @@ class Contest:
         # It has no limit of its own to how much of a short run goes without mosaic.
         closed = {"close_mosaic": tail_epochs(self.config)}
         train = {**given, **closed, "seed": seed, "patience": 0}
-        return self.peer(model=self.config.model, train=train, threads=self.threads)
+        return self.peer(
+            model=self.config.model, train=train, threads=self.threads, judged=self.judged
+        )
 
     def peer(self, **request: Any) -> dict[str, Any]:
         """Ask `hsrloop.bench.peer`."""
@@ -101,9 +105,18 @@ class Contest:
 
 
 def against_ultralytics(
-    resolved: Resolved, *, pairs: int, device: str, emit: Callable[[Event], None]
+    resolved: Resolved,
+    *,
+    pairs: int,
+    device: str,
+    emit: Callable[[Event], None],
+    judged: bool = True,
 ) -> list[Row]:
     """Run the contest; return a row for ours, for the peer, and for ours in the peer's time.
+
+    Args:
+        judged: with mAP, and the third row; without it only times and memory are compared, in less
+            than half the time.
 
     Raises:
         DependencyError: a process failed, with its last words.
@@ -118,14 +131,14 @@ def against_ultralytics(
         )
     if not config.model.endswith((".yaml", ".yml")):
         config = config.replace(model=str(find_weights(config.model, download=False).absolute()))
-    total = 2 * pairs + 1
+    total = 2 * pairs + judged
 
     def tell(done: int) -> None:
         emit(Progress(task="trainings, Ultralytics' and ours", done=done, total=total))
 
     with tempfile.TemporaryDirectory(prefix="hsrloop-against-") as scratch:
         data, images = copy_set(dataset_of(resolved), Path(scratch), seed=config.seed)
-        contest = Contest(config, data, device, usable_cores())
+        contest = Contest(config, data, device, usable_cores(), judged)
         mine: list[Cell] = []
         peers: list[Cell] = []
         tell(0)
@@ -138,7 +151,7 @@ def against_ultralytics(
                 cells.append(turn())
                 tell(len(mine) + len(peers))
         epochs = max(1, int(config.epochs * statistics.median(_ratios(peers, mine, _whole))))
-        longer = contest.ours(epochs=epochs, seed=config.seed)
+        longer = contest.ours(epochs=epochs, seed=config.seed) if judged else None
         tell(total)
     return rows_of(mine, peers, longer, images=images, epochs=(config.epochs, epochs))
 
@@ -146,7 +159,7 @@ def against_ultralytics(
 def rows_of(
     mine: Sequence[Cell],
     peers: Sequence[Cell],
-    longer: Cell,
+    longer: Cell | None,
     *,
     images: int,
     epochs: tuple[int, int],
@@ -164,24 +177,28 @@ def rows_of(
     whole = Spread.of(_ratios(peers, mine, _whole)).text(2)
     ratio = f"training {said['training']}x, validation {said['validation']}x, whole {whole}x"
     ratio += f", n = {len(mine)}"
-    seconds = _whole(longer), statistics.median(map(_whole, peers))
-    equal = f"{epochs[1]} epochs in {seconds[0]:.0f} s, the peer {seconds[1]:.0f} s"
 
     def row(name: str, cells: Sequence[Cell], note: str) -> Row:
         speeds = [images / statistics.median(_counted(cell["train_s"])) for cell in cells]
-        scores = Spread.of([float(cell["mAP50-95"]) for cell in cells]).text(3)
+        if longer is not None:
+            scores = Spread.of([float(cell["mAP50-95"]) for cell in cells]).text(3)
+            note = f"mAP50-95 {scores}; {note}"
         return Row(
             name=name,
             images_per_s=Spread.of(speeds),
             peak_memory_bytes=max(cell["peak_memory_bytes"] for cell in cells),
-            note=f"mAP50-95 {scores}; {note}".strip("; "),
+            note=note,
         )
 
-    return [
+    rows = [
         row("hsrloop", mine, ratio),
         row("Ultralytics", peers, f"{epochs[0]} epochs each"),
-        row("hsrloop, equal time", [longer], equal),
     ]
+    if longer is None:
+        return rows
+    taken = _whole(longer), statistics.median(map(_whole, peers))
+    equal = f"{epochs[1]} epochs in {taken[0]:.0f} s, the peer {taken[1]:.0f} s"
+    return [*rows, row("hsrloop, equal time", [longer], equal)]
 
 
 def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hsrloop.bench.bare import bare_step, repeat
 from hsrloop.bench.counting import DeviceWatch, synchronisations
 from hsrloop.bench.machine import load_average
 from hsrloop.bench.meters import (
@@ -36,13 +37,12 @@ from hsrloop.config import Resolved
 from hsrloop.events import Progress
 from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.yolo import forward_eval
-from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.loop import REPORT_EVERY_S, by_step
 from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler
-from hsrloop.train.step import to_input, to_targets
+from hsrloop.train.step import to_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Effort:
 def measure_step(bench: Workbench, effort: Effort) -> Row:
     """Measure the step as the loop takes it, its images on the device, beside the bare one."""
     batches = bench.first_step()
-    works = {"bare": bare_step(bench, batches), "step": _repeat(lambda: bench.step(batches))}
+    works = {"bare": bare_step(bench, batches), "step": repeat(lambda: bench.step(batches))}
     timed = _timed(bench, effort, works, of="step", task="measuring the step")
     times = timed.seconds
     images = sum(len(batch.images) for batch in batches)
@@ -217,31 +217,10 @@ def said_of(bench: Workbench) -> dict[str, Any]:
         "micro_batch": bench.state.rung.micro_batch,
         "precision": precision.removeprefix("torch."),
         "compile": config.compile,
+        "cuda_graphs": bool(bench.graphs.gradients),
         "threads": torch.get_num_threads(),
         "load": round(load_average(), 1),
     }
-
-
-def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
-    """Return forward, criterion, backward, optimizer and nothing else."""
-    device = bench.device
-    prepared = [(to_input(batch.images, device), to_targets(batch, device)) for batch in batches]
-    state, settings = bench.state, bench.settings
-
-    def once() -> None:
-        for inputs, targets in prepared:
-            with torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp):
-                raw = settings.network(state.model, inputs)
-            sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
-            loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)
-            torch.autograd.backward(state.scaler.scale(loss))
-        for group in state.optimizer.param_groups:
-            group["lr"] = 0.0
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-
-    return _repeat(once)
 
 
 def waits_of_a_validation(bench: Workbench) -> int:
@@ -282,14 +261,6 @@ def endless(bench: Workbench) -> Generator[list[Batch], None, None]:
             )
             if full:
                 yield batches
-
-
-def _repeat(once: Callable[[], None]) -> Work:
-    def work(steps: int) -> None:
-        for _ in range(steps):
-            once()
-
-    return work
 
 
 @dataclass(slots=True)

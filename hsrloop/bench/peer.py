@@ -73,7 +73,8 @@ def answer(request: dict[str, Any], folder: str) -> dict[str, Any]:
 
     Args:
         request: "data", "model"; "train" with settings and "threads", or "validate" with "imgsz";
-            "device" as the peer spells it, "cpu" when not given.
+            "device" as the peer spells it, "cpu" when not given; "judged" false: no validation
+            beside the training's own, and no metrics.
         folder: for its files.
     """
     yolo: Any = import_ultralytics().YOLO
@@ -93,6 +94,8 @@ def answer(request: dict[str, Any], folder: str) -> dict[str, Any]:
         row["peak_memory_bytes"] = peak_bytes(torch.device("cpu" if device == "cpu" else "cuda"))
         row["train_s"] = clock.train_s
         row["val_s"] = clock.val_s[: len(clock.train_s)]
+        if not request.get("judged", True):
+            return row
         weights = Path(folder) / "run" / "weights" / "best.pt"
         imgsz = request["train"]["imgsz"]
     fixed = {"batch": 8, "rect": False, "workers": 0, "device": device, "name": "val"}

@@ -30,11 +30,12 @@ from hsrloop.train.build import (
     load_model,
     step_settings,
 )
+from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.guard import Guard
 from hsrloop.train.loop import set_modes
 from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings, Transaction, train_step
+from hsrloop.train.step import StepSettings, Transaction
 
 Emit = Callable[[Event], None]
 _QUIETER = 3.0  # logits
@@ -51,6 +52,7 @@ class Workbench:
     state: TrainState
     settings: StepSettings
     transaction: Transaction
+    graphs: StepGraphs
     guard: Guard
     loaders: Loaders
     governor: SpinGovernor | None
@@ -63,8 +65,10 @@ class Workbench:
 
     def step(self, batches: list[Batch], *, lr: float = LR) -> None:
         """Take one optimizer step as the loop takes it."""
-        self.transaction.begin()
-        train_step(self.state, batches, settings=self.settings, lr=lr, transaction=self.transaction)
+        self.graphs.begin(self.transaction)
+        self.graphs.train_step(
+            self.state, batches, settings=self.settings, lr=lr, transaction=self.transaction
+        )
         self.guard.persists(self.state)
         if self.governor is not None:
             self.governor.observe()
@@ -117,6 +121,8 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     if settings.compiled is not None:
         settings.compiled.micro_batch = state.rung.micro_batch
     set_modes(state, config)
+    transaction, graphs = Transaction(state), StepGraphs()
+    graphs.prepare(state, settings, transaction, emit)
     governor = SpinGovernor() if device.type == "cpu" else None
     rung = first_rung(config)
     try:
@@ -127,7 +133,8 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
                 spec=spec,
                 state=state,
                 settings=settings,
-                transaction=Transaction(state),
+                transaction=transaction,
+                graphs=graphs,
                 guard=Guard(state, Path()),  # no step is bad enough to be kept
                 loaders=loaders,
                 governor=governor,

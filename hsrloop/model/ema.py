@@ -34,23 +34,29 @@ class Ema:
             skipped: () bool on the device: True leaves the averaged floats as they are (a step
                 whose gradients overflowed); None means False.
         """
-        with named("EMA"):
-            self._move(module, decay, skipped)
+        self.move(module, 1.0 - decay, skipped)
         self.updates += 1
 
-    def _move(self, module: nn.Module, decay: float, skipped: Tensor | None) -> None:
+    @torch.no_grad()
+    def move(self, module: nn.Module, weight: float | Tensor, skipped: Tensor | None) -> None:
+        """Do what `update` does to the tensors.
+
+        Args:
+            weight: of the module's, 1 - decay; () float32 on the device where a number would be
+                recorded.
+        """
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
         floats = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
         others = [(ours, theirs) for ours, theirs in pairs if not ours.is_floating_point()]
         averages = [ours for ours, _ in floats]
-        current = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
-        if skipped is None:
-            torch._foreach_lerp_(averages, current, 1.0 - decay)
-        else:
+        with named("EMA"):
+            current = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
             way = torch._foreach_sub(current, averages)
-            torch._foreach_mul_(way, torch.where(skipped, 0.0, 1.0 - decay))
+            torch._foreach_mul_(
+                way, weight if skipped is None else torch.where(skipped, 0.0, weight)
+            )
             torch._foreach_add_(averages, way)
-        torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
+            torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"updates", "module"}; the tensors are the live ones, not copies."""

@@ -38,6 +38,11 @@ class LossSums:
     dfl: Tensor
     target_scores: Tensor  # S, without gradient; not yet bounded from below
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """All four."""
+        return [self.box, self.cls, self.dfl, self.target_scores]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossGains:

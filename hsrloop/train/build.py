@@ -206,6 +206,7 @@ def step_settings(
         amp=amp_dtype is not None,
         amp_dtype=amp_dtype or torch.float16,
         compiled=compiled_for(config, device),
+        graphs=config.cuda_graphs,
         ema_decay=config.ema_decay,
         ema_tau=config.ema_tau,
     )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from hsrloop.train.capsule import diverged
 from hsrloop.train.checkpoint import LAST, RunIdentity
 from hsrloop.train.compiled import consider
 from hsrloop.train.evaluate import evaluate
+from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.guard import Guard, LastStep, unsound
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.saver import Saver
 from hsrloop.train.state import LOSS_NAMES, METRIC_NAMES, TrainState
-from hsrloop.train.step import StepSettings, Transaction, train_step
+from hsrloop.train.step import StepSettings, Transaction
 
 REPORT_EVERY_S = 0.5  # a step report reads the device; more often would stall a fast GPU
 ROOM = "room"
@@ -52,6 +53,7 @@ class Runtime:
     governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
     pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
     profiler: StepProfiler | None = None
+    graphs: StepGraphs = field(default_factory=StepGraphs)
 
 
 def tail_epochs(config: TrainConfig) -> int:
@@ -129,17 +131,18 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
         step_s=state.epoch_s / len(loader),
         emit=runtime.emit,
     )
-    transaction = runtime.transaction
+    transaction, graphs = runtime.transaction, runtime.graphs
     mosaic = planned < config.epochs - tail_epochs(config)
     batches = loader.batches(state.position, mosaic=mosaic)
     with _Meter(state, runtime) as meter:
+        graphs.prepare(state, runtime.settings, transaction, runtime.emit)
         for micro_batches in by_step(batches):
             step = planned * len(loader) + state.position.sample // config.batch
             lr = state.lr_scale * learning_rate(config, step, len(loader))
             guard.last = LastStep(state.position, micro_batches, mosaic, lr)
-            transaction.begin()
+            graphs.begin(transaction)
             try:
-                samples = train_step(
+                samples = graphs.train_step(
                     state, micro_batches, settings=runtime.settings, lr=lr, transaction=transaction
                 )
             except BaseException:

@@ -26,7 +26,7 @@ CHANGEABLE = frozenset(
     | {"augment_device"}
     | {"annotated_dir", "backgrounds_dir", "distractors_dir"}
     | {"save_period", "checkpoint_minutes", "tensorboard", "tensorboard_port", "export", "profile"}
-    | {"trust_checkpoint", "oom_recovery", "rehearsal", "compile"}
+    | {"trust_checkpoint", "oom_recovery", "rehearsal", "compile", "cuda_graphs"}
 )
 
 

@@ -93,6 +93,7 @@ class TrainState:
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # events.RolledBack as dicts
     commit: Commit | None = None  # of a step in progress; never saved
     due: list[str] = field(default_factory=list)  # files under weights/ to be saved; never saved
+    generation: int = 0  # counts up when tensors are replaced, not just changed; never saved
 
     @property
     def amp(self) -> bool:
@@ -107,6 +108,7 @@ class TrainState:
     def renew_scaler(self, saved: Mapping[str, Any]) -> None:
         """Replace the scaler by a fresh one in the saved state: unscaled marks do not survive."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
+        self.generation += 1
         if saved:
             self.scaler.load_state_dict(dict(saved))
 
@@ -175,6 +177,7 @@ class TrainState:
             self.model.load_state_dict(payload["model"])
             self.ema.load_state_dict(payload["ema"])
             self.optimizer.load_state_dict(payload["optimizer"])
+            self.generation += 1
             if payload["scaler"]:
                 self.renew_scaler(payload["scaler"])
             self.loss_sums.copy_(payload["loss_sums"])

@@ -43,6 +43,7 @@ class StepSettings:
     dtype: torch.dtype = torch.float32  # of inputs and weights; float64 in tests of exactness
     amp_dtype: torch.dtype = torch.float16
     compiled: Compiled | None = None
+    graphs: bool = False  # steps may be recorded; see `graphs.StepGraphs`
 
     @property
     def network(self) -> Callable[[nn.Module, Tensor], RawPredictions]:
@@ -144,11 +145,9 @@ def train_step(
         The number of samples trained.
     """
     sought = accumulate(state, micro_batches, settings)
-    with named("optimizer"):
-        norm = nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
-    skipped = ~(torch.isfinite(norm) & torch.isfinite(GAINS.weigh(sought.totals)))  # () bool
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+    skipped = clip(state, sought.totals)
+    for group, rate in zip(state.optimizer.param_groups, rates(state, lr), strict=True):
+        group["lr"] = rate
     commit = Commit(
         samples=sought.samples,
         after=sought.after,
@@ -158,7 +157,7 @@ def train_step(
         ema_decay=ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau),
     )
     with named("optimizer"):
-        _step_unless(skipped, state.optimizer)  # the commit point
+        step_unless(skipped, state.optimizer)  # the commit point
     state.commit = commit
     finish_commit(state, transaction)
     return sought.samples
@@ -189,14 +188,41 @@ def accumulate(state: TrainState, micro_batches: Iterable[Batch], settings: Step
         after = batch.after
     if totals is None:
         raise ValueError("a step needs at least one micro-batch")
-    state.scaler.unscale_(state.optimizer)
-    normaliser = totals.target_scores.clamp(min=1.0)
-    gradients = [p.grad for p in trained_parameters(state) if p.grad is not None]
-    torch._foreach_mul_(gradients, samples / state.grad_scale / normaliser)
+    normaliser = normalise(state, totals, samples / state.grad_scale)
     return Sought(samples, after, totals, normaliser)
 
 
-def _step_unless(skipped: Tensor, optimizer: Any) -> None:
+def normalise(state: TrainState, totals: LossSums, factor: float | Tensor) -> Tensor:
+    """Multiply the gradients by factor / max(S, 1), the scaler's scale taken out; return max(S, 1).
+
+    Args:
+        factor: samples / k.
+    """
+    state.scaler.unscale_(state.optimizer)
+    normaliser = totals.target_scores.clamp(min=1.0)
+    gradients = [p.grad for p in trained_parameters(state) if p.grad is not None]
+    torch._foreach_mul_(gradients, factor / normaliser)
+    return normaliser
+
+
+def clip(state: TrainState, totals: LossSums) -> Tensor:
+    """Clip the gradients; return whether they or the loss are no finite numbers, () bool."""
+    with named("optimizer"):
+        norm = nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
+    return ~(torch.isfinite(norm) & torch.isfinite(GAINS.weigh(totals)))
+
+
+def rates(state: TrainState, lr: float) -> list[float]:
+    """Return each parameter group's learning rate.
+
+    On CUDA as the nearest float32: so a recorded step, which reads it on the device, moves weights
+    as any other.
+    """
+    scaled = [lr * group["lr_scale"] for group in state.optimizer.param_groups]
+    return torch.tensor(scaled).tolist() if state.device.type == "cuda" else scaled
+
+
+def step_unless(skipped: Tensor, optimizer: Any) -> None:
     """Step, unless `skipped`: fused optimizers look at `found_inf` on the device.
 
     Source: torch@2.15, amp/grad_scaler.py, which hands it over in the same way.
@@ -237,7 +263,7 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
     """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
     images = to_input(batch.images, settings.device, settings.dtype)
     targets = to_targets(batch, settings.device)
-    single = len(images) * (images.shape[-1] // max(settings.strides)) ** 2 == 1
+    single = is_single(len(images), images.shape[-1], settings)
     with (
         named("forward"),
         torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp),
@@ -248,6 +274,11 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
     with named("backward"):
         torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
     return sums
+
+
+def is_single(images: int, imgsz: int, settings: StepSettings) -> bool:
+    """Return whether the coarsest level of a pass has one cell in all: BatchNorm needs more."""
+    return images * (imgsz // max(settings.strides)) ** 2 == 1
 
 
 def to_input(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -266,12 +297,7 @@ def to_targets(batch: Batch, device: torch.device) -> PaddedTargets:
 
 def add_detached(total: LossSums | None, sums: LossSums) -> LossSums:
     """Add loss sums without their graphs."""
-    parts = (sums.box.detach(), sums.cls.detach(), sums.dfl.detach(), sums.target_scores.detach())
-    if total is None:
-        return LossSums(*parts)
-    return LossSums(
-        total.box + parts[0],
-        total.cls + parts[1],
-        total.dfl + parts[2],
-        total.target_scores + parts[3],
-    )
+    parts = [part.detach() for part in sums.parts]
+    if total is not None:
+        parts = [a + b for a, b in zip(total.parts, parts, strict=True)]
+    return LossSums(*parts)

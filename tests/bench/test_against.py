@@ -98,6 +98,15 @@ def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Proc
     assert "n = 2" in ours.note and "in 18 s, the peer 19 s" in longer.note
 
 
+def test_without_judging_there_is_one_process_a_side(asked: Resolved, processes: Processes) -> None:
+    rows = against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None, judged=False)
+    assert processes.order == ["ours", "peer"]
+    assert [request["judged"] for request in processes.requests] == [False]
+    assert [row.name for row in rows] == ["hsrloop", "Ultralytics"]
+    assert rows[0].note.startswith("training 2.00") and "mAP" not in rows[0].note + rows[1].note
+    assert all(row.images_per_s and row.peak_memory_bytes for row in rows)
+
+
 def test_what_ultralytics_cannot_do_is_refused(asked: Resolved, processes: Processes) -> None:
     bf16 = Resolved(asked.config.replace(amp_dtype="bf16"), asked.sources)
     with pytest.raises(ConfigError, match="trains in fp16. Use --amp-dtype fp16"):

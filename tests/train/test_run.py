@@ -21,7 +21,7 @@ from hsrloop.model.base import load_base
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Metrics
 from hsrloop.report.files import json_text
-from hsrloop.train import checkpoint, folder, loop
+from hsrloop.train import checkpoint, folder, graphs, loop
 from hsrloop.train.build import build_state
 from hsrloop.train.run import train
 from hsrloop.train.validation import validate
@@ -234,10 +234,10 @@ def test_a_training_that_diverges_ends_with_one_error(settings: Settings, tmp_pa
             next(args[0].model.parameters()).fill_(float("nan"))
         return original(*args, **kwargs)
 
-    original = loop.train_step
+    original = graphs.train_step
     more = resolve([("command line", {"epochs": 3})])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", poisoned)
+        patch.setattr(graphs, "train_step", poisoned)
         with pytest.raises(DivergedError, match=r"diverged in epoch 3.*--lr0 0\.0001"):
             train(more, resume=weights / "last.pt")
     assert (weights / "best.pt").read_bytes() == best

@@ -1,0 +1,81 @@
+"""The bare step: forward, criterion, backward and optimizer on images that lie on the device.
+
+It is computed in the way that is fastest here, recorded as CUDA graphs where a run's steps are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hsrloop.bench.meters import Work
+from hsrloop.bench.workbench import Workbench
+from hsrloop.ops.loss import GAINS
+from hsrloop.records import Batch
+from hsrloop.train.graphs import rates_on_device, recorder_for
+from hsrloop.train.step import to_input, to_targets, trained_parameters
+
+
+def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
+    """Return what takes bare steps on these micro-batches."""
+    if bench.graphs.covers(batches):
+        return repeat(_recorded(bench, batches))
+    return repeat(_plain(bench, batches))
+
+
+def repeat(once: Callable[[], None]) -> Work:
+    """Return the work of doing something so many times."""
+
+    def work(steps: int) -> None:
+        for _ in range(steps):
+            once()
+
+    return work
+
+
+def _plain(bench: Workbench, batches: list[Batch]) -> Callable[[], None]:
+    device, state, settings = bench.device, bench.state, bench.settings
+    prepared = [(to_input(batch.images, device), to_targets(batch, device)) for batch in batches]
+
+    def once() -> None:
+        for inputs, targets in prepared:
+            with torch.autocast(settings.device.type, settings.amp_dtype, enabled=settings.amp):
+                raw = settings.network(state.model, inputs)
+            sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
+            loss = GAINS.weigh(sums) / sums.target_scores.clamp(min=1)
+            torch.autograd.backward(state.scaler.scale(loss))
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.0
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    return once
+
+
+def _recorded(bench: Workbench, batches: list[Batch]) -> Callable[[], None]:
+    graphs, state, settings = bench.graphs, bench.state, bench.settings
+    recorder = recorder_for(bench.device)
+    assert recorder is not None, "what records steps was there"
+    still = torch.zeros(len(state.optimizer.param_groups), device=bench.device)
+
+    def optimize() -> None:
+        for parameter, gradient in zip(trained_parameters(state), graphs.gradients, strict=True):
+            parameter.grad = gradient
+        with rates_on_device(state.optimizer, list(still.unbind())):
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if len(batches) > 1:
+            torch._foreach_zero_(graphs.gradients)
+
+    graphs.accumulate(state, batches, settings)
+    recorder.warm(optimize)
+    replay, _ = recorder.record(optimize)
+
+    def once() -> None:
+        graphs.accumulate(state, batches, settings)
+        replay()
+
+    return once

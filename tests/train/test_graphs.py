@@ -1,0 +1,345 @@
+"""Recorded steps train as others do, to the bit; what cannot be recorded is trained all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hsrloop.config import Resolved, TrainConfig
+from hsrloop.events import Event, Note, Recovered
+from hsrloop.model.base import load_base
+from hsrloop.train import checkpoint, graphs
+from hsrloop.train import step as step_module
+from hsrloop.train.build import build_state
+from hsrloop.train.graphs import CudaRecorder, StepGraphs
+from hsrloop.train.precision import set_kernels
+from hsrloop.train.run import train
+from hsrloop.train.snapshot import Snapshot
+from hsrloop.train.state import TrainState
+from hsrloop.train.step import StepSettings, Transaction, train_step
+from tests.train.conftest import Recorder as Listener
+from tests.train.test_step import NAMES, make_batches
+
+T = TypeVar("T")
+LR = 2.0**-9  # a float32 as it is
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+Settings = Callable[..., Resolved]
+
+
+class Rerun:
+    """Stands for CUDA graphs: a replay does the work again, into the tensors of the recording."""
+
+    def __init__(self, *, room: bool = True, error: Exception | None = None) -> None:
+        self.room, self.error = room, error
+        self.replays = 0
+
+    def has_room(self) -> bool:
+        return self.room
+
+    def warm(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        if self.error is not None:
+            raise self.error
+        result = work()
+        held = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+        def replay() -> None:
+            self.replays += 1
+            again = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
+            for old, new in zip(held, again, strict=True):
+                old.copy_(new)
+
+        return replay, result
+
+
+@pytest.fixture
+def rerun(monkeypatch: pytest.MonkeyPatch) -> Rerun:
+    recorder = Rerun()
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: recorder)
+    return recorder
+
+
+def make(
+    device: torch.device = CPU, *, micro_batch: int = 8, amp: bool = True, **changes: Any
+) -> tuple[TrainState, StepSettings, Transaction]:
+    """State, settings and transaction of a run of batch 8 at 64 px."""
+    values = {"batch": 8, "micro_batch": micro_batch, "imgsz": 64, **changes}
+    config = TrainConfig().replace(**values)
+    module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    state = build_state(config, module, device, fresh_share=None, amp=amp)
+    settings = StepSettings(
+        device=device,
+        strides=(8, 16, 32),
+        reg_max=16,
+        amp=amp and device.type == "cuda",
+        ema_decay=0.9,
+        ema_tau=10.0,
+        graphs=True,
+    )
+    return state, settings, Transaction(state)
+
+
+def take(
+    state: TrainState,
+    settings: StepSettings,
+    transaction: Transaction,
+    steps: list[list[int]],
+    *,
+    recorded: StepGraphs | None,
+) -> None:
+    """Take steps of given micro-batches, by `recorded` or as ever."""
+    for number, sizes in enumerate(steps):
+        batches = make_batches(sizes, seed=number)
+        options: dict[str, Any] = {"settings": settings, "lr": LR / 2**number}
+        if recorded is None:
+            transaction.begin()
+            train_step(state, batches, transaction=transaction, **options)
+        else:
+            recorded.begin(transaction)
+            recorded.train_step(state, batches, transaction=transaction, **options)
+
+
+def contents(state: TrainState) -> list[Any]:
+    """All that a checkpoint would hold, in a fixed order."""
+    payload = state.to_payload() | {"torch_rng": 0, "cuda_rng": 0}
+    leaves = tree_leaves(payload)
+    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def prepared(
+    state: TrainState, settings: StepSettings, transaction: Transaction
+) -> tuple[StepGraphs, list[Event]]:
+    said: list[Event] = []
+    recorded = StepGraphs()
+    recorded.prepare(state, settings, transaction, said.append)
+    return recorded, said
+
+
+WHOLE = [[8]] * 4
+CASES = {
+    "whole steps": (8, WHOLE),
+    "two passes a step": (4, [[4, 4]] * 4),
+    "an epoch's last step is smaller": (8, [[8], [3], [8]]),
+    "its last pass is smaller": (4, [[4, 4], [4, 1], [4, 4]]),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_steps_train_as_others_do(
+    case: str, amp: bool, optimizer: str, rerun: Rerun
+) -> None:
+    micro_batch, steps = CASES[case]
+    start, ends = None, []
+    for use in (False, True):
+        parts = make(micro_batch=micro_batch, amp=amp, optimizer=optimizer)
+        start = contents(parts[0])
+        recorded = prepared(*parts)[0] if use else None
+        take(*parts, steps, recorded=recorded)
+        ends.append(contents(parts[0]))
+    assert rerun.replays > 0
+    assert start is not None and not same(start, ends[0])
+    assert same(*ends)
+
+
+def test_recording_leaves_the_state_as_it_is(rerun: Rerun) -> None:
+    state, settings, transaction = make()
+    take(state, settings, transaction, WHOLE, recorded=None)
+    before = contents(state)
+    recorded, said = prepared(state, settings, transaction)
+    assert same(before, contents(state))
+    assert recorded.gradients and not said
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert all(type(group["lr"]) is float for group in state.optimizer.param_groups)
+    assert not any(group.get("capturable") for group in state.optimizer.param_groups)
+
+
+def test_a_recorded_step_that_is_no_number_moves_the_position_alone(rerun: Rerun) -> None:
+    ends = []
+    for use in (False, True):
+        state, settings, transaction = make()
+        recorded = prepared(state, settings, transaction)[0] if use else None
+        before = [p.detach().clone() for p in state.model.parameters()]
+        state.grad_scale = float("inf")
+        take(state, settings, transaction, [[8]], recorded=recorded)
+        assert all(map(torch.equal, before, state.model.parameters()))
+        assert state.steps == 1 and state.loss_sums[4:].tolist() == [1, 1]
+        ends.append(contents(state))
+    assert same(*ends)
+
+
+def test_a_recording_is_made_anew_when_its_tensors_are_replaced(rerun: Rerun) -> None:
+    """As by going back to an earlier state, in the middle of a run."""
+    ends = []
+    for use in (False, True):
+        state, settings, transaction = make()
+        recorded = prepared(state, settings, transaction)[0] if use else None
+        held = Snapshot()
+        held.take(state)
+        take(state, settings, transaction, WHOLE, recorded=recorded)
+        held.restore(state)
+        if recorded is not None:
+            recorded.prepare(state, settings, transaction, lambda event: None)
+        take(state, settings, transaction, WHOLE[:2], recorded=recorded)
+        ends.append(contents(state))
+    assert same(*ends)
+
+
+def test_recorded_once_for_a_rung(rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: made.append(device) or rerun)
+    state, settings, transaction = make()
+    recorded = StepGraphs()
+    for _ in range(3):
+        recorded.prepare(state, settings, transaction, lambda event: None)
+    assert len(made) == 1
+    state.renew_scaler(state.scaler.state_dict())
+    recorded.prepare(state, settings, transaction, lambda event: None)
+    assert len(made) == 2
+    state.rung = dataclasses.replace(state.rung, imgsz=96)
+    recorded.prepare(state, settings, transaction, lambda event: None)
+    assert len(made) == 3
+
+
+def test_without_room_or_after_memory_ran_out_nothing_is_recorded(rerun: Rerun) -> None:
+    rerun.room = False
+    state, settings, transaction = make()
+    before = contents(state)
+    assert not prepared(state, settings, transaction)[0].gradients
+    assert same(before, contents(state))
+    rerun.room = True
+    state.recoveries.append({"change": "micro_batch 16 -> 8"})
+    assert not prepared(state, settings, transaction)[0].gradients
+    state.recoveries.clear()
+    assert prepared(state, settings, transaction)[0].gradients
+
+
+def test_what_cannot_be_recorded_is_said_once_and_trained_all_the_same(rerun: Rerun) -> None:
+    rerun.error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    state, settings, transaction = make()
+    before = contents(state)
+    recorded, said = prepared(state, settings, transaction)
+    recorded.prepare(state, settings, transaction, said.append)
+    (note,) = said
+    assert isinstance(note, Note) and note.level == "warning"
+    assert "not permitted when stream is capturing)" in note.text
+    assert same(before, contents(state))
+    plain = make()
+    take(*plain, WHOLE, recorded=None)
+    take(state, settings, transaction, WHOLE, recorded=recorded)
+    assert same(contents(state), contents(plain[0]))
+
+
+def test_running_out_of_memory_while_recording_is_passed_on(rerun: Rerun) -> None:
+    rerun.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    state, settings, transaction = make()
+    before = contents(state)
+    with pytest.raises(torch.OutOfMemoryError):
+        prepared(state, settings, transaction)
+    assert same(before, contents(state))
+
+
+@pytest.fixture
+def rounded_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning rates as on CUDA, where both ways of taking a step read a float32."""
+
+    def rates(state: TrainState, lr: float) -> list[float]:
+        scaled = [lr * group["lr_scale"] for group in state.optimizer.param_groups]
+        return torch.tensor(scaled).tolist()
+
+    for module in (graphs, step_module):
+        monkeypatch.setattr(module, "rates", rates)
+
+
+@pytest.mark.usefixtures("rounded_rates")
+def test_a_run_ends_alike_with_recorded_steps_and_without(settings: Settings, rerun: Rerun) -> None:
+    ends = []
+    for use in (False, True):
+        outcome = train(settings(epochs=2, batch=4, micro_batch=2, llrd=True, cuda_graphs=use))
+        assert bool(rerun.replays) is use
+        ends.append(checkpoint.read(outcome.run_dir / "weights" / "last.pt").state)
+    for name in ("model", "ema", "optimizer", "scaler", "loss_sums", "steps", "position"):
+        assert same(tree_leaves(ends[0][name]), tree_leaves(ends[1][name])), name
+
+
+def test_a_run_whose_memory_runs_out_goes_on_unrecorded(
+    settings: Settings, rerun: Rerun, recorder: Listener
+) -> None:
+    rerun.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    outcome = train(settings(epochs=1, batch=8), sinks=[recorder])
+    assert outcome.reason == "completed"
+    assert len(recorder.of(Recovered)) == 1
+    assert not rerun.replays
+
+
+@pytest.fixture
+def card() -> Iterator[torch.device]:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    set_kernels(CUDA, deterministic=True)
+    yield CUDA
+    set_kernels(CUDA, deterministic=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu_recorded_steps_train_as_others_do(
+    case: str, optimizer: str, card: torch.device
+) -> None:
+    micro_batch, steps = CASES[case]
+    ends = []
+    for use in (False, True):
+        parts = make(card, micro_batch=micro_batch, optimizer=optimizer)
+        recorded = prepared(*parts)[0] if use else None
+        assert recorded is None or recorded.gradients
+        take(*parts, steps, recorded=recorded)
+        ends.append(contents(parts[0]))
+    assert same(*ends)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_dropped_recording_gives_its_memory_back(card: torch.device) -> None:
+    parts = make(card)
+    take(*parts, WHOLE, recorded=None)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    recorded, said = prepared(*parts)
+    assert not said and recorded.gradients
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - before
+    assert held > 2**25
+    recorded.drop()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < held / 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_full_card_records_nothing(card: torch.device) -> None:
+    from hsrloop.hardware.memory import capped
+
+    recorder = CudaRecorder(card)
+    assert recorder.has_room()
+    with capped(card, 0.01):
+        held = torch.empty(
+            int(0.005 * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device=card
+        )
+        assert not recorder.has_room()
+        del held
