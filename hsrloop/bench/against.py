@@ -3,8 +3,8 @@
 Both train in turn, each in a process of its own, as a user would start them. The first epoch of a
 training warms up and is not counted. Ratios are the peer's time over ours, pair by pair. Where the
 weights are to be judged, ours then trains once more with as many epochs as fit into the peer's
-time, and Ultralytics' own validator judges all of them. Peak memory of ours contains the worst step of the run, which is tried
-before the first.
+time, and Ultralytics' own validator judges all of them. Peak memory of ours contains the worst
+step of the run, which is tried before the first.
 """
 
 from __future__ import annotations

@@ -81,10 +81,11 @@ def fp16_is_sound(module: nn.Module, device: torch.device, emit: Callable[[Event
     finite = True
     for half in (False, True):
         probe.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.float16, enabled=half):
-            raw = forward_train(probe, images)
-        loss = raw.class_logits.float().mean() + raw.box_logits.float().mean()
-        torch.autograd.backward(PROBE_SCALE * loss)
+        with untuned():
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                raw = forward_train(probe, images)
+            loss = raw.class_logits.float().mean() + raw.box_logits.float().mean()
+            torch.autograd.backward(PROBE_SCALE * loss)
         gradients = [p.grad for p in probe.parameters() if p.grad is not None]
         finite = finite and all(bool(torch.isfinite(g).all()) for g in gradients)
         logits.append(raw.class_logits.detach().float())

@@ -1,4 +1,4 @@
-"""Recorded steps train as others do, to the bit; what cannot be recorded is trained all the same."""
+"""Recorded steps train as others do, to the bit; what is not recorded is trained all the same."""
 
 from __future__ import annotations
 
