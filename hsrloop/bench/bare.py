@@ -67,8 +67,7 @@ def _recorded(bench: Workbench, batches: list[Batch]) -> Callable[[], None]:
             state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        if len(batches) > 1:
-            torch._foreach_zero_(graphs.gradients)
+        torch._foreach_zero_(graphs.gradients)
 
     graphs.accumulate(state, batches, settings)
     recorder.warm(optimize)

@@ -122,11 +122,11 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
         settings.compiled.micro_batch = state.rung.micro_batch
     set_modes(state, config)
     transaction, graphs = Transaction(state), StepGraphs()
-    graphs.prepare(state, settings, transaction, emit)
     governor = SpinGovernor() if device.type == "cpu" else None
     rung = first_rung(config)
     try:
         with build_loaders(resolved, spec, synthesis.scenes, info, rung=rung, emit=emit) as loaders:
+            graphs.prepare(state, settings, transaction, loaders.train.sizes, emit)
             yield Workbench(
                 config=config,
                 info=info,

@@ -106,6 +106,16 @@ class TrainLoader:
         """Return the optimizer steps of an epoch."""
         return -(-self.n_samples // self.batch)
 
+    @property
+    def sizes(self) -> set[int]:
+        """Return the sizes of an epoch's micro-batches."""
+        steps = {min(self.batch, self.n_samples), self.n_samples % self.batch} - {0}
+        return {
+            min(self.micro_batch, step - start)
+            for step in steps
+            for start in range(0, step, self.micro_batch)
+        }
+
     def batches(self, position: Position, *, mosaic: bool = True) -> Iterator[Batch]:
         """Yield micro-batches from a position to the end of its epoch.
 

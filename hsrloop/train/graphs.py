@@ -6,14 +6,13 @@ all from the gradient to the commit. In between the criterion runs as ever, sinc
 the boxes. A recorded step gives the same numbers, bit for bit, as `step.train_step`.
 
 What a recording works on stays where it is: its memory is the run's until it is dropped. So there
-is none where memory is short, or ran out before, and a batch of another size takes its step as
-ever.
+is none where memory is short, or ran out before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +26,7 @@ from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, RawPredictions
 from hsrloop.train.ladder import cause_of
+from hsrloop.train.precision import untuned
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
@@ -98,18 +98,25 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Recorded:
-    """A step's recordings, the tensors they read from, and those they write to."""
+class _Passes:
+    """Forth and back with micro-batches of one size."""
 
-    begin: Replay
     forward: Replay
-    backward: Replay
-    commit: Replay
+    backward: Replay  # adds to the sum of gradients
     images: Tensor  # (B, 3, S, S) uint8, read by `forward`
     raw: RawPredictions  # written by `forward`; no gradient
-    logit_gradients: list[Tensor]  # of both kinds of logits, read by `backward`
-    gradients: list[Tensor]  # of the parameters, written by `backward`
-    totals: LossSums  # this and the next are read by `commit`
+    gradients: list[Tensor]  # of both kinds of logits, read by `backward`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recorded:
+    """A step's recordings, and the tensors that the last of them reads."""
+
+    begin: Replay
+    passes: Mapping[int, _Passes]  # by size
+    commit: Replay
+    gradients: list[Tensor]  # of the parameters, added up since the last commit
+    totals: LossSums
     knobs: Tensor  # (groups + 2,): learning rates, samples / k, and EMA's weight
 
 
@@ -131,31 +138,31 @@ class StepGraphs:
         state: TrainState,
         settings: StepSettings,
         transaction: Transaction,
+        sizes: Collection[int],
         emit: Callable[[Event], None],
     ) -> None:
         """Record steps of the state's rung, unless that is done, not wanted, or memory is short.
 
         Nothing else may use the device meanwhile; the state stays as it is, bit for bit.
 
+        Args:
+            sizes: of the micro-batches to come.
+
         Raises:
             torch.OutOfMemoryError: there was less room than it seemed.
         """
-        rung, compiled = state.rung, settings.compiled
-        of = (
-            *(state.generation, rung.micro_batch, rung.imgsz),
-            compiled is not None and compiled.started,
-        )
+        imgsz, compiled = state.rung.imgsz, settings.compiled
+        many = frozenset(size for size in sizes if not is_single(size, imgsz, settings))
+        of = state.generation, many, imgsz, compiled is not None and compiled.started
         if of == self._of or not settings.graphs or self._impossible:
             return
         self.drop()
         self._of = of
-        if state.recoveries or is_single(rung.micro_batch, rung.imgsz, settings):
-            return
-        recorder = recorder_for(settings.device)
-        if recorder is None:
+        recorder = None if state.recoveries else recorder_for(settings.device)
+        if recorder is None or not many:
             return
         try:
-            self._recorded = _record(recorder, state, settings, transaction)
+            self._recorded = _record(recorder, state, settings, transaction, many)
         except RuntimeError as error:
             transaction.roll_back()
             if cause_of(error) is not None:
@@ -170,10 +177,12 @@ class StepGraphs:
         self._recorded, self._of = None, ()
 
     def covers(self, micro_batches: Sequence[Batch]) -> bool:
-        """Return whether these are recorded steps' sizes."""
-        recorded = self._recorded
-        return recorded is not None and all(
-            batch.images.shape == recorded.images.shape for batch in micro_batches
+        """Return whether there are recordings for all of these."""
+        passes = self._recorded.passes if self._recorded is not None else {}
+        found = [passes.get(len(batch.images)) for batch in micro_batches]
+        return all(
+            own is not None and own.images.shape == batch.images.shape
+            for own, batch in zip(found, micro_batches, strict=True)
         )
 
     @property
@@ -232,38 +241,44 @@ class StepGraphs:
         assert self._recorded is not None
         totals: LossSums | None = None
         for batch in micro_batches:
-            totals = add_detached(totals, _pass(self._recorded, state, batch, settings))
+            passes = self._recorded.passes[len(batch.images)]
+            totals = add_detached(totals, _pass(passes, state, batch, settings))
         assert totals is not None, "a step needs at least one micro-batch"
         return totals, sum(len(batch.images) for batch in micro_batches)
 
 
-def _pass(recorded: _Recorded, state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
+def _pass(passes: _Passes, state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Take one micro-batch forth and back; see `step.forward_backward`."""
-    recorded.images.copy_(batch.images, non_blocking=True)
+    passes.images.copy_(batch.images, non_blocking=True)
     targets = to_targets(batch, settings.device)
     with named("forward"):
-        recorded.forward()
-    box = recorded.raw.box_logits.detach().requires_grad_()
-    cls = recorded.raw.class_logits.detach().requires_grad_()
-    raw = RawPredictions(box, cls, recorded.raw.shapes)
+        passes.forward()
+    box = passes.raw.box_logits.detach().requires_grad_()
+    cls = passes.raw.class_logits.detach().requires_grad_()
+    raw = RawPredictions(box, cls, passes.raw.shapes)
     sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
     with named("backward"):
         loss = state.scaler.scale(GAINS.weigh(sums) * state.grad_scale)
-        torch._foreach_copy_(recorded.logit_gradients, torch.autograd.grad(loss, (box, cls)))
-        recorded.backward()
+        torch._foreach_copy_(passes.gradients, torch.autograd.grad(loss, (box, cls)))
+        passes.backward()
     return sums
 
 
 class _Network:
-    """The passes of one micro-batch as they are recorded."""
+    """The work of `_Passes`, before it is recorded.
 
-    def __init__(self, state: TrainState, settings: StepSettings, images: Tensor) -> None:
-        self._state, self._settings, self._images = state, settings, images
-        self._parameters = trained_parameters(state)
+    Args:
+        total: the parameters' gradients are added to it.
+    """
+
+    def __init__(
+        self, state: TrainState, settings: StepSettings, size: int, total: list[Tensor]
+    ) -> None:
+        self._state, self._settings, self._total = state, settings, total
+        shape = (size, 3, state.rung.imgsz, state.rung.imgsz)
+        images = torch.zeros(shape, dtype=torch.uint8, device=settings.device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
         self._raw: RawPredictions | None = None  # between a forward and its backward
-        self._sum: list[Tensor] = []  # of gradients, where a step has several micro-batches
-        if state.batch > len(images):
-            self._sum = [torch.zeros_like(p) for p in self._parameters]
         self.shapes: tuple[tuple[int, int], ...] = ()
         self.gradients: list[Tensor] = []  # of both kinds of logits
 
@@ -273,52 +288,64 @@ class _Network:
         device, kind = settings.device, settings.amp_dtype
         # Weights that are cast for a recording must not be kept for another.
         with torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False):
-            inputs = to_input(self._images, device, settings.dtype)
+            inputs = to_input(self.images, device, settings.dtype)
             self._raw = settings.network(self._state.model, inputs)
         self.shapes = self._raw.shapes
         logits = self._raw.box_logits.detach(), self._raw.class_logits.detach()
         self.gradients = self.gradients or [torch.zeros_like(x) for x in logits]
         return logits
 
-    def backward(self) -> list[Tensor]:
-        """Return the parameters' gradients, added up since the last commit."""
+    def backward(self) -> None:
+        """Add to the gradients."""
         raw, self._raw = self._raw, None
         assert raw is not None, "there was no forward pass"
-        logits = (raw.box_logits, raw.class_logits)
-        gradients = list(torch.autograd.grad(logits, self._parameters, self.gradients))
-        if not self._sum:
-            return gradients
-        torch._foreach_add_(self._sum, gradients)
-        return self._sum
+        logits, parameters = (raw.box_logits, raw.class_logits), trained_parameters(self._state)
+        found = torch.autograd.grad(logits, parameters, self.gradients)
+        torch._foreach_add_(self._total, found)
 
-    def forget(self) -> None:
-        """Let gradients add up from zero."""
-        if self._sum:
-            torch._foreach_zero_(self._sum)
+    def recorded(self, recorder: Recorder) -> _Passes:
+        """Record both, once they have been warmed."""
+        forward, logits = recorder.record(self.forward)
+        backward, _ = recorder.record(self.backward)
+        return _Passes(
+            forward=forward,
+            backward=backward,
+            images=self.images,
+            raw=RawPredictions(*logits, shapes=self.shapes),
+            gradients=self.gradients,
+        )
 
 
 def _record(
-    recorder: Recorder, state: TrainState, settings: StepSettings, transaction: Transaction
+    recorder: Recorder,
+    state: TrainState,
+    settings: StepSettings,
+    transaction: Transaction,
+    sizes: Collection[int],
 ) -> _Recorded | None:
     """Record a step; None: there is no room for that. What is done on the way is undone."""
-    device, size, imgsz = settings.device, state.rung.micro_batch, state.rung.imgsz
-    images = torch.zeros((size, 3, imgsz, imgsz), dtype=torch.uint8, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    device = settings.device
+    gradients = [torch.zeros_like(p) for p in trained_parameters(state)]
     totals = LossSums(*torch.full((4,), torch.nan, dtype=settings.dtype, device=device))
     knobs = torch.zeros(len(state.optimizer.param_groups) + 2, device=device)
-    network = _Network(state, settings, images)
+    networks = {size: _Network(state, settings, size, gradients) for size in sorted(sizes)}
     transaction.begin()
-    recorder.warm(network.forward)
-    recorder.warm(network.backward)
+    for size, network in networks.items():
+        # Kernels are looked for where most steps find them; it takes seconds for each size.
+        with nullcontext() if size == max(sizes) else untuned():
+            recorder.warm(network.forward)
+            recorder.warm(network.backward)
     if not recorder.has_room():
         transaction.roll_back()
         return None
-    forward, logits = recorder.record(network.forward)
-    backward, gradients = recorder.record(network.backward)
+    passes = {}
+    for size, network in networks.items():
+        with nullcontext() if size == max(sizes) else untuned():
+            passes[size] = network.recorded(recorder)
 
     def commit() -> None:
         _commit(state, transaction, gradients, totals, knobs)
-        network.forget()
+        torch._foreach_zero_(gradients)
 
     # Losses that are no numbers make it a skipped step, which moves nothing but these two.
     scaler, loss_sums = state.scaler.state_dict(), state.loss_sums.clone()
@@ -330,12 +357,8 @@ def _record(
     begin, _ = recorder.record(transaction.begin)
     return _Recorded(
         begin=begin,
-        forward=forward,
-        backward=backward,
+        passes=passes,
         commit=replay_commit,
-        images=images,
-        raw=RawPredictions(*logits, shapes=network.shapes),
-        logit_gradients=network.gradients,
         gradients=gradients,
         totals=totals,
         knobs=knobs,

@@ -135,7 +135,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
     mosaic = planned < config.epochs - tail_epochs(config)
     batches = loader.batches(state.position, mosaic=mosaic)
     with _Meter(state, runtime) as meter:
-        graphs.prepare(state, runtime.settings, transaction, runtime.emit)
+        graphs.prepare(state, runtime.settings, transaction, loader.sizes, runtime.emit)
         for micro_batches in by_step(batches):
             step = planned * len(loader) + state.position.sample // config.batch
             lr = state.lr_scale * learning_rate(config, step, len(loader))

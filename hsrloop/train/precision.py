@@ -17,6 +17,9 @@ from hsrloop.records import DeviceInfo
 from hsrloop.train.step import to_input
 
 PROBE_PX = 128  # side of the probe image: large enough for every layer, small enough to be free
+KERNELS_TRIED = (
+    4  # of those that cuDNN names first, for each convolution (a guess): each costs time
+)
 TOLERANCE = 0.1  # relative, of the logits; broken cards give NaN (a guess)
 PROBE_SCALE = 1024.0  # of the probe's loss: unscaled, fp16 gradients would vanish
 
@@ -29,6 +32,7 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     if device.type != "cuda":
         return
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark_limit = KERNELS_TRIED
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.cuda.set_device(device)

@@ -201,7 +201,8 @@ def normalise(state: TrainState, totals: LossSums, factor: float | Tensor) -> Te
     state.scaler.unscale_(state.optimizer)
     normaliser = totals.target_scores.clamp(min=1.0)
     gradients = [p.grad for p in trained_parameters(state) if p.grad is not None]
-    torch._foreach_mul_(gradients, factor / normaliser)
+    # So a number is divided by a tensor; a tensor by a tensor would be rounded otherwise.
+    torch._foreach_mul_(gradients, normaliser.reciprocal() * factor)
     return normaliser
 
 

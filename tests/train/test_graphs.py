@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -123,20 +123,24 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def prepared(
-    state: TrainState, settings: StepSettings, transaction: Transaction
+    state: TrainState,
+    settings: StepSettings,
+    transaction: Transaction,
+    sizes: Collection[int] = (8,),
 ) -> tuple[StepGraphs, list[Event]]:
     said: list[Event] = []
     recorded = StepGraphs()
-    recorded.prepare(state, settings, transaction, said.append)
+    recorded.prepare(state, settings, transaction, sizes, said.append)
     return recorded, said
 
 
 WHOLE = [[8]] * 4
-CASES = {
-    "whole steps": (8, WHOLE),
-    "two passes a step": (4, [[4, 4]] * 4),
-    "an epoch's last step is smaller": (8, [[8], [3], [8]]),
-    "its last pass is smaller": (4, [[4, 4], [4, 1], [4, 4]]),
+CASES: dict[str, tuple[int, list[list[int]], set[int]]] = {
+    "whole steps": (8, WHOLE, {8}),
+    "two passes a step": (4, [[4, 4]] * 4, {4}),
+    "an epoch's last step is smaller": (8, [[8], [3], [8]], {8, 3}),
+    "its last pass is smaller": (4, [[4, 4], [4, 1], [4, 4]], {4, 1}),
+    "a step of another size": (8, [[8], [3], [8]], {8}),
 }
 
 
@@ -146,12 +150,12 @@ CASES = {
 def test_recorded_steps_train_as_others_do(
     case: str, amp: bool, optimizer: str, rerun: Rerun
 ) -> None:
-    micro_batch, steps = CASES[case]
+    micro_batch, steps, sizes = CASES[case]
     start, ends = None, []
     for use in (False, True):
         parts = make(micro_batch=micro_batch, amp=amp, optimizer=optimizer)
         start = contents(parts[0])
-        recorded = prepared(*parts)[0] if use else None
+        recorded = prepared(*parts, sizes)[0] if use else None
         take(*parts, steps, recorded=recorded)
         ends.append(contents(parts[0]))
     assert rerun.replays > 0
@@ -196,26 +200,37 @@ def test_a_recording_is_made_anew_when_its_tensors_are_replaced(rerun: Rerun) ->
         take(state, settings, transaction, WHOLE, recorded=recorded)
         held.restore(state)
         if recorded is not None:
-            recorded.prepare(state, settings, transaction, lambda event: None)
+            recorded.prepare(state, settings, transaction, {8}, lambda event: None)
         take(state, settings, transaction, WHOLE[:2], recorded=recorded)
         ends.append(contents(state))
     assert same(*ends)
 
 
-def test_recorded_once_for_a_rung(rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_once_for_a_rung_and_sizes(rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(graphs, "recorder_for", lambda device: made.append(device) or rerun)
     state, settings, transaction = make()
     recorded = StepGraphs()
     for _ in range(3):
-        recorded.prepare(state, settings, transaction, lambda event: None)
+        recorded.prepare(state, settings, transaction, {8}, lambda event: None)
     assert len(made) == 1
     state.renew_scaler(state.scaler.state_dict())
-    recorded.prepare(state, settings, transaction, lambda event: None)
+    recorded.prepare(state, settings, transaction, {8}, lambda event: None)
     assert len(made) == 2
     state.rung = dataclasses.replace(state.rung, imgsz=96)
-    recorded.prepare(state, settings, transaction, lambda event: None)
+    recorded.prepare(state, settings, transaction, {8}, lambda event: None)
     assert len(made) == 3
+    recorded.prepare(state, settings, transaction, {8, 3}, lambda event: None)
+    assert len(made) == 4
+
+
+def test_what_has_one_cell_in_all_is_not_recorded(rerun: Rerun) -> None:
+    """BatchNorm is in eval for that pass alone."""
+    state, settings, transaction = make(imgsz=32)
+    recorded, _ = prepared(state, settings, transaction, (8, 1))
+    assert recorded.covers(make_batches([8], imgsz=32))
+    assert not recorded.covers(make_batches([1], imgsz=32))
+    assert not recorded.covers(make_batches([8], imgsz=64))
 
 
 def test_without_room_or_after_memory_ran_out_nothing_is_recorded(rerun: Rerun) -> None:
@@ -236,7 +251,7 @@ def test_what_cannot_be_recorded_is_said_once_and_trained_all_the_same(rerun: Re
     state, settings, transaction = make()
     before = contents(state)
     recorded, said = prepared(state, settings, transaction)
-    recorded.prepare(state, settings, transaction, said.append)
+    recorded.prepare(state, settings, transaction, {8}, said.append)
     (note,) = said
     assert isinstance(note, Note) and note.level == "warning"
     assert "not permitted when stream is capturing)" in note.text
@@ -304,11 +319,11 @@ def card() -> Iterator[torch.device]:
 def test_on_a_gpu_recorded_steps_train_as_others_do(
     case: str, optimizer: str, card: torch.device
 ) -> None:
-    micro_batch, steps = CASES[case]
+    micro_batch, steps, sizes = CASES[case]
     ends = []
     for use in (False, True):
         parts = make(card, micro_batch=micro_batch, optimizer=optimizer)
-        recorded = prepared(*parts)[0] if use else None
+        recorded = prepared(*parts, sizes)[0] if use else None
         assert recorded is None or recorded.gradients
         take(*parts, steps, recorded=recorded)
         ends.append(contents(parts[0]))
