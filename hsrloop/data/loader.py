@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hsrloop.config import TrainConfig
 from hsrloop.data.ahead import Made, ahead, arriving
 from hsrloop.data.pixels.render import Renderer, without_broken
-from hsrloop.data.pixels.render_torch import TorchRenderer
+from hsrloop.data.pixels.render_torch import Layout, TorchRenderer
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
 from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.scenes.cutouts import CutoutStore
@@ -63,15 +64,16 @@ class TrainLoader:
 
     Args:
         micro_batch: images at a time; by default config.micro_batch, or the whole batch.
-        workers: processes that render; 0 renders in the calling thread.
+        workers: processes that render; 0 renders in the calling thread. With a renderer one of them
+            draws plans and labels, else the calling thread does.
         prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
         device: where the images go. On a GPU they are there when they are yielded: sent a
             micro-batch ahead, on a stream of their own.
         scenes: synthetic images beside the real ones; `store` then holds `scenes.backgrounds` after
             `refs`.
         cutouts: the pixels of `scenes.cutouts`.
-        renderer: renders on that device instead, a micro-batch ahead; the host draws plans and
-            labels only, and workers are not used. Made from the same `store` and `cutouts`.
+        renderer: renders on its device instead, a micro-batch ahead; the host draws plans and
+            labels only. Made from the same `store` and `cutouts`.
     """
 
     def __init__(
@@ -95,11 +97,11 @@ class TrainLoader:
         self._refs = self.stream.images
         self._store = store
         self._cutouts = cutouts
-        self.workers = workers
+        self.workers = workers if renderer is None else min(workers, 1)
         self._prefetch = prefetch
         self._device = device
         self._renderer = renderer
-        self._pool: WorkerPool[_Task, _Targets] | None = None
+        self._pool: WorkerPool[_Task, Any] | None = None
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __len__(self) -> int:
@@ -169,25 +171,41 @@ class TrainLoader:
         """Yield (B, 3, S, S) images, channels_last, and targets of each task in order."""
         rendered: Made[_Targets]
         if (drawing := self._renderer) is not None:
-            rendered = (self._drawn(drawing, task) for task in tasks)
+            planned = self._planned(drawing, tasks)
+            rendered = (self._drawn(drawing, layout, labels) for layout, labels in planned)
             yield from arriving(rendered, drawing.device)
             return
         if self.workers == 0:
             renderer = Renderer(self._store.imgsz)
             rendered = (self._inline(renderer, task) for task in tasks)
         else:
-            rendered = self._from(self._workers(), tasks)
+            size = 3 * self._store.imgsz**2 * self.micro_batch
+            work = functools.partial(self._work, Renderer(self._store.imgsz))
+            rendered = self._from(self._workers(work, size), tasks)
         if self._device.type == "cuda":
             yield from arriving(rendered, self._device)
         else:
             yield from ahead(rendered) if self._prefetch and not self.workers else rendered
 
-    def _workers(self) -> WorkerPool[_Task, _Targets]:
+    def _workers(
+        self, work: Callable[[_Task, np.ndarray], Any], slot_bytes: int
+    ) -> WorkerPool[_Task, Any]:
         if self._pool is None:
-            size = 3 * self._store.imgsz**2 * self.micro_batch
-            work = functools.partial(self._work, Renderer(self._store.imgsz))
-            self._pool = WorkerPool(work, count=self.workers, slot_bytes=size)
+            self._pool = WorkerPool(work, count=self.workers, slot_bytes=slot_bytes)
         return self._pool
+
+    def _planned(
+        self, renderer: TorchRenderer, tasks: Sequence[_Task]
+    ) -> Iterator[tuple[Layout, _Labels]]:
+        """Yield what to render and its labels, for each task in order."""
+        if self.workers == 0:
+            return (self._laid_out(renderer, task) for task in tasks)
+        pool = self._workers(lambda task, slot: self._laid_out(renderer, task), slot_bytes=1)
+        return (result for result, _ in pool.map(tasks))
+
+    def _laid_out(self, renderer: TorchRenderer, task: _Task) -> tuple[Layout, _Labels]:
+        plans, labels = self._plan(task)
+        return renderer.lay_out(plans), labels
 
     def _from(self, pool: WorkerPool[_Task, _Targets], tasks: Sequence[_Task]) -> Made[_Targets]:
         for task, (targets, slot) in zip(tasks, pool.map(tasks), strict=True):
@@ -198,10 +216,11 @@ class TrainLoader:
     def _images(self, count: int) -> Tensor:
         return _empty(count, self._store.imgsz, pinned=self._device.type == "cuda")
 
-    def _drawn(self, renderer: TorchRenderer, task: _Task) -> tuple[Tensor, _Targets]:
-        plans, labels = self._plan(task)
+    def _drawn(
+        self, renderer: TorchRenderer, layout: Layout, labels: _Labels
+    ) -> tuple[Tensor, _Targets]:
         with named("render"):
-            images = renderer.pixels(plans)
+            images = renderer.draw(layout)
         return images, self._targets(labels)
 
     def _inline(self, renderer: Renderer, task: _Task) -> tuple[Tensor, _Targets]:

@@ -212,9 +212,10 @@ def test_one_stream_for_any_batch_and_cache(spec: DatasetSpec, batch: int, cache
     assert len(loader) == len(found) == -(-8 // batch)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("kind", [DeviceBank, TileBank])
 def test_rendered_by_torch_it_is_the_same_stream(
-    spec: DatasetSpec, kind: Callable[..., Bank]
+    spec: DatasetSpec, kind: Callable[..., Bank], workers: int
 ) -> None:
     """Order, labels and positions are equal; pixels, of noise and with seams, nearly."""
     spec.train[1].path.write_bytes(b"gone")
@@ -226,7 +227,11 @@ def test_rendered_by_torch_it_is_the_same_stream(
         device=device,
     )
     by_cv2 = TrainLoader(spec.train, store, config(batch=5), micro_batch=2)
-    by_torch = TrainLoader(spec.train, store, config(batch=5), micro_batch=2, renderer=renderer)
+    by_torch = TrainLoader(
+        spec.train, store, config(batch=5), micro_batch=2, workers=workers, renderer=renderer
+    )
+    assert by_torch.workers == min(workers, 1)
+    assert by_torch.sizes == {1, 2}
     for position in (Position(0, 0), Position(1, 5)):
         pairs = zip(by_cv2.batches(position), by_torch.batches(position), strict=True)
         for a, b in pairs:
@@ -237,6 +242,11 @@ def test_rendered_by_torch_it_is_the_same_stream(
             assert b.images.shape == a.images.shape and b.images.dtype == torch.uint8
             assert (a.images.float() - b.images.float()).abs().mean() <= 1
     next(by_torch.batches(Position(2, 0)))  # left half-way
+    if by_torch._pool is not None:
+        os.kill(by_torch._pool._processes[0].pid or 0, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match=r"ended by itself \(exit code -9\)"):
+            list(by_torch.batches(Position(0, 0)))
+    by_torch.close()
 
 
 def test_positions_steps_and_micro_batches(spec: DatasetSpec) -> None:

@@ -49,6 +49,17 @@ class _Chunk:
     tiles: Tiles
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A batch of plans as numbers alone: what is left to do is the device's work."""
+
+    images: int
+    chunks: Sequence[_Chunk]
+    layers: np.ndarray  # (F, 1 + K, LAYER_COLUMNS) float32, see `compose`
+    stamps: np.ndarray  # (n, STAMP_COLUMNS) float32, see `stamp`
+    colours: np.ndarray  # (images, 3) float32, see `recolour`; empty: colours stay
+
+
 class TorchRenderer:
     """Renders batches of plans at one size on one device; one per thread.
 
@@ -76,20 +87,20 @@ class TorchRenderer:
         index = torch.arange(imgsz, dtype=torch.float32, device=device)
         self._x, self._y = index.view(1, 1, -1), index.view(1, -1, 1)
 
-    @torch.no_grad()
     def pixels(self, plans: Sequence[AugmentPlan]) -> Tensor:
         """Return (B, 3, S, S) uint8 RGB, channels_last, on the device; made on its current stream.
 
         Every image of a batch has HSV gains, or none has.
         """
+        return self.draw(self.lay_out(plans))
+
+    @torch.no_grad()
+    def draw(self, layout: Layout) -> Tensor:
+        """Return what `pixels` returns."""
         side, x, y = self.imgsz, self._x, self._y
-        chunks, layers, stamps = self._lay_out(plans)
-        recolours = plans[0].hsv_gains is not None
-        assert all((plan.hsv_gains is not None) == recolours for plan in plans)
-        gains = [colour_factors(plan.hsv_gains or (0.0, 0.0, 0.0)) for plan in plans]
-        layer_table, stamp_table, colours = self._send(layers, stamps, np.array(gains, np.float32))
-        out = torch.empty((len(plans), side, side, 3), dtype=torch.uint8, device=self.device)
-        for chunk in chunks:
+        layer_table, stamp_table, colours = self._send(layout.layers, layout.stamps, layout.colours)
+        out = torch.empty((layout.images, side, side, 3), dtype=torch.uint8, device=self.device)
+        for chunk in layout.chunks:
             source = self.bank.fetch(chunk.tiles)
             frames = compose(layer_table[chunk.layers], source, x, y)
             rows = stamp_table[chunk.stamps]
@@ -98,7 +109,7 @@ class TorchRenderer:
             for image, partner, weight in chunk.mixes:
                 blend(frames[image], frames[partner], weight)
             images = out[chunk.images]
-            if recolours:
+            if len(colours):
                 recolour(frames[: len(images)], colours[chunk.images], images)
             else:
                 unpack(frames[: len(images)], images)
@@ -122,8 +133,11 @@ class TorchRenderer:
             for table, end in zip(tables, ends, strict=True)
         ]
 
-    def _lay_out(self, plans: Sequence[AugmentPlan]) -> tuple[list[_Chunk], np.ndarray, np.ndarray]:
-        """Return how to go about a batch: chunks and the tables of layers and stamps."""
+    def lay_out(self, plans: Sequence[AugmentPlan]) -> Layout:
+        """Return how to go about a batch; does not touch the device, so any process may do it."""
+        recoloured = [plan.hsv_gains for plan in plans if plan.hsv_gains is not None]
+        assert len(recoloured) in (0, len(plans))
+        colours = np.array([colour_factors(gains) for gains in recoloured], np.float32)
         groups = list(_grouped(plans, self._frames_at_once))
         framed = [_frames(plans[group]) for group in groups]
         slots = max(len(frame.layers) for frames in framed for frame in frames)
@@ -146,7 +160,7 @@ class TorchRenderer:
                 _Chunk(group, layer_rows, stamp_rows, spread, _mixes(plans[group]), tiles)
             )
             first_layer, first_stamp = layer_rows.stop, stamp_rows.stop
-        return chunks, np.concatenate(layers), np.concatenate(stamps)
+        return Layout(len(plans), chunks, np.concatenate(layers), np.concatenate(stamps), colours)
 
 
 def _frames_at_once(imgsz: int, scratch_bytes: int) -> int:
