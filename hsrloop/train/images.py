@@ -11,6 +11,7 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.pixels.bank import Bank, BankPlace, DeviceBank, Sources, TileBank, bank_place
+from hsrloop.data.pixels.kernel import RenderKernel
 from hsrloop.data.pixels.render_torch import TorchRenderer, gpu_bytes
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.scenes.cutouts import CutoutStore
@@ -18,6 +19,7 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.errors import DeviceError
 from hsrloop.events import Event, Note, Progress
 from hsrloop.hardware.memory import GIB, gpu_memory, usable_cores
+from hsrloop.ops.nvrtc import KernelError
 from hsrloop.paths import cache_folder
 
 Emit = Callable[[Event], None]
@@ -90,8 +92,27 @@ def train_images(
         store.remember()
     else:
         bank = TileBank(Sources(store, cutouts), device)
-    renderer = TorchRenderer(bank, images, imgsz=config.imgsz, device=device, scratch_bytes=scratch)
+    renderer = TorchRenderer(
+        bank,
+        images,
+        imgsz=config.imgsz,
+        device=device,
+        scratch_bytes=scratch,
+        kernel=_kernel(device, emit),
+    )
     return TrainImages(store, renderer, place)
+
+
+def _kernel(device: torch.device, emit: Emit) -> RenderKernel | None:
+    """Return the kernel that renders on CUDA; None where torch's operators have to."""
+    if device.type != "cuda":
+        return None
+    try:
+        return RenderKernel(device)
+    except KernelError as error:
+        text = f"augmenting on the GPU takes longer here: its kernel cannot be compiled ({error})"
+        emit(Note(text=text, level="warning"))
+        return None
 
 
 def check_augment_device(config: TrainConfig, kind: str) -> None:

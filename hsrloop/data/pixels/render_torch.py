@@ -1,11 +1,13 @@
-"""Turn plans into pixels with torch, on the device that trains: a batch at a time.
+"""Turn plans into pixels on the device that trains: a batch at a time.
 
 For each output pixel the source that covers it is found first, by the inverse maps of all layers;
 then one bilinear interpolation reads it from the bank. Nothing is drawn twice but cut-outs, each
 within its window, and no canvas is larger than the output. The plans' numbers travel in one copy,
 and shapes depend on the host's numbers alone, so nothing waits for the device.
 
-The same plans give the same pixels as `render` up to rounding, except at the edge of a source.
+The same plans give the same pixels as `render` up to rounding, except at the edge of a source. On
+CUDA one kernel of our own does it all in one pass (`kernel`); elsewhere, and where that cannot be
+compiled, torch's operators do, which move every pixel dozens of times.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from hsrloop.data.pixels.bank import Bank, Tiles
 from hsrloop.data.pixels.colour import colour_factors
 from hsrloop.data.pixels.colour_torch import recolour
+from hsrloop.data.pixels.kernel import RenderKernel, links_of
 from hsrloop.data.pixels.layout_torch import LayerLayout, Slot, StampLayout
 from hsrloop.data.pixels.pixels_torch import blend, compose, stamp, unpack
 from hsrloop.data.plan import AugmentPlan
@@ -46,6 +49,7 @@ class _Chunk:
     stamps: slice  # of the stamp table
     slots: Sequence[Slot]  # counted from the first of `stamps`
     mixes: Sequence[tuple[int, int, float]]  # image, its partner's frame, weight of the image
+    links: slice  # of the link table, see `kernel.links_of`
     tiles: Tiles
 
 
@@ -57,6 +61,7 @@ class Layout:
     chunks: Sequence[_Chunk]
     layers: np.ndarray  # (F, 1 + K, LAYER_COLUMNS) float32, see `compose`
     stamps: np.ndarray  # (n, STAMP_COLUMNS) float32, see `stamp`
+    links: np.ndarray  # int32, as float32
     colours: np.ndarray  # (images, 3) float32, see `recolour`; empty: colours stay
 
 
@@ -67,6 +72,7 @@ class TorchRenderer:
         bank: sources on, or for, the same device.
         images: what `Layer.source` counts in; those of the bank.
         scratch_bytes: bound of temporaries; at least one image with its mixup partner is rendered.
+        kernel: does it in one pass; None: torch's operators do.
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class TorchRenderer:
         imgsz: int,
         device: torch.device,
         scratch_bytes: int = SCRATCH_BYTES,
+        kernel: RenderKernel | None = None,
     ) -> None:
+        self._kernel = kernel
         self.bank = bank
         self.device = device
         self.imgsz = imgsz
@@ -97,23 +105,39 @@ class TorchRenderer:
     @torch.no_grad()
     def draw(self, layout: Layout) -> Tensor:
         """Return what `pixels` returns."""
-        side, x, y = self.imgsz, self._x, self._y
-        layer_table, stamp_table, colours = self._send(layout.layers, layout.stamps, layout.colours)
-        out = torch.empty((layout.images, side, side, 3), dtype=torch.uint8, device=self.device)
+        tables = self._send(layout.layers, layout.stamps, layout.links, layout.colours)
+        shape = (layout.images, self.imgsz, self.imgsz, 3)
+        out = torch.empty(shape, dtype=torch.uint8, device=self.device)
         for chunk in layout.chunks:
             source = self.bank.fetch(chunk.tiles)
-            frames = compose(layer_table[chunk.layers], source, x, y)
-            rows = stamp_table[chunk.stamps]
-            for slot in chunk.slots:
-                stamp(frames, rows[slot.rows], source, x, y, slot.window)
-            for image, partner, weight in chunk.mixes:
-                blend(frames[image], frames[partner], weight)
-            images = out[chunk.images]
-            if len(colours):
-                recolour(frames[: len(images)], colours[chunk.images], images)
-            else:
-                unpack(frames[: len(images)], images)
+            if self._kernel is None:
+                self._draw(chunk, tables, source, out)
+                continue
+            layers, stamps, links, colours = tables
+            self._kernel(
+                layers[chunk.layers],
+                stamps[chunk.stamps],
+                links[chunk.links],
+                colours[chunk.images] if len(colours) else None,
+                source,
+                out[chunk.images],
+            )
         return out.permute(0, 3, 1, 2)
+
+    def _draw(self, chunk: _Chunk, tables: Sequence[Tensor], source: Tensor, out: Tensor) -> None:
+        layers, stamps, _, colours = tables
+        x, y = self._x, self._y
+        frames = compose(layers[chunk.layers], source, x, y)
+        rows = stamps[chunk.stamps]
+        for slot in chunk.slots:
+            stamp(frames, rows[slot.rows], source, x, y, slot.window)
+        for image, partner, weight in chunk.mixes:
+            blend(frames[image], frames[partner], weight)
+        images = out[chunk.images]
+        if len(colours):
+            recolour(frames[: len(images)], colours[chunk.images], images)
+        else:
+            unpack(frames[: len(images)], images)
 
     def _send(self, *tables: np.ndarray) -> list[Tensor]:
         """Return float32 tables on the device, sent in one copy.
@@ -141,8 +165,8 @@ class TorchRenderer:
         groups = list(_grouped(plans, self._frames_at_once))
         framed = [_frames(plans[group]) for group in groups]
         slots = max(len(frame.layers) for frames in framed for frame in frames)
-        chunks, layers, stamps = [], [], []
-        first_layer = first_stamp = 0
+        chunks, layers, stamps, links = [], [], [], []
+        first_layer = first_stamp = first_link = 0
         for group, frames in zip(groups, framed, strict=True):
             wanted, layer_tiles = self._layers.find(frames)
             pasted, stamp_tiles = self._stamps.find(frames)
@@ -154,13 +178,23 @@ class TorchRenderer:
             )
             rows, spread = self._stamps.table(pasted, firsts[count:], steps[count:])
             stamps.append(rows)
+            mixes = _mixes(plans[group])
+            linked = links_of(rows, spread, mixes, len(frames), len(plans[group]))
+            links.append(linked)
             layer_rows = slice(first_layer, first_layer + len(frames))
             stamp_rows = slice(first_stamp, first_stamp + len(rows))
-            chunks.append(
-                _Chunk(group, layer_rows, stamp_rows, spread, _mixes(plans[group]), tiles)
-            )
+            link_rows = slice(first_link, first_link + len(linked))
+            chunks.append(_Chunk(group, layer_rows, stamp_rows, spread, mixes, link_rows, tiles))
             first_layer, first_stamp = layer_rows.stop, stamp_rows.stop
-        return Layout(len(plans), chunks, np.concatenate(layers), np.concatenate(stamps), colours)
+            first_link = link_rows.stop
+        return Layout(
+            len(plans),
+            chunks,
+            np.concatenate(layers),
+            np.concatenate(stamps),
+            np.concatenate(links),
+            colours,
+        )
 
 
 def _frames_at_once(imgsz: int, scratch_bytes: int) -> int:

@@ -1,0 +1,144 @@
+"""Kernels in CUDA C++, compiled when they are needed by the compiler that comes with torch.
+
+No CUDA toolkit is needed, and no compiler for the host: NVRTC, a library, makes machine code for
+one kind of card in a fraction of a second.
+
+Source: NVRTC 13.0 and CUDA driver API 13.0, reference manuals.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
+Argument = Tensor | int | None
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled or started; says why."""
+
+
+class Kernel:
+    """One kernel on one device.
+
+    Args:
+        source: CUDA C++ with a function of C linkage.
+        name: of the function.
+
+    Raises:
+        KernelError: NVRTC is not there, or refuses the source.
+    """
+
+    def __init__(self, source: str, name: str, device: torch.device) -> None:
+        capability = torch.cuda.get_device_capability(device)
+        code = compile_source(source, capability)
+        self._driver = _library(("libcuda.so.1", "nvcuda.dll"))
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # torch's context is current from now on
+            self._check("cuModuleLoadData", ctypes.byref(self._module), code)
+            self._check(
+                "cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode()
+            )
+
+    def __call__(
+        self, grid: Sequence[int], block: Sequence[int], device: torch.device, *args: Argument
+    ) -> None:
+        """Start it on the current stream; nothing is checked that CUDA does not check.
+
+        Args:
+            grid, block: three numbers each.
+            device: of the tensors; a thread must have used it before.
+            args: contiguous tensors and None as addresses, numbers as int.
+
+        Raises:
+            KernelError: it could not be started.
+        """
+        values = [_as_c(arg) for arg in args]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        self._check("cuLaunchKernel", self._function, *grid, *block, 0, stream, addresses, None)
+
+    def _check(self, call: str, *args: Any) -> None:
+        result = getattr(self._driver, call)(*args)
+        if result:
+            raise KernelError(f"{call} failed with error {result} of the CUDA driver")
+
+
+def compile_source(source: str, capability: tuple[int, int]) -> bytes:
+    """Return machine code for cards of a compute capability; needs no card.
+
+    Raises:
+        KernelError: see `Kernel`.
+    """
+    nvrtc = _library(tuple(_nvrtc_files()))
+    arguments = ["--gpu-architecture=sm_{}{}".format(*capability), *_OPTIONS]
+    options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
+    program = ctypes.c_void_p()
+    _check_nvrtc(
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None
+        )
+    )
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(arguments), options):
+            log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise KernelError(log.rstrip(b"\0").decode(errors="replace").strip())
+        return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check_nvrtc(size_of(program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check_nvrtc(get(program, text))
+    return text.raw
+
+
+def _check_nvrtc(result: int) -> None:
+    if result:
+        raise KernelError(f"NVRTC failed with error {result}")
+
+
+def _as_c(arg: Argument) -> Any:
+    if isinstance(arg, int):
+        return ctypes.c_int(arg)
+    return ctypes.c_void_p(None if arg is None else arg.data_ptr())
+
+
+def _nvrtc_files() -> Iterator[str]:
+    """Yield where NVRTC may be: as the system finds it, beside torch, or in a package of NVIDIA."""
+    major = (torch.version.cuda or "").split(".")[0]
+    if not major:
+        raise KernelError("this torch is made without CUDA")
+    torch_folder = Path(torch.__file__).parent
+    places = [torch_folder / "lib"]
+    places += sorted(torch_folder.parent.glob("nvidia/*/lib")) + sorted(
+        torch_folder.parent.glob("nvidia/*/bin")
+    )
+    pattern = "nvrtc64_*_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}*"
+    for place in places:
+        yield from (str(path) for path in sorted(place.glob(pattern)))
+    if sys.platform != "win32":
+        yield f"libnvrtc.so.{major}"
+
+
+@functools.cache
+def _library(files: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the first library there is."""
+    for file in files:
+        try:
+            return ctypes.CDLL(file)
+        except OSError:
+            continue
+    raise KernelError(f"none of {', '.join(Path(file).name for file in files)} can be loaded")
