@@ -13,7 +13,7 @@ from hsrloop.bench.meters import Work
 from hsrloop.bench.workbench import Workbench
 from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch
-from hsrloop.train.graphs import rates_on_device, recorder_for
+from hsrloop.train.recording import rates_on_device, recorder_for
 from hsrloop.train.step import to_input, to_targets, trained_parameters
 
 

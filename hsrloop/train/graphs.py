@@ -11,125 +11,35 @@ is none where memory is short, or ran out before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from hsrloop.events import Event, Note
-from hsrloop.hardware.pressure import memory_use
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, RawPredictions
 from hsrloop.train.ladder import cause_of
-from hsrloop.train.precision import untuned
+from hsrloop.train.recording import Passes, Recorded, record, recorder_for
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
     Transaction,
     add_detached,
-    clip,
     is_single,
-    normalise,
     rates,
-    step_unless,
-    to_input,
     to_targets,
     train_step,
-    trained_parameters,
 )
-
-T = TypeVar("T")
-Replay = Callable[[], object]
-ROOMY_SHARE = 0.3  # of the card, at the peak without: recorded memory may come on top (a guess)
-
-
-class Recorder(Protocol):
-    """Records work on a device."""
-
-    def has_room(self) -> bool:
-        """Return whether there is memory for what is recorded beside all else."""
-        ...
-
-    def warm(self, work: Callable[[], object]) -> None:
-        """Do work once: kernels are chosen and loaded, which cannot be recorded."""
-        ...
-
-    def record(self, work: Callable[[], T]) -> tuple[Replay, T]:
-        """Record work; whether it is done meanwhile is left open.
-
-        Returns:
-            What does it, and its result: tensors that hold what the newest replay computed.
-        """
-        ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs that are replayed in turn and share their memory; for one recording."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def has_room(self) -> bool:
-        use = memory_use(str(self._device))
-        return use is not None and use.peak_bytes <= ROOMY_SHARE * use.capacity_bytes
-
-    def warm(self, work: Callable[[], object]) -> None:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
-
-    def record(self, work: Callable[[], T]) -> tuple[Replay, T]:
-        graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(
-            graph, self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        with torch.cuda.device(self._device), recording:
-            result = work()
-        return graph.replay, result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Passes:
-    """Forth and back with micro-batches of one size."""
-
-    forward: Replay
-    backward: Replay  # adds to the sum of gradients
-    images: Tensor  # (B, 3, S, S) uint8, read by `forward`
-    raw: RawPredictions  # written by `forward`; no gradient
-    gradients: list[Tensor]  # of both kinds of logits, read by `backward`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Recorded:
-    """A step's recordings, and the tensors that the last of them reads."""
-
-    begin: Replay
-    passes: Mapping[int, _Passes]  # by size
-    commit: Replay
-    gradients: list[Tensor]  # of the parameters, added up since the last commit
-    totals: LossSums
-    knobs: Tensor  # (groups + 2,): learning rates, samples / k, and EMA's weight
-
-
-def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what makes one recording; None where there is nothing that could."""
-    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 class StepGraphs:
     """Takes the steps of a run, recorded where they can be."""
 
     def __init__(self) -> None:
-        self._recorded: _Recorded | None = None
+        self._recorded: Recorded | None = None
         self._of: tuple[object, ...] = ()  # what the recordings, if any, belong to
         self._impossible = False
 
@@ -162,7 +72,7 @@ class StepGraphs:
         if recorder is None or not many:
             return
         try:
-            self._recorded = _record(recorder, state, settings, transaction, many)
+            self._recorded = record(recorder, state, settings, transaction, many)
         except RuntimeError as error:
             transaction.roll_back()
             if cause_of(error) is not None:
@@ -247,7 +157,7 @@ class StepGraphs:
         return totals, sum(len(batch.images) for batch in micro_batches)
 
 
-def _pass(passes: _Passes, state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
+def _pass(passes: Passes, state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Take one micro-batch forth and back; see `step.forward_backward`."""
     passes.images.copy_(batch.images, non_blocking=True)
     targets = to_targets(batch, settings.device)
@@ -262,142 +172,3 @@ def _pass(passes: _Passes, state: TrainState, batch: Batch, settings: StepSettin
         torch._foreach_copy_(passes.gradients, torch.autograd.grad(loss, (box, cls)))
         passes.backward()
     return sums
-
-
-class _Network:
-    """The work of `_Passes`, before it is recorded.
-
-    Args:
-        total: the parameters' gradients are added to it.
-    """
-
-    def __init__(
-        self, state: TrainState, settings: StepSettings, size: int, total: list[Tensor]
-    ) -> None:
-        self._state, self._settings, self._total = state, settings, total
-        shape = (size, 3, state.rung.imgsz, state.rung.imgsz)
-        images = torch.zeros(shape, dtype=torch.uint8, device=settings.device)
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        self._raw: RawPredictions | None = None  # between a forward and its backward
-        self.shapes: tuple[tuple[int, int], ...] = ()
-        self.gradients: list[Tensor] = []  # of both kinds of logits
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Return both kinds of logits."""
-        settings = self._settings
-        device, kind = settings.device, settings.amp_dtype
-        # Weights that are cast for a recording must not be kept for another.
-        with torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False):
-            inputs = to_input(self.images, device, settings.dtype)
-            self._raw = settings.network(self._state.model, inputs)
-        self.shapes = self._raw.shapes
-        logits = self._raw.box_logits.detach(), self._raw.class_logits.detach()
-        self.gradients = self.gradients or [torch.zeros_like(x) for x in logits]
-        return logits
-
-    def backward(self) -> None:
-        """Add to the gradients."""
-        raw, self._raw = self._raw, None
-        assert raw is not None, "there was no forward pass"
-        logits, parameters = (raw.box_logits, raw.class_logits), trained_parameters(self._state)
-        found = torch.autograd.grad(logits, parameters, self.gradients)
-        torch._foreach_add_(self._total, found)
-
-    def recorded(self, recorder: Recorder) -> _Passes:
-        """Record both, once they have been warmed."""
-        forward, logits = recorder.record(self.forward)
-        backward, _ = recorder.record(self.backward)
-        return _Passes(
-            forward=forward,
-            backward=backward,
-            images=self.images,
-            raw=RawPredictions(*logits, shapes=self.shapes),
-            gradients=self.gradients,
-        )
-
-
-def _record(
-    recorder: Recorder,
-    state: TrainState,
-    settings: StepSettings,
-    transaction: Transaction,
-    sizes: Collection[int],
-) -> _Recorded | None:
-    """Record a step; None: there is no room for that. What is done on the way is undone."""
-    device = settings.device
-    gradients = [torch.zeros_like(p) for p in trained_parameters(state)]
-    totals = LossSums(*torch.full((4,), torch.nan, dtype=settings.dtype, device=device))
-    knobs = torch.zeros(len(state.optimizer.param_groups) + 2, device=device)
-    networks = {size: _Network(state, settings, size, gradients) for size in sorted(sizes)}
-    transaction.begin()
-    for size, network in networks.items():
-        # Kernels are looked for where most steps find them; it takes seconds for each size.
-        with nullcontext() if size == max(sizes) else untuned():
-            recorder.warm(network.forward)
-            recorder.warm(network.backward)
-    if not recorder.has_room():
-        transaction.roll_back()
-        return None
-    passes = {}
-    for size, network in networks.items():
-        with nullcontext() if size == max(sizes) else untuned():
-            passes[size] = network.recorded(recorder)
-
-    def commit() -> None:
-        _commit(state, transaction, gradients, totals, knobs)
-        torch._foreach_zero_(gradients)
-
-    # Losses that are no numbers make it a skipped step, which moves nothing but these two.
-    scaler, loss_sums = state.scaler.state_dict(), state.loss_sums.clone()
-    state.scaler.scale(totals.box)  # makes its tensors, if there are none yet
-    recorder.warm(commit)
-    replay_commit, _ = recorder.record(commit)
-    state.scaler.load_state_dict(scaler)
-    state.loss_sums.copy_(loss_sums)
-    begin, _ = recorder.record(transaction.begin)
-    return _Recorded(
-        begin=begin,
-        passes=passes,
-        commit=replay_commit,
-        gradients=gradients,
-        totals=totals,
-        knobs=knobs,
-    )
-
-
-def _commit(
-    state: TrainState,
-    transaction: Transaction,
-    gradients: Sequence[Tensor],
-    totals: LossSums,
-    knobs: Tensor,
-) -> None:
-    """Do what `step.train_step` does with a gradient, as far as it is the device's work."""
-    *group_rates, factor, weight = knobs.unbind()
-    for parameter, gradient in zip(trained_parameters(state), gradients, strict=True):
-        parameter.grad = gradient
-    normaliser = normalise(state, totals, factor)
-    skipped = clip(state, totals)
-    with rates_on_device(state.optimizer, group_rates):
-        step_unless(skipped, state.optimizer)
-    state.optimizer.zero_grad(set_to_none=True)
-    transaction.undo_buffers(skipped)
-    state.scaler.update()
-    state.ema.move(state.model, weight, skipped)
-    state.record_losses(totals, normaliser, skipped)
-
-
-@contextmanager
-def rates_on_device(optimizer: torch.optim.Optimizer, group_rates: list[Tensor]) -> Iterator[None]:
-    """Let a fused optimizer read its learning rates from the device meanwhile."""
-    groups = optimizer.param_groups
-    names = ("lr", "capturable")
-    kept: list[dict[str, Any]] = [{k: group[k] for k in names if k in group} for group in groups]
-    recording = group_rates[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    for group, values, rate in zip(groups, kept, group_rates, strict=True):
-        group.update(dict.fromkeys(values, recording) | {"lr": rate})
-    try:
-        yield
-    finally:
-        for group, values in zip(groups, kept, strict=True):
-            group.update(values)

@@ -80,20 +80,8 @@ def train_images(
         )
     if place == "cv2":
         return TrainImages(store, None, place)
-    bank: Bank
-    if place == "device":
-        task = "loading training images onto the GPU"
-        bank = DeviceBank(
-            Sources(store, cutouts),
-            device,
-            threads=usable_cores(),
-            progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
-        )
-        store.remember()
-    else:
-        bank = TileBank(Sources(store, cutouts), device)
     renderer = TorchRenderer(
-        bank,
+        _bank(place, Sources(store, cutouts), device, emit),
         images,
         imgsz=config.imgsz,
         device=device,
@@ -101,6 +89,21 @@ def train_images(
         kernel=_kernel(device, emit),
     )
     return TrainImages(store, renderer, place)
+
+
+def _bank(place: BankPlace, sources: Sources, device: torch.device, emit: Emit) -> Bank:
+    """Return the sources where they are to lie, "device" or "pinned"."""
+    if place == "pinned":
+        return TileBank(sources, device)
+    task = "loading training images onto the GPU"
+    bank = DeviceBank(
+        sources,
+        device,
+        threads=usable_cores(),
+        progress=lambda done, total: emit(Progress(task=task, done=done, total=total)),
+    )
+    sources.images.remember()
+    return bank
 
 
 def _kernel(device: torch.device, emit: Emit) -> RenderKernel | None:

@@ -17,8 +17,9 @@ from hsrloop.model.base import load_base
 from hsrloop.train import checkpoint, graphs
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
-from hsrloop.train.graphs import CudaRecorder, StepGraphs
+from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.precision import set_kernels
+from hsrloop.train.recording import CudaRecorder
 from hsrloop.train.run import train
 from hsrloop.train.snapshot import Snapshot
 from hsrloop.train.state import TrainState
