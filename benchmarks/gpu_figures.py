@@ -13,7 +13,7 @@ from typing import Any
 SCALES = "nsmlx"
 GIB = 2**30
 ABSENT = "not measured"
-TRAIN = "train, {}, fp16, rendered on the GPU, two CPU cores"
+TRAIN = "train, {}, fp16, rendered on the GPU"
 STEP, VALIDATION = "step, {}, fp16", "validation, {}"
 OURS, THEIRS = "against Ultralytics, {}: hsrloop", "against Ultralytics, {}: Ultralytics"
 
@@ -37,7 +37,8 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
     Args:
         letter: returns the letter of a host that is described in one line.
     """
-    files = [f for f in sorted(results.glob("gpu_suite_*.json")) if f.stem != "gpu_suite_smoke"]
+    files = sorted(results.glob("gpu_suite_*.json"))
+    files = [file for file in files if not file.stem.startswith("gpu_suite_smoke")]
     reports = [json.loads(file.read_text()) for file in files]
     cards = [(r["host"], {row["name"]: row for row in r["rows"]}) for r in reports]
     for words, figures in GOALS.items():
@@ -89,7 +90,7 @@ def _waits(rows: Rows) -> Figures:
 
 
 def _steps(rows: Rows) -> Figures:
-    kinds = ("fp16", "bf16", "compiled")
+    kinds = ("fp16", "without graphs", "bf16", "compiled")
     speeds = {kind: _by_scale(rows, f"step, {{}}, {kind}", _speed) for kind in kinds}
     return Figures(_listed(speeds), n=_rounds(rows, STEP))
 

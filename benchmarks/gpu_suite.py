@@ -1,6 +1,7 @@
 """Fill the table of GPU figures in one short visit: at most 8 minutes, no network, no data set.
 
     python benchmarks/gpu_suite.py              # on a machine with an NVIDIA GPU
+    python benchmarks/gpu_suite.py --only tier  # the parts whose names match, into a file beside
     python benchmarks/gpu_suite.py --smoke      # on any machine: does it work at all?
 
 The most telling parts come first, and what was found is written after every part, as
@@ -48,14 +49,16 @@ SMOKE_SCENES = {"train": 8, "val": 4}
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="of the whole visit")
+    parser.add_argument("--only", help="a regular expression: parts whose names it is found in")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results")
     options = parser.parse_args()
     scope = SMOKE if options.smoke else FULL
     device = "cpu" if options.smoke else "auto"
     info = probe(device)
-    card = re.sub(r"\W+", "_", info.name).strip("_").lower()
-    stem = results_folder(options.output) / f"gpu_suite_{'smoke' if options.smoke else card}"
+    card = _words(info.name)
+    name = "_".join(filter(None, ("smoke" if options.smoke else card, _words(options.only or ""))))
+    stem = results_folder(options.output) / f"gpu_suite_{name}"
     console = make_console()
     sink = ConsoleSink(console)
     rows: list[Row] = []
@@ -86,6 +89,8 @@ def main() -> None:
         data = write_data_set(Path(folder), **scenes, seed=0)
         asked = resolve([("suite", {"dataset": str(data), "device": device})])
         cells = cells_of(asked, scope, sink.handle)
+        if options.only:
+            cells = [cell for cell in cells if re.search(options.only, cell.name)]
         run_suite(
             cells,
             minutes=options.minutes,
@@ -95,6 +100,11 @@ def main() -> None:
         )
     sink.close()
     console.print(f"Written: {stem}.json and .md", soft_wrap=True)
+
+
+def _words(text: str) -> str:
+    """Return a text as part of a file's name."""
+    return re.sub(r"\W+", "_", text).strip("_").lower()
 
 
 if __name__ == "__main__":

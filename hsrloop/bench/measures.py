@@ -299,7 +299,7 @@ def _timed(
         reading.resume()
         yield
         reading.pause()
-        peak = max(peak, peak_bytes(bench.device))
+        peak = max(peak, peak_bytes(bench.device) + bench.state.recorded_bytes)
 
     with power(nvml_reader(bench.info.uuid)) as reading:
         seconds = in_turn(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,10 +40,10 @@ EXACT_STEPS = 4
 TIGHT = replace(tier_named("medium"), name="too small a card", from_gib=2)  # must step down
 
 # About how long parts take, in seconds: guesses, made for one fast card.
+SCALE_S = 20.0
 COMPILED_S = 90.0
-# Five processes: 93 s on two busy CPU cores with next to nothing to train (measured).
-AGAINST_S = {"n": 110.0, "s": 110.0, "m": 120.0, "l": 130.0, "x": 150.0}
-TIER_S = {"low": 15.0, "medium": 15.0, "high": 20.0, "workstation": 35.0, "cpu": 15.0}
+AGAINST_S = {"n": 45.0, "s": 45.0, "m": 45.0, "l": 50.0, "x": 50.0}
+TIER_S = {"low": 15.0, "medium": 15.0, "high": 20.0, "workstation": 25.0, "cpu": 15.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,7 @@ FULL = Scope(
     scales=SCALES,
     imgsz=640,
     batch=16,
-    effort=Effort(rounds=3, seconds=1.0),
+    effort=Effort(rounds=3, seconds=0.7),
     criterion_images=16,
     tiers=TIERS,
     tier_steps=5,  # with the warm-up an epoch of the largest batch: no validation in between
@@ -98,20 +97,19 @@ def cells_of(asked: Resolved, scope: Scope, emit: Emit) -> list[Cell]:
     parts = _Parts(_changed(asked, imgsz=scope.imgsz, batch=scope.batch), scope, emit)
     main = "m" if "m" in scope.scales else scope.scales[0]
     others = [scale for scale in scope.scales if scale != main]
-    first, *rest = scope.scales
+    contests = [scale for scale in scope.scales if scale in ("n", "s", main)]
     return [
-        parts.train(main),
-        parts.step(main, "fp16"),
+        parts.scale(main),
         parts.criterion(),
-        parts.validation(main),
-        parts.against(first),
-        parts.step(main, "compiled"),
+        *(parts.against(scale) for scale in contests),
         parts.recovery(main),
         *(parts.tier(tier) for tier in scope.tiers if tier is not CPU),
         parts.exactness(main),
+        *(parts.scale(scale) for scale in others),
+        *(parts.against(scale) for scale in scope.scales if scale not in contests),
         parts.step(main, "deterministic"),
-        *(cell for scale in others for cell in (parts.train(scale), parts.step(scale, "fp16"))),
-        *(parts.against(scale) for scale in rest),
+        *(parts.step(scale, "without graphs") for scale in (main, *others)),
+        parts.step(main, "compiled"),
         *(parts.train_on_all_cores(main, place) for place in ("GPU", "CPU")),
         *(parts.loader(main, place) for place in ("GPU", "CPU")),
         *(parts.step(scale, "bf16") for scale in scope.scales),
@@ -121,7 +119,7 @@ def cells_of(asked: Resolved, scope: Scope, emit: Emit) -> list[Cell]:
 
 
 _STEPS: dict[str, dict[str, Any]] = {
-    "fp16": {},
+    "without graphs": {"cuda_graphs": False},
     "bf16": {"amp_dtype": "bf16"},
     "compiled": {"compile": "on"},
     "deterministic": {"deterministic": True},
@@ -137,29 +135,29 @@ class _Parts:
     scope: Scope
     emit: Emit
 
-    def train(self, scale: str) -> Cell:
-        """Train as a run trains, beside the bare step, on few cores."""
-        name = f"train, {scale}, fp16, rendered on the GPU, two CPU cores"
-        whole = self._measured(name, measure_training, self._of(scale), 25)
-        return replace(whole, run=partial(_on_few_cores, whole.run))
+    def scale(self, scale: str) -> Cell:
+        """Measure a model on few cores: a run's training, its step and its validation."""
+        measures: dict[str, Measure] = {
+            f"train, {scale}, fp16, rendered on the GPU": measure_training,
+            f"step, {scale}, fp16": measure_step,
+            f"validation, {scale}": measure_validation,
+        }
+        run = partial(_measured, measures, self._of(scale), self.scope.effort, self.emit)
+        return Cell(f"{scale} on two CPU cores", SCALE_S, partial(_on_few_cores, run))
 
     def train_on_all_cores(self, scale: str, place: str) -> Cell:
         """Train as a run trains, images rendered on the "GPU" or the "CPU"."""
         settings = self._of(scale, augment_device=_RENDERERS[place])
-        name = f"train, {scale}, fp16, rendered on the {place}"
-        return self._measured(name, measure_training, settings, 25)
+        name = f"train, {scale}, fp16, rendered on the {place}, all CPU cores"
+        return self._measured(name, measure_training, settings, 15)
 
     def step(self, scale: str, kind: str) -> Cell:
         """Take steps on images that are on the device already; kinds as in `_STEPS`."""
         name, settings = f"step, {scale}, {kind}", self._of(scale, **_STEPS[kind])
-        cell = self._measured(name, measure_step, settings, 20)
+        cell = self._measured(name, measure_step, settings, 12)
         if kind == "compiled":
             return replace(cell, seconds=COMPILED_S, needs_gpu=True)
-        return replace(cell, needs_gpu=kind == "bf16")
-
-    def validation(self, scale: str) -> Cell:
-        """Validate the whole split."""
-        return self._measured(f"validation, {scale}", measure_validation, self._of(scale), 20)
+        return replace(cell, needs_gpu=kind in ("bf16", "without graphs"))
 
     def loader(self, scale: str, place: str) -> Cell:
         """Make training batches alone, rendered on the "GPU" or the "CPU"."""
@@ -169,7 +167,7 @@ class _Parts:
     def criterion(self) -> Cell:
         """Measure ours and Ultralytics' criterion on the same logits."""
         device = torch.device(torch_device(probe(self.base.config.device)))
-        return Cell("criterion", 20, partial(_criterion, device, self.scope))
+        return Cell("criterion", 10, partial(_criterion, device, self.scope))
 
     def against(self, scale: str) -> Cell:
         """Train side by side with Ultralytics."""
@@ -197,24 +195,24 @@ class _Parts:
         return _changed(self.base, model=f"yolov8{scale}.yaml", **changes)
 
     def _measured(self, name: str, measure: Measure, settings: Resolved, seconds: float) -> Cell:
-        run = partial(_measured, name, measure, settings, self.scope.effort, self.emit)
+        run = partial(_measured, {name: measure}, settings, self.scope.effort, self.emit)
         return Cell(name, seconds, run)
 
 
-def _on_few_cores(run: Callable[[], Iterable[Row]]) -> list[Row]:
+def _on_few_cores(run: Callable[[], Iterable[Row]]) -> Iterator[Row]:
     with pinned(FEW_CORES) as cores:
         on = f"{cores} CPU core{'s' if cores > 1 else ''}"
-        return [replace(row, note="; ".join(filter(None, (on, row.note)))) for row in run()]
+        for row in run():
+            yield replace(row, note="; ".join(filter(None, (on, row.note))))
 
 
 def _measured(
-    name: str, measure: Measure, settings: Resolved, effort: Effort, emit: Emit
+    measures: Mapping[str, Measure], settings: Resolved, effort: Effort, emit: Emit
 ) -> Iterator[Row]:
-    started = time.monotonic()
+    """Yield a row for each measure, under its name."""
     with workbench(settings, emit) as bench:
-        row = measure(bench, effort)
-    took = f"{time.monotonic() - started:.0f} s in all"
-    yield replace(row, name=name, note="; ".join(filter(None, (row.note, took))))
+        for name, measure in measures.items():
+            yield replace(measure(bench, effort), name=name)
 
 
 def _criterion(device: torch.device, scope: Scope) -> list[Row]:
@@ -265,7 +263,7 @@ def _against(name: str, settings: Resolved, scope: Scope, emit: Emit) -> list[Ro
     short = _changed(settings, epochs=scope.epochs)
     device = torch_device(probe(settings.config.device))
     try:
-        rows = against_ultralytics(short, pairs=1, device=device, emit=emit)
+        rows = against_ultralytics(short, pairs=1, device=device, emit=emit, judged=False)
     except DependencyError as error:  # here: a process that broke off, with its last words
         raise RuntimeError(str(error).strip().splitlines()[-1]) from error
     return [replace(row, name=f"{name}: {row.name}") for row in rows]

@@ -177,7 +177,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     device = torch.device(config.device)
     reader = nvml_reader(info.uuid) if device.type == "cuda" else None
     reset_peak(device)
-    failure, ended = "", {}
+    failure, ended, peak = "", {}, 0
     with (
         tempfile.TemporaryDirectory(prefix="hsrloop-tier-") as output,
         memory_of(tier, device, info.total_bytes),
@@ -192,7 +192,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
                 stop=watch,
                 fits=Path(output) / FILE,
             )
-            ended = {"micro_batch": outcome.rung.micro_batch}
+            ended, peak = {"micro_batch": outcome.rung.micro_batch}, outcome.peak_memory_bytes
         except HsrloopError as error:
             failure = str(error)
     speed = Spread.of([config.batch / watch.step_s]) if watch.step_s else None
@@ -200,7 +200,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     return Row(
         name=tier.name,
         images_per_s=speed,
-        peak_memory_bytes=peak_bytes(device),
+        peak_memory_bytes=peak or peak_bytes(device),
         watts=watts,
         utilisation=busy,
         note=failure or "; ".join(watch.changes) or "fits",

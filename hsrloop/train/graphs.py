@@ -67,12 +67,13 @@ class StepGraphs:
         if of == self._of or not settings.graphs or self._impossible:
             return
         self.drop()
-        self._of = of
+        self._of, state.recorded_bytes = of, 0
         recorder = None if state.recoveries else recorder_for(settings.device)
         if recorder is None or not many:
             return
         try:
             self._recorded = record(recorder, state, settings, transaction, many)
+            state.recorded_bytes = self._recorded.held_bytes if self._recorded is not None else 0
         except RuntimeError as error:
             transaction.roll_back()
             if cause_of(error) is not None:

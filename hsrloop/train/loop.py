@@ -374,7 +374,9 @@ class _Meter:
         epochs_left = runtime.config.epochs - state.epochs_skipped - epoch - 1
         losses = state.mean_losses()
         val_s = state.val_s_per_epoch * (epochs_left + 1)
-        cuda = state.device.type == "cuda"
+        memory = 0
+        if state.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(state.device) + state.recorded_bytes
         return StepDone(
             epoch=epoch + 1,
             epochs=runtime.config.epochs - state.epochs_skipped,
@@ -385,5 +387,5 @@ class _Meter:
             images_per_s=rate,
             epoch_left_s=(total - done) / rate,
             run_left_s=(total - done + epochs_left * total) / rate + val_s,
-            memory_bytes=torch.cuda.max_memory_allocated(state.device) if cuda else 0,
+            memory_bytes=memory,
         )

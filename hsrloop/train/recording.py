@@ -37,6 +37,10 @@ class Recorder(Protocol):
         """Return whether there is memory for what is recorded beside all else."""
         ...
 
+    def held_bytes(self) -> int:
+        """Return the memory that recordings keep for themselves and do not use between replays."""
+        ...
+
     def warm(self, work: Callable[[], object]) -> None:
         """Do work once: kernels are chosen and loaded, which cannot be recorded."""
         ...
@@ -61,6 +65,14 @@ class CudaRecorder:
     def has_room(self) -> bool:
         use = memory_use(str(self._device))
         return use is not None and use.peak_bytes <= ROOMY_SHARE * use.capacity_bytes
+
+    def held_bytes(self) -> int:
+        own = [
+            segment
+            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+            if tuple(segment["segment_pool_id"]) == tuple(self._pool)
+        ]
+        return sum(int(part["total_size"]) - int(part["allocated_size"]) for part in own)
 
     def warm(self, work: Callable[[], object]) -> None:
         current = torch.cuda.current_stream(self._device)
@@ -104,6 +116,7 @@ class Recorded:
     commit: Replay
     gradients: list[Tensor]  # of the parameters, added up since the last commit
     totals: LossSums
+    held_bytes: int  # see `Recorder`
     knobs: Tensor  # (groups + 2,): learning rates, samples / k, and EMA's weight
 
 
@@ -204,6 +217,7 @@ def record(
         commit=replay_commit,
         gradients=gradients,
         totals=totals,
+        held_bytes=recorder.held_bytes(),
         knobs=knobs,
     )
 

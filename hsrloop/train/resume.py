@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from hsrloop.config import AUTO, Resolved, TrainConfig
+from hsrloop.data.scenes.synthesis import Synthesis
+from hsrloop.data.sets.dataset import DatasetSpec
 from hsrloop.errors import CheckpointError, WeightsError
 from hsrloop.events import Event, Note
 from hsrloop.paths import expanded, has_folder, is_file
@@ -188,3 +190,19 @@ def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) ->
 def current_versions() -> tuple[dict[str, str], int]:
     """Return the versions and the thread count that exactness depends on."""
     return versions(), torch.get_num_threads()
+
+
+def identity_of(
+    resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis, fresh_share: float | None
+) -> RunIdentity:
+    """Return what a run is, for its checkpoints."""
+    found, threads = current_versions()
+    return RunIdentity(
+        config=resolved.config,
+        sources=resolved.sources,
+        names=spec.names,
+        fingerprint=spec.fingerprint + synthesis.digest,
+        versions=found,
+        threads=threads,
+        fresh_share=fresh_share,
+    )

@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from hsrloop.train.recovery import must_fit, sizes_trained, start_where_it_fitte
 from hsrloop.train.rehearsal import Rehearsal, most_boxes
 from hsrloop.train.resume import (
     check_same,
-    current_versions,
+    identity_of,
     kept_choice,
     plans_anew,
     read_newest,
@@ -73,6 +74,7 @@ class Outcome:
     run_dir: Path
     reason: str  # "completed", "patience" or "interrupted"
     rung: Rung  # where it ended
+    peak_memory_bytes: int
     result: Mapping[str, Any] | None
 
 
@@ -179,7 +181,7 @@ def _prepare(
     else:
         base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
     fresh_share = saved.identity.fresh_share if saved else base.fresh_share
-    identity = _identity(resolved, spec, synthesis, fresh_share)
+    identity = identity_of(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     with must_fit(info):
         amp_dtype = autocast_dtype(config, info, base.module, device, hub.emit)
@@ -308,11 +310,15 @@ def _finish(
     server: Server | None,
     hub: Hub,
 ) -> Outcome:
+    peak = peak_bytes(state.device) + state.recorded_bytes
+    ended = partial(
+        Outcome, run_dir=run_dir, reason=reason, rung=state.rung, peak_memory_bytes=peak
+    )
     if reason == "interrupted":
         last = shlex.quote(str(run_dir / "weights" / "last.pt"))
         text = f"go on with: hsrloop train --resume {last}"
         hub.emit(RunStopped(reason=reason, text=text))
-        return Outcome(run_dir=run_dir, reason=reason, rung=state.rung, result=None)
+        return ended(result=None)
     best = state.history[state.best_epoch - 1]
     names = {"ap50": "mAP50", "ap50_95": "mAP50-95"}
     result = {
@@ -327,7 +333,7 @@ def _finish(
         "recoveries": state.recoveries,
         "rollbacks": state.rollbacks,
         "imgsz_trained": sizes_trained(resolved.config, state),
-        "peak_memory_bytes": peak_bytes(state.device),
+        "peak_memory_bytes": peak,
         "tensorboard_url": server.url if server else None,
         "config": resolved.config.to_json(),
     }
@@ -336,7 +342,7 @@ def _finish(
     hub.emit(
         RunFinished(run_dir=str(run_dir), reason=reason, result=result, classes=best["classes"])
     )
-    return Outcome(run_dir=run_dir, reason=reason, rung=state.rung, result=result)
+    return ended(result=result)
 
 
 def _open_reports(hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState) -> Server | None:
@@ -370,21 +376,6 @@ def _started(run_dir: Path, ready: _Ready, *, resumed: bool) -> RunStarted:
         groups=groups_table(state.optimizer.param_groups),
         epoch=state.position.epoch + 1,
         resumed=resumed,
-    )
-
-
-def _identity(
-    resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis, fresh_share: float | None
-) -> RunIdentity:
-    found, threads = current_versions()
-    return RunIdentity(
-        config=resolved.config,
-        sources=resolved.sources,
-        names=spec.names,
-        fingerprint=spec.fingerprint + synthesis.digest,
-        versions=found,
-        threads=threads,
-        fresh_share=fresh_share,
     )
 
 

@@ -93,6 +93,7 @@ class TrainState:
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # events.RolledBack as dicts
     commit: Commit | None = None  # of a step in progress; never saved
     due: list[str] = field(default_factory=list)  # files under weights/ to be saved; never saved
+    recorded_bytes: int = 0  # kept by recorded steps beside what is allocated; never saved
     generation: int = 0  # counts up when tensors are replaced, not just changed; never saved
 
     @property

@@ -97,7 +97,7 @@ def test_what_the_suite_wrote_is_in_the_table(
     train, step, exact, val = (
         rows[name]
         for name in (
-            "train, n, fp16, rendered on the GPU, two CPU cores",
+            "train, n, fp16, rendered on the GPU",
             *("step, n, fp16", "step, n, deterministic", "validation, n"),
         )
     )

@@ -55,9 +55,13 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
         calls.trained.append((resolved, resume))
         if calls.reason == "interrupted":
             stop.signum = calls.signum
-            return train_run.Outcome(run_dir=tmp_path, reason=calls.reason, rung=RUNG, result=None)
+            return train_run.Outcome(
+                run_dir=tmp_path, reason=calls.reason, rung=RUNG, peak_memory_bytes=0, result=None
+            )
         result = {"best_model_path": "weights/best.pt", "config": resolved.config.to_json()}
-        return train_run.Outcome(run_dir=tmp_path, reason=calls.reason, rung=RUNG, result=result)
+        return train_run.Outcome(
+            run_dir=tmp_path, reason=calls.reason, rung=RUNG, peak_memory_bytes=0, result=result
+        )
 
     def validate(resolved: Resolved, *, sinks: Any, stop: Any) -> Metrics | None:
         calls.validated.append(resolved)

@@ -352,7 +352,9 @@ def test_a_demo_leaves_nothing_in_the_temporary_folder(
 
     def train(resolved: Resolved, **_: object) -> train_run.Outcome:
         seen.append(resolved.config.model)
-        return train_run.Outcome(run_dir=tmp_path, reason="interrupted", rung=RUNG, result=None)
+        return train_run.Outcome(
+            run_dir=tmp_path, reason="interrupted", rung=RUNG, peak_memory_bytes=0, result=None
+        )
 
     monkeypatch.setattr(train_run, "train", train)
     invoke("demo", "-o", "out")

@@ -44,6 +44,9 @@ class Rerun:
     def has_room(self) -> bool:
         return self.room
 
+    def held_bytes(self) -> int:
+        return 1000
+
     def warm(self, work: Callable[[], object]) -> None:
         work()
 
@@ -171,6 +174,7 @@ def test_recording_leaves_the_state_as_it_is(rerun: Rerun) -> None:
     recorded, said = prepared(state, settings, transaction)
     assert same(before, contents(state))
     assert recorded.gradients and not said
+    assert state.recorded_bytes == 1000
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert all(type(group["lr"]) is float for group in state.optimizer.param_groups)
     assert not any(group.get("capturable") for group in state.optimizer.param_groups)
@@ -243,6 +247,7 @@ def test_without_room_or_after_memory_ran_out_nothing_is_recorded(rerun: Rerun) 
     rerun.room = True
     state.recoveries.append({"change": "micro_batch 16 -> 8"})
     assert not prepared(state, settings, transaction)[0].gradients
+    assert state.recorded_bytes == 0
     state.recoveries.clear()
     assert prepared(state, settings, transaction)[0].gradients
 
@@ -345,6 +350,7 @@ def test_on_a_gpu_a_dropped_recording_gives_its_memory_back(card: torch.device) 
     recorded.drop()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < held / 4
+    assert held / 2 < parts[0].recorded_bytes < held
 
 
 @pytest.mark.gpu
