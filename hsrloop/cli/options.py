@@ -58,7 +58,7 @@ BENCH_SETTINGS = (
         "amp",
         "amp_dtype",
     ),
-    *("compile", "seed"),
+    *("compile", "cuda_graphs", "seed"),
     *("deterministic", "trust_checkpoint"),
 )
 

@@ -42,8 +42,8 @@ class Ema:
         """Do what `update` does to the tensors.
 
         Args:
-            weight: of the module's, 1 - decay; () float32 on the device where a number would be
-                recorded.
+            weight: of the module's, 1 - decay; () float32 on the device where the step is recorded,
+                else a number.
         """
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
         floats = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
@@ -51,11 +51,12 @@ class Ema:
         averages = [ours for ours, _ in floats]
         with named("EMA"):
             current = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
-            way = torch._foreach_sub(current, averages)
-            torch._foreach_mul_(
-                way, weight if skipped is None else torch.where(skipped, 0.0, weight)
-            )
-            torch._foreach_add_(averages, way)
+            if skipped is None:
+                torch._foreach_lerp_(averages, current, float(weight))
+            else:
+                way = torch._foreach_sub(current, averages)
+                torch._foreach_mul_(way, weight * ~skipped)
+                torch._foreach_add_(averages, way)
             torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
 
     def state_dict(self) -> dict[str, Any]:

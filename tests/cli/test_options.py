@@ -16,7 +16,7 @@ from hsrloop.config import TrainConfig
 TRAIN = {
     "--amp", "--amp-dtype", "--annotated-dir", "--augment-device", "--auto-scale",
     "--backgrounds-dir", "--batch", "--cache", "--checkpoint-minutes", "--compile",
-    "--close-mosaic", "--config", "--cos-lr", "--dataset", "--degrees", "--deterministic",
+    "--close-mosaic", "--config", "--cos-lr", "--cuda-graphs", "--no-cuda-graphs", "--dataset", "--degrees", "--deterministic",
     "--device", "--distractors-dir", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs",
     "--export", "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale",
     "--help", "--hsv-h", "--hsv-s", "--hsv-v", "--imgsz", "--llrd", "--llrd-decay-rate", "--lr0",
@@ -49,7 +49,7 @@ PREVIEW = {
 
 BENCH = {
     "--amp", "--amp-dtype", "--augment-device", "--auto-scale", "--batch", "--cache", "--compile",
-    "--against", "--config", "--dataset",
+    "--against", "--config", "--cuda-graphs", "--no-cuda-graphs", "--dataset",
     "--deterministic", "--device", "--epochs", "--gpu-tier", "--help", "--imgsz", "--json",
     "--micro-batch", "--mixup", "--model", "--mosaic", "--no-amp", "--no-auto-scale",
     "--no-deterministic", "--no-trust-checkpoint", "--optimizer", "--plot", "--profile", "--rounds",

@@ -19,7 +19,7 @@ HISTORY_ROW = {
     **dict.fromkeys((*LOSS_NAMES, "skipped_steps", *METRIC_NAMES, "best_conf"), 0.5),
     "classes": [],
 }
-NOT_SAVED = {"commit", "due"}  # of a step and of saves in progress
+NOT_SAVED = {"commit", "due", "generation", "recorded_bytes"}  # of what is in progress
 DECIDED = {"batch"}  # by the configuration, which is in the file too
 
 
