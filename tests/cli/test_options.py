@@ -16,7 +16,8 @@ from hsrloop.config import TrainConfig
 TRAIN = {
     "--amp", "--amp-dtype", "--annotated-dir", "--augment-device", "--auto-scale",
     "--backgrounds-dir", "--batch", "--cache", "--checkpoint-minutes", "--compile",
-    "--close-mosaic", "--config", "--cos-lr", "--cuda-graphs", "--no-cuda-graphs", "--dataset", "--degrees", "--deterministic",
+    "--close-mosaic", "--config", "--cos-lr", "--cuda-graphs", "--no-cuda-graphs", "--dataset",
+    "--degrees", "--deterministic",
     "--device", "--distractors-dir", "--dynamic-synthetic", "--ema-decay", "--ema-tau", "--epochs",
     "--export", "--fast", "--fliplr", "--flipud", "--freeze", "--gpu-tier", "--head-lr-scale",
     "--help", "--hsv-h", "--hsv-s", "--hsv-v", "--imgsz", "--llrd", "--llrd-decay-rate", "--lr0",
