@@ -53,7 +53,7 @@ def start(options: argparse.Namespace, cache: Path) -> float:
     """Return the seconds of one start."""
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-c", _CHILD, "train", "-d", str(options.data.resolve())]
-        command += ["-m", str(options.model.resolve()), "-o", output, "--device", options.device]
+        command += ["-m", options.model, "-o", output, "--device", options.device]
         command += ["--imgsz", str(options.imgsz), "--batch", str(options.batch)]
         env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         began = time.monotonic()
@@ -67,7 +67,7 @@ def start(options: argparse.Namespace, cache: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="weights, or yolov8n.yaml from scratch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=8)
@@ -81,7 +81,7 @@ def main() -> None:
     found = {
         "host": describe_host(),
         "data": options.data.resolve().parent.name,
-        "model": options.model.name,
+        "model": Path(options.model).name,
         **{name: getattr(options, name) for name in ("device", "imgsz", "batch")},
         "first_s": first,
         "seen_s": seen,

@@ -42,7 +42,7 @@ from hsrloop.config import resolve  # noqa: E402
 from hsrloop.hardware.probe import probe  # noqa: E402
 from hsrloop.report.console import ConsoleSink, make_console  # noqa: E402
 
-SCENES = {"train": 512, "val": 384}  # few would show what a validation costs once
+SCENES = {"train": 384, "val": 256}  # fewer would show what a validation costs once
 SMOKE_SCENES = {"train": 8, "val": 4}
 
 

@@ -28,14 +28,13 @@ from hsrloop.bench.meters import (
     nvml_reader,
     power,
     rates,
-    reset_peak,
     shares,
 )
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.events import Progress
-from hsrloop.hardware.peak import peak_bytes
+from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.model.yolo import forward_eval
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector

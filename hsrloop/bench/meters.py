@@ -133,12 +133,6 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` count from here on a GPU; a process' peak on the CPU cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def in_turn(
     works: Mapping[str, Work],
     *,

@@ -20,7 +20,6 @@ from hsrloop.bench.meters import (
     Stopwatch,
     nvml_reader,
     power,
-    reset_peak,
     stopwatch_of,
 )
 from hsrloop.bench.results import Row, Spread
@@ -29,7 +28,7 @@ from hsrloop.config import Resolved
 from hsrloop.errors import HsrloopError
 from hsrloop.events import Climbed, EpochDone, Event, Progress, Recovered
 from hsrloop.hardware.memory import GIB, capped
-from hsrloop.hardware.peak import peak_bytes
+from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
 from hsrloop.records import DeviceInfo, Tier

@@ -11,7 +11,7 @@ import torch
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory in use so far: allocated on the GPU, resident on the CPU.
 
-    What recordings hold between their replays is not among it, see `TrainState.recorded_bytes`.
+    What CUDA graphs hold between their replays is not among it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -21,3 +21,9 @@ def peak_bytes(device: torch.device) -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from here on a GPU; a process' peak on the CPU cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -29,8 +29,8 @@ _ROW_BITS = 28  # low bits of a ranking key: row of the box, image * M + place
 _ROWS = (1 << _ROW_BITS) - 1
 
 # Pairs at which a block ends. Kernels are few and large; 100 bytes of temporaries a pair (measured)
-# then make 105 MB, while all activations are alive.
-_BLOCK = 1 << 20
+# then make 210 MB, while all activations are alive.
+_BLOCK = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)

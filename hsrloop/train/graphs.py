@@ -67,13 +67,16 @@ class StepGraphs:
         if of == self._of or not settings.graphs or self._impossible:
             return
         self.drop()
-        self._of, state.recorded_bytes = of, 0
+        self._of = of
+        if state.recorded_bytes:
+            state.count_recorded(0)
         recorder = None if state.recoveries else recorder_for(settings.device)
         if recorder is None or not many:
             return
         try:
             self._recorded = record(recorder, state, settings, transaction, many)
-            state.recorded_bytes = self._recorded.held_bytes if self._recorded is not None else 0
+            if self._recorded is not None:
+                state.count_recorded(self._recorded.held_bytes)
         except RuntimeError as error:
             transaction.roll_back()
             if cause_of(error) is not None:

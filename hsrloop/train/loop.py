@@ -374,9 +374,7 @@ class _Meter:
         epochs_left = runtime.config.epochs - state.epochs_skipped - epoch - 1
         losses = state.mean_losses()
         val_s = state.val_s_per_epoch * (epochs_left + 1)
-        memory = 0
-        if state.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(state.device) + state.recorded_bytes
+        cuda = state.device.type == "cuda"
         return StepDone(
             epoch=epoch + 1,
             epochs=runtime.config.epochs - state.epochs_skipped,
@@ -387,5 +385,5 @@ class _Meter:
             images_per_s=rate,
             epoch_left_s=(total - done) / rate,
             run_left_s=(total - done + epochs_left * total) / rate + val_s,
-            memory_bytes=memory,
+            memory_bytes=state.peak_bytes if cuda else 0,
         )

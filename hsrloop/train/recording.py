@@ -27,7 +27,7 @@ from hsrloop.train.step import (
 
 T = TypeVar("T")
 Replay = Callable[[], object]
-ROOMY_SHARE = 0.3  # of the card, at the peak without: recorded memory may come on top (a guess)
+ROOMY_SHARE = 0.4  # of the card, at the peak without: recorded memory may come on top (a guess)
 
 
 class Recorder(Protocol):

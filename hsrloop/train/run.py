@@ -18,7 +18,6 @@ from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
 from hsrloop.events import Event, Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
-from hsrloop.hardware.peak import peak_bytes
 from hsrloop.hardware.power import Power
 from hsrloop.hardware.pressure import watch, without_spilling
 from hsrloop.hardware.probe import probe, torch_device
@@ -310,7 +309,7 @@ def _finish(
     server: Server | None,
     hub: Hub,
 ) -> Outcome:
-    peak = peak_bytes(state.device) + state.recorded_bytes
+    peak = state.peak_bytes
     ended = partial(
         Outcome, run_dir=run_dir, reason=reason, rung=state.rung, peak_memory_bytes=peak
     )

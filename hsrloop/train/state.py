@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrloop.errors import CheckpointError
+from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Position, Rung
@@ -94,6 +95,7 @@ class TrainState:
     commit: Commit | None = None  # of a step in progress; never saved
     due: list[str] = field(default_factory=list)  # files under weights/ to be saved; never saved
     recorded_bytes: int = 0  # kept by recorded steps beside what is allocated; never saved
+    earlier_peak_bytes: int = 0  # before steps were recorded; never saved
     generation: int = 0  # counts up when tensors are replaced, not just changed; never saved
 
     @property
@@ -106,12 +108,22 @@ class TrainState:
         """Where the weights are."""
         return self.loss_sums.device
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory in use so far; on a GPU what recorded steps keep for themselves too."""
+        return max(self.earlier_peak_bytes, peak_bytes(self.device) + self.recorded_bytes)
+
     def renew_scaler(self, saved: Mapping[str, Any]) -> None:
         """Replace the scaler by a fresh one in the saved state: unscaled marks do not survive."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
         self.generation += 1
         if saved:
             self.scaler.load_state_dict(dict(saved))
+
+    def count_recorded(self, held_bytes: int) -> None:
+        """Note what recorded steps keep for themselves from now on; see `peak_bytes`."""
+        self.earlier_peak_bytes, self.recorded_bytes = self.peak_bytes, held_bytes
+        reset_peak(self.device)
 
     def record_losses(self, totals: LossSums, normaliser: Tensor, skipped: Tensor) -> None:
         """Add one step's losses to the epoch's; nothing is read back from the device."""

@@ -170,4 +170,4 @@ def test_minutes_count_from_before_torch_is_loaded(tmp_path: Path) -> None:
         check=True,
     )
     rows = json.loads((tmp_path / "gpu_suite_smoke.json").read_text())["rows"]
-    assert rows[0]["note"] == "skipped: no time left (20 s expected, 0 s left)"
+    assert rows[0]["note"] == "skipped: no time left (18 s expected, 0 s left)"

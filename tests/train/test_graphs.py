@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.events import Event, Note, Recovered
+from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.base import load_base
 from hsrloop.train import checkpoint, graphs
 from hsrloop.train import step as step_module
@@ -175,6 +176,7 @@ def test_recording_leaves_the_state_as_it_is(rerun: Rerun) -> None:
     assert same(before, contents(state))
     assert recorded.gradients and not said
     assert state.recorded_bytes == 1000
+    assert state.peak_bytes >= peak_bytes(CPU) + 1000
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert all(type(group["lr"]) is float for group in state.optimizer.param_groups)
     assert not any(group.get("capturable") for group in state.optimizer.param_groups)

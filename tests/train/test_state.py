@@ -19,7 +19,8 @@ HISTORY_ROW = {
     **dict.fromkeys((*LOSS_NAMES, "skipped_steps", *METRIC_NAMES, "best_conf"), 0.5),
     "classes": [],
 }
-NOT_SAVED = {"commit", "due", "generation", "recorded_bytes"}  # of what is in progress
+# Of what is in progress, and of recorded steps.
+NOT_SAVED = {"commit", "due", "generation", "recorded_bytes", "earlier_peak_bytes"}
 DECIDED = {"batch"}  # by the configuration, which is in the file too
 
 
