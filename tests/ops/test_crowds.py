@@ -64,7 +64,7 @@ def test_memory_grows_with_boxes_and_with_points_but_not_with_their_product(
 
 
 def test_a_block_on_the_gpu_is_bounded_too() -> None:
-    s = scene([700], imgsz=320, size=0.9)
+    s = scene([1400], imgsz=320, size=0.9)
     bound = allowed_bytes(s, assign_module._BLOCK)
     assert bound < 256 * 2**20
     with as_on_a_gpu():
