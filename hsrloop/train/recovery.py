@@ -20,13 +20,18 @@ from hsrloop.hardware.memory import GIB, gpu_neighbours
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.build import at
 from hsrloop.train.fits import Fits, at_most
-from hsrloop.train.ladder import Cause, MemoryThrashing, cause_of, describe_change, next_rung
+from hsrloop.train.ladder import (
+    SOUND_MICRO_BATCH,
+    Cause,
+    MemoryThrashing,
+    cause_of,
+    describe_change,
+    next_rung,
+)
 from hsrloop.train.loop import ROOM, next_larger
 from hsrloop.train.rehearsal import RehearsalFailed
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import Transaction, finish_commit
-
-_MORE_FRUGAL = {"device": "pinned", "pinned": "cv2"}  # where images are rendered from
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +178,18 @@ def _climb(state: TrainState, config: TrainConfig, emit: Callable[[Event], None]
 def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
     """Return the rung below.
 
-    On the GPU, what only buys speed goes first, and validation gives way with its own batch.
+    On the GPU, images in its memory go first, which only buy speed, and validation gives way with
+    its own batch. Rendering on the host costs a run speed to its end and frees little, so before
+    that the micro-batch shrinks as far as BatchNorm can stand.
     """
+    smaller = next_rung(at(config, rung), failure.cause)
     if failure.cause is Cause.GPU_MEMORY:
-        if rung.bank in _MORE_FRUGAL:
-            return dataclasses.replace(rung, bank=_MORE_FRUGAL[rung.bank])
+        if rung.bank == "device":
+            return dataclasses.replace(rung, bank="pinned")
         if failure.validating and rung.val_batch > 1:
             return dataclasses.replace(rung, val_batch=rung.val_batch // 2)
-    smaller = next_rung(at(config, rung), failure.cause)
+        if rung.bank == "pinned" and rung.micro_batch <= SOUND_MICRO_BATCH:
+            return dataclasses.replace(rung, bank="cv2")
     if smaller is None:
         return None
     return dataclasses.replace(

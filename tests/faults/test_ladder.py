@@ -10,7 +10,10 @@ import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import WorkerDied
+from hsrloop.records import Rung
+from hsrloop.train.build import first_rung
 from hsrloop.train.ladder import SIZES, SOUND_MICRO_BATCH, Cause, cause_of, next_rung
+from hsrloop.train.recovery import _Failure, _next
 
 GRID = [
     TrainConfig(batch=batch, micro_batch=micro, imgsz=imgsz, cache=cache, workers=workers)
@@ -92,6 +95,26 @@ def test_below_the_sound_micro_batch_the_image_shrinks_first() -> None:
         for before, after in itertools.pairwise(steps):
             if after[0] < before[0] <= SOUND_MICRO_BATCH:
                 assert before[1] <= SIZES[-1]
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_on_a_gpu_the_host_renders_only_after_the_micro_batch_has_shrunk(validating: bool) -> None:
+    """It costs a run speed to its end, and frees little."""
+    config = TrainConfig(batch=16, imgsz=640)
+    failure = _Failure(Cause.GPU_MEMORY, "", validating=validating, rehearsed=True)
+    rung: Rung | None = first_rung(config)
+    steps = []
+    while rung is not None:
+        steps.append((rung.bank, rung.val_batch, rung.micro_batch, rung.imgsz))
+        rung = _next(config, rung, failure)
+    smallest = 1 if validating else 16
+    assert steps[:2] == [("device", 16, 16, 640), ("pinned", 16, 16, 640)]
+    assert [step for step in steps[2:] if step[1] == smallest or not validating] == [
+        *([("pinned", 1, 16, 640)] if validating else []),
+        *(("pinned", smallest, micro_batch, 640) for micro_batch in (8, 4)),
+        *(("cv2", smallest, 4, imgsz) for imgsz in (640, 512, 416, 320)),
+        *(("cv2", smallest, micro_batch, 320) for micro_batch in (2, 1)),
+    ]
 
 
 def raised_from(error: Exception, cause: BaseException) -> Exception:
