@@ -37,7 +37,7 @@ from hsrloop.events import Progress
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.model.yolo import forward_eval
 from hsrloop.records import Batch, Position
-from hsrloop.train.detector import Detector
+from hsrloop.train.detector import KeptDetector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.loop import REPORT_EVERY_S, by_step
 from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler
@@ -94,7 +94,8 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
     loader = bench.loaders.val
     half = bench.settings.amp
     module = bench.state.ema.module
-    detector = Detector.of(module, bench.device, half=half)
+    kept = KeptDetector()
+    detector = kept.of(module, bench.device, half=half)
     batch = next(iter(loader))
     inputs = detector.inputs(batch.images)
     names = bench.spec.names
@@ -105,7 +106,7 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
 
     def whole(steps: int) -> None:
         for _ in range(steps):
-            evaluate(module, loader, names=names, device=bench.device, half=half)
+            evaluate(module, loader, names=names, device=bench.device, half=half, kept=kept)
 
     works = {"bare": bare, "validation": whole}
     timed = _timed(bench, effort, works, of="validation", task="measuring validation")

@@ -281,13 +281,18 @@ def norms_in_eval(module: nn.Module, *, when: bool) -> Iterator[None]:
             norm.train()
 
 
+def _is_block(layer: nn.Module, module: nn.Module) -> bool:
+    """Return whether a layer is a convolution with a BatchNorm that is not folded yet."""
+    block: Any = layer
+    return isinstance(layer, type(layers(module)[0])) and isinstance(block.bn, nn.BatchNorm2d)
+
+
 def fuse_for_inference(module: nn.Module) -> nn.Module:
     """Fold every BatchNorm into its convolution, in place; return the module, in eval mode."""
     module.eval().requires_grad_(False)
-    block: Any = type(layers(module)[0])
     layer: Any
     for layer in module.modules():
-        if isinstance(layer, block) and isinstance(layer.bn, nn.BatchNorm2d):
+        if _is_block(layer, module):
             conv, norm = layer.conv, layer.bn
             mean, variance = norm.running_mean, norm.running_var
             assert mean is not None and variance is not None
@@ -296,6 +301,51 @@ def fuse_for_inference(module: nn.Module) -> nn.Module:
             )
             layer.bn = nn.Identity()
     return module
+
+
+@torch.no_grad()
+def refold(fused: nn.Module, source: nn.Module, *, rounding: torch.dtype) -> None:
+    """Bring what `fuse_for_inference` made of a copy up to date with its source, in place.
+
+    Equals rounding a copy's tensors to a type and back, and folding it again; a few kernels do it.
+
+    Args:
+        fused: of any float type, on the source's device.
+        source: in float32; not changed.
+        rounding: float16 for what a file in half holds.
+    """
+    pairs: list[tuple[Any, Any]] = list(zip(fused.modules(), source.modules(), strict=True))
+    blocks = [(new.conv, old) for new, old in pairs if _is_block(old, source)]
+    norms = [old.bn for _, old in blocks]
+    inside = {id(tensor) for _, old in blocks for tensor in old.parameters()}
+    others = {name: t for name, t in source.named_parameters() if id(t) not in inside}
+    targets = dict(fused.named_parameters())
+
+    def rounded(tensors: list[Tensor]) -> list[Tensor]:
+        halves = [torch.empty_like(tensor, dtype=rounding) for tensor in tensors]
+        torch._foreach_copy_(halves, tensors)
+        wide = [torch.empty_like(tensor) for tensor in tensors]
+        torch._foreach_copy_(wide, halves)
+        return wide
+
+    weights = rounded([old.conv.weight for _, old in blocks])
+    scales, shifts, means, variances = (
+        rounded([getattr(norm, name) for norm in norms])
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    # In the order of torch's `fuse_conv_bn_weights`, so that not a bit differs.
+    factors = torch._foreach_add(variances, [norm.eps for norm in norms])
+    torch._foreach_rsqrt_(factors)
+    biases = torch._foreach_neg(means)
+    torch._foreach_mul_(biases, factors)
+    torch._foreach_mul_(biases, scales)
+    torch._foreach_add_(biases, shifts)
+    torch._foreach_mul_(scales, factors)
+    for weight, scale in zip(weights, scales, strict=True):
+        weight.mul_(scale.view(-1, 1, 1, 1))
+    torch._foreach_copy_([new.weight for new, _ in blocks], weights)
+    torch._foreach_copy_([new.bias for new, _ in blocks], biases)
+    torch._foreach_copy_([targets[name] for name in others], rounded(list(others.values())))
 
 
 def scale_of(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hsrloop.model.yolo import forward_eval, fuse_for_inference, reg_max, strides
+from hsrloop.model.yolo import forward_eval, fuse_for_inference, refold, reg_max, strides
 from hsrloop.ops.anchors import predictions
 from hsrloop.ops.nms import Found, nms, nms_ahead
 from hsrloop.ops.paths import on_cpu
@@ -41,6 +41,10 @@ class Detector:
         rounded = copy.deepcopy(module).half().float()
         fused = place(fuse_for_inference(rounded), device)
         return cls(fused.half() if half else fused, device, strides(module), reg_max(module))
+
+    def refresh(self, module: nn.Module) -> None:
+        """Take over the weights of a module that is like the one it was made of, as `of` does."""
+        refold(self.module, module, rounding=torch.half)
 
     def inputs(self, images: Tensor) -> Tensor:
         """Return uint8 (B, 3, S, S) images as the network takes them."""
@@ -80,3 +84,22 @@ class Detector:
         """Return (B, A, 4) boxes and (B, A, C) scores."""
         raw = forward_eval(self.module, self.inputs(images))
         return predictions(raw, self.strides, reg_max=self.reg_max)
+
+
+class KeptDetector:
+    """Keeps a network's detector from one validation to the next: refreshing one costs little."""
+
+    def __init__(self) -> None:
+        self._detector: Detector | None = None
+        self._of: tuple[object, ...] = ()
+
+    def of(self, module: nn.Module, device: torch.device, *, half: bool) -> Detector:
+        """Return what `Detector.of` does; the one returned before is changed by it."""
+        if self._detector is not None and self._of == (module, device, half):
+            self._detector.refresh(module)
+        else:
+            self._detector, self._of = (
+                Detector.of(module, device, half=half),
+                (module, device, half),
+            )
+        return self._detector

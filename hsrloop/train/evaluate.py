@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from hsrloop.data.loader import ValLoader
 from hsrloop.ops.ap import Evaluator
 from hsrloop.records import Metrics
-from hsrloop.train.detector import Detector
+from hsrloop.train.detector import KeptDetector
 from hsrloop.train.precision import untuned
 
 
@@ -24,6 +25,7 @@ def evaluate(
     ahead: bool | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    kept: KeptDetector | None = None,
 ) -> Metrics | None:
     """Validate `module`; it is not changed.
 
@@ -33,11 +35,12 @@ def evaluate(
         ahead: see `Detector.find`. Images that are not settled are looked at again at the end.
         on_progress: called with images done and images in all.
         stop: asked after each batch.
+        kept: from an earlier validation, for the next.
 
     Returns:
         The metrics, or None when `stop` ended it early.
     """
-    detector = Detector.of(module, device, half=half)
+    detector = (kept or KeptDetector()).of(module, device, half=half)
     evaluator = Evaluator(names)
     done = 0
 
@@ -46,7 +49,9 @@ def evaluate(
         nonlocal done
         total = loader.n_samples + len(places or ())
         for batch in loader if places is None else loader.of(places):
-            found = detector.find(batch.images, ahead=ahead)
+            # Kernels are looked for where most batches find them: each size costs seconds.
+            with nullcontext() if len(batch.images) == loader.batch else untuned():
+                found = detector.find(batch.images, ahead=ahead)
             own = None if places is None else batch.indices.tolist()
             evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index, places=own)
             done += len(batch.images)

@@ -23,6 +23,7 @@ from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train.capsule import diverged
 from hsrloop.train.checkpoint import LAST, RunIdentity
 from hsrloop.train.compiled import consider
+from hsrloop.train.detector import KeptDetector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.guard import Guard, LastStep, unsound
@@ -54,6 +55,7 @@ class Runtime:
     pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
     profiler: StepProfiler | None = None
     graphs: StepGraphs = field(default_factory=StepGraphs)
+    detector: KeptDetector = field(default_factory=KeptDetector)
 
 
 def tail_epochs(config: TrainConfig) -> int:
@@ -205,6 +207,7 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
             half=runtime.settings.amp,
             on_progress=on_progress,
             stop=runtime.stop,
+            kept=runtime.detector,
         )
     finally:
         val_s = time.monotonic() - started

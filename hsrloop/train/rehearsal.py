@@ -116,12 +116,14 @@ class Rehearsal:
         """
         state, validating = self.state, False
         try:
+            # Kept between validations.
+            detector = Detector.of(state.ema.module, state.device, half=self.settings.amp)
             with self.unchanged():
                 set_modes(state, self.config)
                 self.accumulate()
             validating = True
             with torch.random.fork_rng(_cuda(state)):
-                self._validate()
+                self._validate(detector)
         except Exception as error:
             raise RehearsalFailed(validating=validating) from error
 
@@ -147,11 +149,10 @@ class Rehearsal:
         nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
         del held
 
-    def _validate(self) -> None:
-        settings, imgsz = self.settings, self.config.imgsz
-        detector = Detector.of(self.state.ema.module, settings.device, half=settings.amp)
+    def _validate(self, detector: Detector) -> None:
+        imgsz = self.config.imgsz
         noise = _noise(self.state.rung.val_batch, imgsz, torch.Generator().manual_seed(0))
-        held = _pixels(_MADE_AHEAD * len(noise), imgsz, settings.device)
+        held = _pixels(_MADE_AHEAD * len(noise), imgsz, self.state.device)
         detector.find(noise)
         del held
 

@@ -15,6 +15,7 @@ from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.model.yolo import build
 from hsrloop.ops.nms import nms_ahead
 from hsrloop.train import detector
+from hsrloop.train.detector import Detector, KeptDetector
 from hsrloop.train.evaluate import evaluate
 
 NAMES = ("square", "disc", "bar")
@@ -62,3 +63,59 @@ def test_the_network_is_not_changed(given: dict[str, Any]) -> None:
     after = module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def trained_on(module: torch.nn.Module, seed: int) -> None:
+    """Move every weight and statistic, as an epoch does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                moved = tensor.abs() + noise.abs() if "running_var" in name else tensor + noise
+                tensor.copy_(moved)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_kept_detector_is_as_a_new_one(half: bool) -> None:
+    module, kept = build("yolov8n.yaml", names=NAMES, seed=0), KeptDetector()
+    first = kept.of(module, CPU, half=half)
+    places = [tensor.data_ptr() for tensor in first.module.state_dict().values()]
+    for seed in range(3):
+        trained_on(module, seed)
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        again = kept.of(module, CPU, half=half)
+        assert again is first
+        expected = Detector.of(module, CPU, half=half).module.state_dict()
+        found = again.module.state_dict()
+        assert [tensor.data_ptr() for tensor in found.values()] == places
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert kept.of(module, CPU, half=not half) is not first
+    other = build("yolov8s.yaml", names=NAMES, seed=0)
+    assert kept.of(other, CPU, half=half).module is not first.module
+
+
+def test_validations_with_a_kept_detector_find_the_same(given: dict[str, Any]) -> None:
+    kept = KeptDetector()
+    for seed in range(2):
+        assert evaluate(**given, kept=kept) == evaluate(**given)
+        trained_on(given["module"], seed)
+
+
+def test_kernels_are_looked_for_at_the_size_of_most_batches_alone(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    find = Detector.find
+
+    def spy(self: Detector, images: torch.Tensor, **options: Any) -> Any:
+        seen.append((len(images), torch.backends.cudnn.benchmark))
+        return find(self, images, **options)
+
+    monkeypatch.setattr(Detector, "find", spy)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    given["loader"].batch = 3
+    evaluate(**given)
+    assert seen == [(3, True), (1, False)]
