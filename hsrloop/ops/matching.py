@@ -5,7 +5,8 @@ Source: ultralytics@8.4.190, DetectionValidator.match_predictions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hsrloop.ops.boxes import iou_matrix
 from hsrloop.ops.nms import Found
+from hsrloop.ops.nvrtc import Kernel, kernel_of
 
 IOUS = torch.linspace(0.5, 0.95, 10).numpy()
 """Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
 
 _NO_CLASS = -1
+_MATCH = Path(__file__).with_name("match.cu")
+_MOST_BOXES = 1024  # as it can take
+_THREADS = 32  # few images make few threads: spread over the card
 _PAIRS = 1 << 21  # of boxes and detections at a time; 50 bytes of temporaries each (a guess)
 
 
@@ -42,22 +47,57 @@ def match(detections: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> Tenso
     images, most = gt_labels.shape
     device = detections.device
     thresholds = torch.from_numpy(IOUS).to(device, non_blocking=True)
-    shape = (detections.shape[1], images, 1, len(IOUS))  # by detection
-    right = torch.zeros(shape, dtype=torch.bool, device=device)
     if not most:
-        return right[:, :, 0].transpose(0, 1)
+        shape = (images, detections.shape[1], len(IOUS))
+        return torch.zeros(shape, dtype=torch.bool, device=device)
     same_class = gt_labels[:, :, None] == detections[:, None, :, 5]  # (B, M, D)
     iou = iou_matrix(gt_boxes_xyxy.float(), detections[..., :4].float()).mul_(same_class)
+    if (kernel := _kernel_for(iou)) is not None:
+        return _greedy(kernel, iou, thresholds)
+    return _in_turn(iou, thresholds)
+
+
+def _in_turn(iou: Tensor, thresholds: Tensor) -> Tensor:
+    """Let the detections of (B, M, D) overlaps choose one after the other; (B, D, 10) bool."""
+    images, most, detections = iou.shape
     by_detection = iou.permute(2, 0, 1)[..., None].contiguous()  # (D, B, M, 1)
-    taken = torch.zeros((images, most, len(IOUS)), dtype=torch.bool, device=device)
-    places = torch.arange(most, device=device)[:, None]
-    nothing = torch.zeros((), device=device)
+    shape = (detections, images, 1, len(thresholds))
+    right = torch.zeros(shape, dtype=torch.bool, device=iou.device)
+    taken = torch.zeros((images, most, len(thresholds)), dtype=torch.bool, device=iou.device)
+    places = torch.arange(most, device=iou.device)[:, None]
+    nothing = torch.zeros((), device=iou.device)
     for overlap, hit in zip(by_detection, right, strict=True):
         free = torch.where(taken, nothing, overlap)  # (B, M, 10)
         best, which = free.max(1, keepdim=True)  # (B, 1, 10)
         torch.ge(best, thresholds, out=hit)
         taken |= hit & (places == which)
     return right[:, :, 0].transpose(0, 1)
+
+
+def _kernel_for(iou: Tensor) -> Kernel | None:
+    """Return what matches (B, M, D) overlaps in one go; None where `_in_turn` has to."""
+    if iou.device.type != "cuda" or iou.dtype != torch.float32 or iou.shape[1] > _MOST_BOXES:
+        return None
+    return kernel_of(_MATCH, iou.device, _proves)
+
+
+def _greedy(kernel: Callable[..., None], iou: Tensor, thresholds: Tensor) -> Tensor:
+    """Do what `_in_turn` does with `match.cu`."""
+    images, most, detections = iou.shape
+    levels = len(thresholds)
+    right = torch.empty((images, detections, levels), dtype=torch.bool, device=iou.device)
+    if right.numel():
+        grid, block = (-(-images * levels // _THREADS), 1, 1), (_THREADS, 1, 1)
+        given = (iou.contiguous(), thresholds, right, images, most, detections, levels)
+        kernel(grid, block, iou.device, *given)
+    return right
+
+
+def _proves(kernel: Kernel, device: torch.device) -> bool:
+    """Return whether it finds what `_in_turn` finds."""
+    iou = torch.rand(5, 40, 60, generator=torch.Generator().manual_seed(0)).to(device)
+    thresholds = torch.from_numpy(IOUS).to(device)
+    return torch.equal(_greedy(kernel, iou, thresholds), _in_turn(iou, thresholds))
 
 
 def match_all(

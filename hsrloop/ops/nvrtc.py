@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
-Argument = Tensor | int | None
+Argument = Tensor | int | float | None
+_LOG = logging.getLogger(__name__)
 
 
 class KernelError(RuntimeError):
@@ -57,7 +59,7 @@ class Kernel:
         Args:
             grid, block: three numbers each.
             device: of the tensors; a thread must have used it before.
-            args: contiguous tensors and None as addresses, numbers as int.
+            args: contiguous tensors and None as addresses, numbers as int and float.
 
         Raises:
             KernelError: it could not be started.
@@ -71,6 +73,29 @@ class Kernel:
         result = getattr(self._driver, call)(*args)
         if result:
             raise KernelError(f"{call} failed with error {result} of the CUDA driver")
+
+
+@functools.cache
+def kernel_of(
+    file: Path, device: torch.device, proof: Callable[[Kernel, torch.device], bool]
+) -> Kernel | None:
+    """Return the kernel that a file is named after, made once a process.
+
+    Args:
+        proof: computes something with it and in another way; returns whether both agree.
+
+    Returns:
+        None where it cannot be compiled, or computes something else; a warning says so.
+    """
+    try:
+        kernel = Kernel(file.read_text(encoding="utf-8"), file.stem, device)
+        why = "" if proof(kernel, device) else "it computes something else than torch"
+    except KernelError as error:
+        why = str(error)
+    if why:
+        _LOG.warning("%s is not used, which costs time: %s", file.name, why)
+        return None
+    return kernel
 
 
 def compile_source(source: str, capability: tuple[int, int]) -> bytes:
@@ -113,6 +138,8 @@ def _check_nvrtc(result: int) -> None:
 def _as_c(arg: Argument) -> Any:
     if isinstance(arg, int):
         return ctypes.c_int(arg)
+    if isinstance(arg, float):
+        return ctypes.c_float(arg)
     return ctypes.c_void_p(None if arg is None else arg.data_ptr())
 
 

@@ -6,10 +6,7 @@ with torch's operators; on a GPU NVRTC's code is compared with them.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,61 +36,17 @@ from tests.data.test_render_torch import (
     plans_of,
     smooth,
 )
+from tests.kernels import HostKernel
 
 CPU = torch.device("cpu")
 BANKS = [DeviceBank, TileBank]
-# Blocks and threads are what two loops count; a block is one line of an image here.
-_HOST = r"""
-#include <cmath>
-using namespace std;
-struct Place { int x, y, z; };
-static Place blockIdx, blockDim, threadIdx;
-#define __global__
-#define __device__
-#include "render.cu"
-extern "C" void render_all(const float *layers, const float *stamps, const int *links,
-                           const float *factors, const int *pixels, unsigned char *out,
-                           int frames, int rows, int side, int images) {
-    blockDim = {side + 3, 1, 1};  // more threads than pixels, as on a GPU
-    for (int image = 0; image < images; image++)
-        for (int line = 0; line < side + 2; line++)
-            for (int column = 0; column < side + 3; column++) {
-                blockIdx = {0, line, image};
-                threadIdx = {column, 0, 0};
-                render(layers, stamps, links, factors, pixels, out, frames, rows, side);
-            }
-}
-"""
-
-
-class HostKernel:
-    """Called like `RenderKernel`, on the CPU."""
-
-    def __init__(self, library: Path) -> None:
-        self._render = ctypes.CDLL(str(library)).render_all
-
-    def __call__(self, layers: Tensor, *rest: Tensor | None) -> None:
-        out = rest[-1]
-        assert out is not None and out.is_contiguous()
-        tensors = (layers, *rest)
-        addresses = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in tensors]
-        frames, rows = layers.shape[:2]
-        self._render(*addresses, frames, rows, out.shape[1], len(out))
 
 
 @pytest.fixture(scope="module")
-def host_kernel(tmp_path_factory: pytest.TempPathFactory) -> HostKernel:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (apt install g++)")
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "host.cpp").write_text(_HOST)
-    library = folder / "host.so"
-    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", f"-I{SOURCE.parent}"]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-strict-aliasing", "-fno-strict-aliasing"]
-    command = [compiler, *flags, *warnings, str(folder / "host.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return HostKernel(library)
+def host_kernel(tmp_path_factory: pytest.TempPathFactory) -> RenderKernel:
+    made = RenderKernel.__new__(RenderKernel)
+    made._kernel = HostKernel(SOURCE, tmp_path_factory.mktemp("kernel"))  # type: ignore[assignment]
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +89,7 @@ def rendered(
 @pytest.mark.parametrize("kind", BANKS)
 @pytest.mark.parametrize("what", ["as they are", "augmented", "with cut-outs"])
 def test_it_gives_the_bytes_of_torchs_operators(
-    scene: Scene, host_kernel: HostKernel, what: str, kind: type[Bank], scratch_bytes: int
+    scene: Scene, host_kernel: RenderKernel, what: str, kind: type[Bank], scratch_bytes: int
 ) -> None:
     plans = scene.plans[what]
     expected = rendered(scene, plans, kind, CPU, scratch_bytes=scratch_bytes)
@@ -145,10 +98,10 @@ def test_it_gives_the_bytes_of_torchs_operators(
     assert torch.equal(found, expected)
 
 
-def test_every_byte_of_the_output_is_written(scene: Scene, host_kernel: HostKernel) -> None:
+def test_every_byte_of_the_output_is_written(scene: Scene, host_kernel: RenderKernel) -> None:
     plans = scene.plans["with cut-outs"]
     bank = DeviceBank(scene.sources, CPU)
-    renderer = TorchRenderer(bank, scene.refs, imgsz=SIDE, device=CPU, kernel=host_kernel)  # type: ignore[arg-type]
+    renderer = TorchRenderer(bank, scene.refs, imgsz=SIDE, device=CPU, kernel=host_kernel)
     layout = renderer.lay_out(plans)
     ends = []
     for poison in (0, 255):

@@ -1,0 +1,165 @@
+"""Kernels of our own find what torch's operators find, to the bit, and are proved before use."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hsrloop.ops import matching, nms, nvrtc
+from hsrloop.ops.matching import IOUS
+from hsrloop.ops.nms import nms_ahead
+from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_of
+from tests.kernels import HostKernel
+
+SOURCES = [nms._SUPPRESS, matching._MATCH]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def kernel_on(device: str, source: Path, folder: Path) -> Any:
+    """NVRTC's on a GPU, the host compiler's on the CPU."""
+    if device == "cpu":
+        return HostKernel(source, folder, alone=source == nms._SUPPRESS)
+    module = nms if source == nms._SUPPRESS else matching
+    found = kernel_of(source, torch.device("cuda", 0), module._proves)
+    assert found is not None
+    return found
+
+
+def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, Tensor]:
+    """(B, K, 4) boxes, some of them alike or without area, and which are wanted: the first ones."""
+    generator = torch.Generator().manual_seed(seed)
+    low = spread * torch.rand(images, rows, 2, generator=generator)
+    boxes = torch.cat((low, low + 30 * torch.rand(images, rows, 2, generator=generator)), 2)
+    boxes[:, 5::7] = boxes[:, 4:-1:7][:, : boxes[:, 5::7].shape[1]]
+    boxes[:, 6::11, 2:] = boxes[:, 6::11, :2]
+    counts = torch.randint(0, rows + 1, (images,), generator=generator)
+    return boxes, torch.arange(rows) < counts[:, None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("enough", [1, 20, 300])
+@pytest.mark.parametrize(("rows", "spread"), [(1, 9.0), (150, 20.0), (600, 90.0)])
+def test_suppression_keeps_what_rounds_keep(
+    rows: int, spread: float, enough: int, device: str, folder: Path
+) -> None:
+    kernel = kernel_on(device, nms._SUPPRESS, folder)
+    boxes, wanted = (t.to(device) for t in crowd(6, rows, seed=rows, spread=spread))
+    kept, decided = nms._survivors(boxes, wanted, 0.45, rows + 1)
+    assert bool(decided.all())
+    expected = kept & (kept.cumsum(1) <= enough)
+    assert torch.equal(nms._suppressed(kernel, boxes, wanted, 0.45, enough), expected)
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+def test_nms_with_the_kernel_finds_the_same(
+    levels: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    boxes, _ = crowd(4, 400, seed=2, spread=60.0)
+    scores = torch.rand(4, 400, 3, generator=generator) ** 4
+    if levels:
+        scores = (scores * levels).round() / levels
+    scores[1] = 0
+    expected = nms_ahead(boxes, scores, candidates=900, rounds=900)
+    kernel = HostKernel(nms._SUPPRESS, folder, alone=True)
+    monkeypatch.setattr(nms, "_kernel_for", lambda boxes: kernel)
+    found = nms_ahead(boxes, scores, candidates=900)
+    assert kernel.calls == 1
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.settled, expected.settled)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("boxes", [1, 3, 33, 200])
+def test_matching_finds_what_turns_find(boxes: int, device: str, folder: Path) -> None:
+    kernel = kernel_on(device, matching._MATCH, folder)
+    generator = torch.Generator().manual_seed(boxes)
+    iou = torch.rand(7, boxes, 60, generator=generator)
+    iou = torch.where(iou > 0.4, iou, 0.0)
+    iou[:, :, 7] = iou[:, :, 6]  # alike
+    iou, thresholds = iou.to(device), torch.from_numpy(IOUS).to(device)
+    expected = matching._in_turn(iou, thresholds)
+    assert 0 < expected.float().mean() < 1
+    assert torch.equal(matching._greedy(kernel, iou, thresholds), expected)
+
+
+def test_a_validation_matched_by_the_kernel_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes, _ = crowd(5, 80, seed=3, spread=40.0)
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (5, 80)))
+    detections = torch.cat((boxes, torch.rand(5, 80, 1), labels[..., None].float()), 2)
+    truth = boxes[:, 10:40] + 1.5
+    expected = matching.match(detections, truth, labels[:, 10:40])
+    kernel = HostKernel(matching._MATCH, folder)
+    monkeypatch.setattr(matching, "_kernel_for", lambda iou: kernel)
+    assert torch.equal(matching.match(detections, truth, labels[:, 10:40]), expected)
+    assert kernel.calls == 1 and bool(expected.any())
+    assert not matching.match(detections, truth[:, :0], labels[:, :0]).any()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
+def test_they_compile_for_cards_that_are_not_here(
+    source: Path, capability: tuple[int, int]
+) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is made without CUDA")
+    assert source.stem.encode() in compile_source(source.read_text(), capability)
+
+
+@pytest.mark.parametrize("module", [nms, matching], ids=["suppress", "match"])
+def test_a_kernel_is_proved_before_it_is_used(module: Any, folder: Path) -> None:
+    source = nms._SUPPRESS if module is nms else matching._MATCH
+    kernel = kernel_on("cpu", source, folder)
+    assert module._proves(kernel, torch.device("cpu"))
+
+    def wrong(*args: Any) -> None:
+        kernel(*args)
+        filled = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.bool][-1]
+        filled.view(-1)[3] ^= True
+
+    assert not module._proves(wrong, torch.device("cpu"))
+
+
+def test_one_that_fails_is_named_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(source: str, name: str, device: torch.device) -> None:
+        raise KernelError("none of libnvrtc.so.13 can be loaded")
+
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(nvrtc, "Kernel", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert kernel_of(nms._SUPPRESS, device, lambda kernel, device: True) is None
+    assert "suppress.cu is not used" in caplog.text and "libnvrtc.so.13" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(nvrtc, "Kernel", lambda source, name, device: object())
+    with caplog.at_level(logging.WARNING):
+        assert kernel_of(matching._MATCH, device, lambda kernel, device: False) is None
+    assert "match.cu is not used" in caplog.text and "something else" in caplog.text
+
+
+def test_the_cpu_takes_its_own_way() -> None:
+    assert nms._kernel_for(torch.zeros(1, 2, 4)) is None
+    assert matching._kernel_for(torch.zeros(1, 2, 4)) is None
