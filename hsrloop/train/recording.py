@@ -191,8 +191,8 @@ def record(
         with nullcontext() if size == max(sizes) else untuned():
             recorder.warm(network.forward)
             recorder.warm(network.backward)
+    transaction.undo_buffers(torch.ones((), dtype=torch.bool, device=device))
     if not recorder.has_room():
-        transaction.roll_back()
         return None
     passes = {}
     for size, network in networks.items():
@@ -206,10 +206,12 @@ def record(
     # Losses that are no numbers make it a skipped step, which moves nothing but these two.
     scaler, loss_sums = state.scaler.state_dict(), state.loss_sums.clone()
     state.scaler.scale(totals.box)  # makes its tensors, if there are none yet
-    recorder.warm(commit)
-    replay_commit, _ = recorder.record(commit)
-    state.scaler.load_state_dict(scaler)
-    state.loss_sums.copy_(loss_sums)
+    try:
+        recorder.warm(commit)
+        replay_commit, _ = recorder.record(commit)
+    finally:
+        state.scaler.load_state_dict(scaler)
+        state.loss_sums.copy_(loss_sums)
     begin, _ = recorder.record(transaction.begin)
     return Recorded(
         begin=begin,

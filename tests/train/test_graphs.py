@@ -40,7 +40,8 @@ class Rerun:
 
     def __init__(self, *, room: bool = True, error: Exception | None = None) -> None:
         self.room, self.error = room, error
-        self.replays = 0
+        self.fails_at = 1  # the forward pass; then the backward pass, the commit, the beginning
+        self.replays = self.recordings = 0
 
     def has_room(self) -> bool:
         return self.room
@@ -52,7 +53,9 @@ class Rerun:
         work()
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        if self.error is not None:
+        self.recordings += 1
+        if self.error is not None and self.recordings == self.fails_at:
+            work()
             raise self.error
         result = work()
         held = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -240,6 +243,19 @@ def test_what_has_one_cell_in_all_is_not_recorded(rerun: Rerun) -> None:
     assert not recorded.covers(make_batches([8], imgsz=64))
 
 
+def test_what_has_no_room_is_not_tried_in_every_epoch(
+    rerun: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rerun.room, made = False, []
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: made.append(device) or rerun)
+    state, settings, transaction = make()
+    recorded = StepGraphs()
+    for _ in range(3):
+        recorded.prepare(state, settings, transaction, {8}, lambda event: None)
+        take(state, settings, transaction, [[8]], recorded=recorded)
+    assert len(made) == 1
+
+
 def test_without_room_or_after_memory_ran_out_nothing_is_recorded(rerun: Rerun) -> None:
     rerun.room = False
     state, settings, transaction = make()
@@ -270,9 +286,12 @@ def test_what_cannot_be_recorded_is_said_once_and_trained_all_the_same(rerun: Re
     assert same(contents(state), contents(plain[0]))
 
 
-def test_running_out_of_memory_while_recording_is_passed_on(rerun: Rerun) -> None:
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_running_out_of_memory_while_recording_is_passed_on(fails_at: int, rerun: Rerun) -> None:
     rerun.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    rerun.fails_at = fails_at
     state, settings, transaction = make()
+    take(state, settings, transaction, WHOLE, recorded=None)
     before = contents(state)
     with pytest.raises(torch.OutOfMemoryError):
         prepared(state, settings, transaction)
