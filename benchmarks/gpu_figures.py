@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,17 @@ def _steps(rows: Rows) -> Figures:
     return Figures(_listed(speeds), n=_rounds(rows, STEP))
 
 
+def _criterion(rows: Rows) -> Figures:
+    names = {count: f"criterion, {count} objects an image" for count in (10, 100, 300)}
+    ours = {f"{n} objects": rows.get(name, {}) for n, name in names.items()}
+    theirs = {f"{n} objects": rows.get(f"Ultralytics' {name}", {}) for n, name in names.items()}
+    ratios = {key: _times_as_fast(ours[key], theirs[key]) for key in ours}
+    speeds = [
+        _joined({k: _speed(row) for k, row in side.items()}, " ", ", ") for side in (ours, theirs)
+    ]
+    return Figures(*speeds, _joined(ratios, " ", ", "), _counted(ours.values()))
+
+
 def _deterministic(rows: Rows) -> Figures:
     return Figures(_in_pairs(rows, STEP, "step, {}, deterministic", _times_as_fast))
 
@@ -119,6 +130,7 @@ GOALS: Mapping[str, Callable[[Rows], Figures]] = {
     "peak memory, GiB": _memory,
     "waits of the host": _waits,
     "optimizer step alone, images/s": _steps,
+    "loss and gradient, images/s": _criterion,
     "time of a step with `--deterministic`, over that without": _deterministic,
     "each tier's defaults in its card's memory": _tiers,
     "settings that do not fit": _recovery,
@@ -200,6 +212,10 @@ def _note(row: Row) -> str:
 
 
 def _rounds(rows: Rows, name: str) -> str:
-    spreads = [rows.get(name.format(scale), {}).get("images_per_s") for scale in SCALES]
-    counts = sorted({spread["n"] for spread in spreads if spread})
+    return _counted(rows.get(name.format(scale), {}) for scale in SCALES)
+
+
+def _counted(rows: Iterable[Row]) -> str:
+    """Return how many rounds rows were measured in; "" where none was."""
+    counts = sorted({row["images_per_s"]["n"] for row in rows if row.get("images_per_s")})
     return f"rounds: {' to '.join(str(n) for n in counts)}" if counts else ""

@@ -57,6 +57,7 @@ GOALS = {
     "memory": "peak memory, GiB",
     "waits": "waits of the host",
     "steps": "optimizer step alone, images/s",
+    "criterion": "loss and gradient, images/s",
     "deterministic": "time of a step with `--deterministic`, over that without",
     "tiers": "each tier's defaults in its card's memory",
     "recovery": "settings that do not fit",
@@ -113,6 +114,9 @@ def test_what_the_suite_wrote_is_in_the_table(
     assert lines[GOALS["memory"]][0] == f"n {train['peak_memory_bytes'] / 2**30:.2f}"
     assert lines[GOALS["waits"]][0] == "a step: n 0; a validation: n 1"
     assert lines[GOALS["steps"]][0] == f"fp16: n {speed(step)}"
+    criterion = rows["criterion, 100 objects an image"]
+    assert f"100 objects {speed(criterion)}, 300" in lines[GOALS["criterion"]][0]
+    assert lines[GOALS["criterion"]][3] == "rounds: 1"
     ratio = step["images_per_s"]["median"] / exact["images_per_s"]["median"]
     assert lines[GOALS["deterministic"]][0] == f"n {ratio:.2f}x"
     assert lines[GOALS["exactness"]][0] == "4 steps twice: equal bit for bit"
