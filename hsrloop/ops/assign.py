@@ -184,12 +184,11 @@ def _blocks(cells: Sequence[int], pairs: int) -> Iterator[tuple[slice, int]]:
     A block holds at most `pairs` padded cells, but at least one segment.
     """
     start = 0
-    for i in range(1, len(cells)):
-        if (i - start + 1) * max(cells[start], TOPK) > pairs:
-            yield slice(start, i), max(cells[start], TOPK)
-            start = i
-    if cells:
-        yield slice(start, len(cells)), max(cells[start], TOPK)
+    while start < len(cells):
+        longest = max(cells[start], TOPK)
+        stop = min(start + max(1, pairs // longest), len(cells))
+        yield slice(start, stop), longest
+        start = stop
 
 
 def _keys(overlap: Tensor, row: Tensor) -> Tensor:

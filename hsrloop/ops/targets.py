@@ -144,8 +144,25 @@ def _segments(
 
 
 def _span(low: np.ndarray, high: np.ndarray, cells: int, stride: int) -> tuple[np.ndarray, ...]:
-    """Return the first cell whose centre is inside (low, high), and how many are; (N,) each."""
-    centre = (np.arange(cells, dtype=np.float32) + np.float32(0.5)) * np.float32(stride)
-    inside = centre - low[:, None] > _INSIDE_PX  # (N, cells)
-    inside &= high[:, None] - centre > _INSIDE_PX
-    return inside.argmax(1), inside.sum(1)
+    """Return the first cell whose centre is inside (low, high), and how many are; (N,) each.
+
+    A quotient says where the ends are but for its rounding; the cells around it are looked at.
+    """
+    size = np.float32(stride)
+
+    def centre(cell: np.ndarray) -> np.ndarray:
+        return (cell.astype(np.float32) + np.float32(0.5)) * size
+
+    first = _near(low, cells, size)  # a cell too early
+    last = _near(high, cells, size) + 3  # a cell too late
+    for _ in range(3):
+        first += ~(centre(first) - low > _INSIDE_PX)
+        last -= ~(high - centre(last) > _INSIDE_PX)
+    first, last = np.maximum(first, 0), np.minimum(last, cells - 1)
+    count = np.maximum(last - first + 1, 0)
+    return np.where(count > 0, first, 0), count
+
+
+def _near(place: np.ndarray, cells: int, size: np.float32) -> np.ndarray:
+    """Return a cell whose centre lies one to two cells before a place, as far as there are cells."""
+    return np.clip(np.floor(place / size - np.float32(0.5)), -2, cells).astype(np.int64) - 1
