@@ -164,5 +164,5 @@ def _span(low: np.ndarray, high: np.ndarray, cells: int, stride: int) -> tuple[n
 
 
 def _near(place: np.ndarray, cells: int, size: np.float32) -> np.ndarray:
-    """Return a cell whose centre lies one to two cells before a place, as far as there are cells."""
+    """Return a cell whose centre lies one to two cells before a place, where there are any."""
     return np.clip(np.floor(place / size - np.float32(0.5)), -2, cells).astype(np.int64) - 1
