@@ -13,6 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 _HOST = r"""
 #include <cmath>
 using namespace std;

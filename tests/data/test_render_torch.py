@@ -20,6 +20,7 @@ from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import GREY, ImageStore
 from hsrloop.data.plan import AugmentPlan, AugmentSettings, Paste, draw_plan, plan_labels
 from hsrloop.data.sets.dataset import ImageRef
+from tests.kernels import DEVICES
 
 SIDE = 160
 SIZES = ((240, 320), (320, 200), (160, 160), (40, 160), (97, 131), (480, 333))
@@ -29,16 +30,6 @@ ALL = AugmentSettings(
 )  # fmt: skip
 PLAIN = dataclasses.replace(ALL, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0)
 HSV = AugmentSettings(hsv_h=0.5, hsv_s=0.7, hsv_v=0.4)
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 
 
 def smooth(index: int, height: int, width: int) -> np.ndarray:

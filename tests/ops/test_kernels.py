@@ -15,19 +15,9 @@ from hsrloop.ops import matching, nms, nvrtc
 from hsrloop.ops.matching import IOUS
 from hsrloop.ops.nms import nms_ahead
 from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_of
-from tests.kernels import HostKernel
+from tests.kernels import DEVICES, HostKernel
 
 SOURCES = [nms._SUPPRESS, matching._MATCH]
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 
 
 @pytest.fixture(scope="module")
