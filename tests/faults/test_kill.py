@@ -108,7 +108,7 @@ def kill_series(
 ) -> Tally:
     """Kill so many runs and let each come to its end after.
 
-    The instants are spread evenly over a run's duration, which is that of the quickest so far; every
+    The instants are spread evenly over a run's duration, that of the quickest so far; every
     other one counts from the first save on, since a short run spends most of its time before it.
     """
     reference, takes_s = whole
