@@ -6,6 +6,7 @@ the stream is the same for any number of them, and neither /dev/shm nor a queue 
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import multiprocessing
@@ -132,6 +133,7 @@ def _serve(
     slots: list[np.ndarray],
 ) -> None:
     """Answer tasks until the parent is gone; a copy of its pipe ends here would hide that."""
+    gc.freeze()  # what the parent left behind, such as CUDA's memory, is not ours to free
     for end in parents_ends:
         end.close()
     # Both reach the whole process group. The parent still needs this epoch's batches: a worker ends

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
+_OUT_OF_MEMORY = 2  # of the driver's errors
 Argument = Tensor | int | float | None
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Kernel:
 
     Raises:
         KernelError: NVRTC is not there, or refuses the source.
+        torch.OutOfMemoryError: the GPU has no room for it.
     """
 
     def __init__(self, source: str, name: str, device: torch.device) -> None:
@@ -63,6 +65,7 @@ class Kernel:
 
         Raises:
             KernelError: it could not be started.
+            torch.OutOfMemoryError: the GPU has no room for what it needs.
         """
         values = [_as_c(arg) for arg in args]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
@@ -71,6 +74,8 @@ class Kernel:
 
     def _check(self, call: str, *args: Any) -> None:
         result = getattr(self._driver, call)(*args)
+        if result == _OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {call}")
         if result:
             raise KernelError(f"{call} failed with error {result} of the CUDA driver")
 

@@ -235,7 +235,7 @@ def validated_at_once(config: TrainConfig, rung: Rung, device: torch.device) -> 
     Args:
         config: as asked for.
     """
-    roomy = device.type == "cuda" and rung.val_batch == config.largest_micro_batch
+    roomy = device.type == "cuda" and 1 < rung.val_batch == config.largest_micro_batch
     return rung.val_batch * (VALIDATED_ON_GPU if roomy else 1)
 
 

@@ -21,7 +21,6 @@ from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, RawPredictions
-from hsrloop.train.ladder import cause_of
 from hsrloop.train.recording import Passes, Recorded, record, recorder_for
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
@@ -57,9 +56,7 @@ class StepGraphs:
 
         Args:
             sizes: of the micro-batches to come.
-
-        Raises:
-            torch.OutOfMemoryError: there was less room than it seemed.
+            emit: hears why it cannot be done.
         """
         imgsz, compiled = state.rung.imgsz, settings.compiled
         many = frozenset(size for size in sizes if not is_single(size, imgsz, settings))
@@ -75,16 +72,16 @@ class StepGraphs:
             return
         try:
             self._recorded = record(recorder, state, settings, transaction, many)
-            if self._recorded is not None:
-                state.count_recorded(self._recorded.held_bytes)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             transaction.roll_back()
-            if cause_of(error) is not None:
-                raise
             self._impossible = True
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             text = f"steps cannot be recorded as CUDA graphs ({reason}); they are taken one by one"
             emit(Note(text=text, level="warning"))
+        if self._recorded is not None:
+            state.count_recorded(self._recorded.held_bytes)
+        elif torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the stream that it was tried on
 
     def drop(self) -> None:
         """Give the recordings' memory back."""

@@ -77,17 +77,23 @@ class CudaRecorder:
     def warm(self, work: Callable[[], object]) -> None:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:  # what is undone after an error comes after what was started
+            current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], T]) -> tuple[Replay, T]:
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(
             graph, self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recording:
-            result = work()
+        before = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.device(self._device), recording:
+                result = work()
+        finally:
+            torch.cuda.set_stream(before)  # torch 2.11 leaves its own current after an error
         return graph.replay, result
 
 
@@ -180,12 +186,12 @@ def record(
     sizes: Collection[int],
 ) -> Recorded | None:
     """Record a step; None: there is no room for that. What is done on the way is undone."""
+    transaction.begin()
     device = settings.device
     gradients = [torch.zeros_like(p) for p in trained_parameters(state)]
     totals = LossSums(*torch.full((4,), torch.nan, dtype=settings.dtype, device=device))
     knobs = torch.zeros(len(state.optimizer.param_groups) + 2, device=device)
     networks = {size: _Network(state, settings, size, gradients) for size in sorted(sizes)}
-    transaction.begin()
     for size, network in networks.items():
         # Kernels are looked for where most steps find them; it takes seconds for each size.
         with nullcontext() if size == max(sizes) else untuned():

@@ -68,10 +68,12 @@ def with_recovery(
         if outcome == ROOM:
             _climb(state, config, emit)
             free_memory()
+            state.forget_peak()
             continue
         if isinstance(outcome, str):
             return outcome
         free_memory()
+        state.forget_peak()
         if state.commit is not None:
             finish_commit(state, transaction)
         _step_down(state, outcome, config, info, emit)

@@ -125,6 +125,11 @@ class TrainState:
         self.earlier_peak_bytes, self.recorded_bytes = self.peak_bytes, held_bytes
         reset_peak(self.device)
 
+    def forget_peak(self) -> None:
+        """Count `peak_bytes` from here on: a failed attempt and its recordings are gone."""
+        self.earlier_peak_bytes = self.recorded_bytes = 0
+        reset_peak(self.device)
+
     def record_losses(self, totals: LossSums, normaliser: Tensor, skipped: Tensor) -> None:
         """Add one step's losses to the epoch's; nothing is read back from the device."""
         terms = torch.stack(

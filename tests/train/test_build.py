@@ -42,3 +42,5 @@ def test_a_gpu_validates_more_at_once_than_it_trains_until_memory_runs_out() -> 
         for micro_batch in (8, less):
             smaller = dataclasses.replace(rung, val_batch=less, micro_batch=micro_batch)
             assert validated_at_once(config, smaller, gpu) == less
+    single = TrainConfig(batch=16, micro_batch=1)
+    assert validated_at_once(single, first_rung(single), gpu) == 1

@@ -287,15 +287,17 @@ def test_what_cannot_be_recorded_is_said_once_and_trained_all_the_same(rerun: Re
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_running_out_of_memory_while_recording_is_passed_on(fails_at: int, rerun: Rerun) -> None:
-    rerun.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    rerun.fails_at = fails_at
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), AssertionError()])
+def test_what_fails_half_way_leaves_nothing(error: Exception, fails_at: int, rerun: Rerun) -> None:
+    rerun.error, rerun.fails_at = error, fails_at
     state, settings, transaction = make()
     take(state, settings, transaction, WHOLE, recorded=None)
     before = contents(state)
-    with pytest.raises(torch.OutOfMemoryError):
-        prepared(state, settings, transaction)
+    recorded, said = prepared(state, settings, transaction)
+    assert not recorded.gradients and len(said) == 1
     assert same(before, contents(state))
+    assert state.recorded_bytes == 0
+    assert all(parameter.grad is None for parameter in state.model.parameters())
 
 
 @pytest.fixture
@@ -321,14 +323,15 @@ def test_a_run_ends_alike_with_recorded_steps_and_without(settings: Settings, re
         assert same(tree_leaves(ends[0][name]), tree_leaves(ends[1][name])), name
 
 
-def test_a_run_whose_memory_runs_out_goes_on_unrecorded(
+def test_a_run_that_has_no_memory_to_record_goes_on_at_the_same_settings(
     settings: Settings, rerun: Rerun, recorder: Listener
 ) -> None:
     rerun.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    outcome = train(settings(epochs=1, batch=8), sinks=[recorder])
+    outcome = train(settings(epochs=2, batch=8), sinks=[recorder])
     assert outcome.reason == "completed"
-    assert len(recorder.of(Recovered)) == 1
-    assert not rerun.replays
+    assert not recorder.of(Recovered) and not rerun.replays
+    (warning,) = [note for note in recorder.of(Note) if note.level == "warning"]
+    assert "out of memory" in warning.text
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class RenderKernel:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kernel = Kernel(SOURCE.read_text(encoding="utf-8"), "render", device)
+        self._kernel = _compiled(device)
 
     def __call__(
         self,
@@ -52,6 +53,11 @@ class RenderKernel:
         frames, rows = layers.shape[:2]
         tensors = (layers, stamps, links, colours, pixels, out)
         self._kernel(grid, _BLOCK, out.device, *tensors, frames, rows, side)
+
+
+@functools.cache
+def _compiled(device: torch.device) -> Kernel:
+    return Kernel(SOURCE.read_text(encoding="utf-8"), "render", device)
 
 
 def links_of(
