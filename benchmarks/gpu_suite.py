@@ -49,7 +49,9 @@ SMOKE_SCENES = {"train": 8, "val": 4}
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="of the whole visit")
-    parser.add_argument("--only", help="a regular expression: parts whose names it is found in")
+    parser.add_argument(
+        "--only", type=_pattern, help="a regular expression: parts whose names it is found in"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results")
     options = parser.parse_args()
@@ -57,7 +59,15 @@ def main() -> None:
     device = "cpu" if options.smoke else "auto"
     info = probe(device)
     card = _words(info.name)
-    name = "_".join(filter(None, ("smoke" if options.smoke else card, _words(options.only or ""))))
+    name = "_".join(
+        filter(
+            None,
+            (
+                "smoke" if options.smoke else card,
+                _words(options.only.pattern if options.only else ""),
+            ),
+        )
+    )
     stem = results_folder(options.output) / f"gpu_suite_{name}"
     console = make_console()
     sink = ConsoleSink(console)
@@ -90,7 +100,10 @@ def main() -> None:
         asked = resolve([("suite", {"dataset": str(data), "device": device})])
         cells = cells_of(asked, scope, sink.handle)
         if options.only:
-            cells = [cell for cell in cells if re.search(options.only, cell.name)]
+            names = "; ".join(cell.name for cell in cells)
+            cells = [cell for cell in cells if options.only.search(cell.name)]
+            if not cells:
+                parser.error(f"--only {options.only.pattern} is found in no part's name: {names}")
         run_suite(
             cells,
             minutes=options.minutes,
@@ -100,6 +113,13 @@ def main() -> None:
         )
     sink.close()
     console.print(f"Written: {stem}.json and .md", soft_wrap=True)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
 
 
 def _words(text: str) -> str:

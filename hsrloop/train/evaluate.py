@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -50,7 +49,7 @@ def evaluate(
         total = loader.n_samples + len(places or ())
         for batch in loader if places is None else loader.of(places):
             # Kernels are looked for where most batches find them: each size costs seconds.
-            with nullcontext() if len(batch.images) == loader.batch else untuned():
+            with untuned(when=len(batch.images) < loader.batch):
                 found = detector.find(batch.images, ahead=ahead)
             own = None if places is None else batch.indices.tolist()
             evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index, places=own)

@@ -28,7 +28,7 @@ from hsrloop.train.step import (
     Transaction,
     add_detached,
     is_single,
-    rates,
+    set_rates,
     to_targets,
     train_step,
 )
@@ -125,11 +125,8 @@ class StepGraphs:
             )
         totals, samples = self.accumulate(state, micro_batches, settings)
         decay = ema_decay(state.steps + 1, decay=settings.ema_decay, tau=settings.ema_tau)
-        group_rates = rates(state, lr)
-        for group, rate in zip(state.optimizer.param_groups, group_rates, strict=True):
-            group["lr"] = rate
         knobs = torch.tensor(
-            [*group_rates, samples / state.grad_scale, 1.0 - decay],
+            [*set_rates(state, lr), samples / state.grad_scale, 1.0 - decay],
             pin_memory=recorded.knobs.is_cuda,
         )
         recorded.knobs.copy_(knobs, non_blocking=True)

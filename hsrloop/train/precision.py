@@ -40,9 +40,15 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
-    """Do not look for the fastest kernels meanwhile: for sizes that are met only now and then."""
+def untuned(*, when: bool = True) -> Iterator[None]:
+    """Do not look for the fastest kernels meanwhile, if `when`.
+
+    For sizes that are met only now and then: looking takes seconds for each.
+    """
     cudnn = torch.backends.cudnn
+    if not when:
+        yield
+        return
     with cudnn.flags(enabled=True, benchmark=False, deterministic=cudnn.deterministic):
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
     Transaction,
+    after_the_weights,
     clip,
     normalise,
     step_unless,
@@ -194,7 +195,7 @@ def record(
     networks = {size: _Network(state, settings, size, gradients) for size in sorted(sizes)}
     for size, network in networks.items():
         # Kernels are looked for where most steps find them; it takes seconds for each size.
-        with nullcontext() if size == max(sizes) else untuned():
+        with untuned(when=size < max(sizes)):
             recorder.warm(network.forward)
             recorder.warm(network.backward)
     transaction.undo_buffers(torch.ones((), dtype=torch.bool, device=device))
@@ -202,7 +203,7 @@ def record(
         return None
     passes = {}
     for size, network in networks.items():
-        with nullcontext() if size == max(sizes) else untuned():
+        with untuned(when=size < max(sizes)):
             passes[size] = network.recorded(recorder)
 
     def commit() -> None:
@@ -245,11 +246,12 @@ def _commit(
     skipped = clip(state, totals)
     with rates_on_device(state.optimizer, group_rates):
         step_unless(skipped, state.optimizer)
-    state.optimizer.zero_grad(set_to_none=True)
-    transaction.undo_buffers(skipped)
-    state.scaler.update()
-    state.ema.move(state.model, weight, skipped)
-    state.record_losses(totals, normaliser, skipped)
+
+    def average() -> None:
+        state.ema.move(state.model, weight, skipped)
+
+    for part in after_the_weights(state, transaction, (totals, normaliser, skipped), average):
+        part()
 
 
 @contextmanager

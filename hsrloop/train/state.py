@@ -126,7 +126,7 @@ class TrainState:
         reset_peak(self.device)
 
     def forget_peak(self) -> None:
-        """Count `peak_bytes` from here on: a failed attempt and its recordings are gone."""
+        """Count `peak_bytes` from here on: an attempt and its recordings are gone."""
         self.earlier_peak_bytes = self.recorded_bytes = 0
         reset_peak(self.device)
 

@@ -146,8 +146,7 @@ def train_step(
     """
     sought = accumulate(state, micro_batches, settings)
     skipped = clip(state, sought.totals)
-    for group, rate in zip(state.optimizer.param_groups, rates(state, lr), strict=True):
-        group["lr"] = rate
+    set_rates(state, lr)
     commit = Commit(
         samples=sought.samples,
         after=sought.after,
@@ -213,14 +212,18 @@ def clip(state: TrainState, totals: LossSums) -> Tensor:
     return ~(torch.isfinite(norm) & torch.isfinite(GAINS.weigh(totals)))
 
 
-def rates(state: TrainState, lr: float) -> list[float]:
-    """Return each parameter group's learning rate.
+def set_rates(state: TrainState, lr: float) -> list[float]:
+    """Set and return each parameter group's learning rate.
 
-    On CUDA as the nearest float32: so a recorded step, which reads it on the device, moves weights
-    as any other.
+    On CUDA it is the nearest float32: so a recorded step, which reads it on the device, moves
+    weights as any other.
     """
-    scaled = [lr * group["lr_scale"] for group in state.optimizer.param_groups]
-    return torch.tensor(scaled).tolist() if state.device.type == "cuda" else scaled
+    rates = [lr * group["lr_scale"] for group in state.optimizer.param_groups]
+    if state.device.type == "cuda":
+        rates = torch.tensor(rates).tolist()
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return rates
 
 
 def step_unless(skipped: Tensor, optimizer: Any) -> None:
@@ -239,25 +242,44 @@ def finish_commit(state: TrainState, transaction: Transaction | None) -> None:
     """Do what is left of `state.commit`, from where it stopped, and forget it."""
     commit = state.commit
     assert commit is not None, "no step is in progress"
-    skipped = commit.skipped
 
-    def restore_norms() -> None:
-        if transaction is not None:
-            transaction.undo_buffers(skipped)
+    def average() -> None:
+        state.ema.update(state.model, commit.ema_decay, skipped=commit.skipped)
 
-    parts: tuple[Callable[[], None], ...] = (
-        restore_norms,
-        lambda: state.scaler.update(),
-        lambda: state.optimizer.zero_grad(set_to_none=True),
-        lambda: state.ema.update(state.model, commit.ema_decay, skipped=skipped),
-        lambda: state.record_losses(commit.totals, commit.normaliser, skipped),
-    )
-    for part in parts[commit.done :]:
+    verdict = commit.totals, commit.normaliser, commit.skipped
+    for part in after_the_weights(state, transaction, verdict, average)[commit.done :]:
         part()
         commit.done += 1
     state.steps += 1
     state.position = commit.after
     state.commit = None
+
+
+def after_the_weights(
+    state: TrainState,
+    transaction: Transaction | None,
+    verdict: tuple[LossSums, Tensor, Tensor],
+    average: Callable[[], None],
+) -> Sequence[Callable[[], None]]:
+    """Return the device's work that a step ends with once its weights have moved, in order.
+
+    Args:
+        verdict: the step's sums, max(S, 1) and whether it was skipped.
+        average: moves the EMA.
+    """
+    _, _, skipped = verdict
+
+    def restore_norms() -> None:
+        if transaction is not None:
+            transaction.undo_buffers(skipped)
+
+    return (
+        restore_norms,
+        lambda: state.scaler.update(),
+        lambda: state.optimizer.zero_grad(set_to_none=True),
+        average,
+        lambda: state.record_losses(*verdict),
+    )
 
 
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:

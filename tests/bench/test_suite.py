@@ -161,6 +161,27 @@ def test_chosen_parts_alone_go_into_a_file_beside(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("only", "words"),
+    [
+        ("tier [", "is no regular expression: unterminated character set"),
+        ("nothing", "--only nothing is found in no part's name: n on two CPU cores; criterion;"),
+    ],
+)
+def test_parts_that_cannot_be_chosen_are_said_in_one_line(
+    only: str, words: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--smoke"]
+    done = subprocess.run(
+        [*command, "--only", only, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_minutes_count_from_before_torch_is_loaded(tmp_path: Path) -> None:
     """Loading torch takes longer than a second, so not one is left for the first cell."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--smoke"]

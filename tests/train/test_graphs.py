@@ -26,7 +26,7 @@ from hsrloop.train.snapshot import Snapshot
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 from tests.train.conftest import Recorder as Listener
-from tests.train.test_step import NAMES, make_batches
+from tests.train.test_step import NAMES, make_batches, step_settings
 
 T = TypeVar("T")
 LR = 2.0**-9  # a float32 as it is
@@ -84,15 +84,7 @@ def make(
     config = TrainConfig().replace(**values)
     module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
     state = build_state(config, module, device, fresh_share=None, amp=amp)
-    settings = StepSettings(
-        device=device,
-        strides=(8, 16, 32),
-        reg_max=16,
-        amp=amp and device.type == "cuda",
-        ema_decay=0.9,
-        ema_tau=10.0,
-        graphs=True,
-    )
+    settings = step_settings(device, amp=amp and device.type == "cuda", graphs=True)
     return state, settings, Transaction(state)
 
 
@@ -304,12 +296,13 @@ def test_what_fails_half_way_leaves_nothing(error: Exception, fails_at: int, rer
 def rounded_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning rates as on CUDA, where both ways of taking a step read a float32."""
 
-    def rates(state: TrainState, lr: float) -> list[float]:
-        scaled = [lr * group["lr_scale"] for group in state.optimizer.param_groups]
-        return torch.tensor(scaled).tolist()
+    def set_rates(state: TrainState, lr: float) -> list[float]:
+        for group in state.optimizer.param_groups:
+            group["lr"] = float(torch.tensor(lr * group["lr_scale"]))
+        return [group["lr"] for group in state.optimizer.param_groups]
 
     for module in (graphs, step_module):
-        monkeypatch.setattr(module, "rates", rates)
+        monkeypatch.setattr(module, "set_rates", set_rates)
 
 
 @pytest.mark.usefixtures("rounded_rates")

@@ -20,7 +20,7 @@ from hsrloop.train.build import build_state
 from hsrloop.train.precision import autocast_dtype, fp16_is_sound
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
-from tests.train.test_step import assert_same, make_batches, weights_of
+from tests.train.test_step import assert_same, make_batches, step_settings, weights_of
 
 NAMES = ("cup", "can", "box")
 CPU = torch.device("cpu")
@@ -154,15 +154,7 @@ def test_bf16_trains_without_scaling_and_as_float32_does() -> None:
         config = TrainConfig(batch=8, imgsz=64, model="yolov8n.yaml")
         module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
         state = build_state(config, module, CPU, fresh_share=None, amp=False)
-        settings = StepSettings(
-            device=CPU,
-            strides=(8, 16, 32),
-            reg_max=16,
-            amp=amp,
-            amp_dtype=torch.bfloat16,
-            ema_decay=0.9,
-            ema_tau=10.0,
-        )
+        settings = step_settings(CPU, amp=amp, amp_dtype=torch.bfloat16)
         assert not state.scaler.is_enabled() and state.grad_scale == 1.0
         for seed in range(3):
             train_step(state, make_batches([4, 4], imgsz=32, seed=seed), settings=settings, lr=1e-3)

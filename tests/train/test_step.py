@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,12 @@ def make_batches(sizes: list[int], *, imgsz: int = 64, seed: int = 0) -> list[Ba
     return batches
 
 
+def step_settings(device: torch.device, **changes: Any) -> StepSettings:
+    """In float32, with an EMA that moves fast; `changes` on top."""
+    fixed: dict[str, Any] = {"strides": (8, 16, 32), "reg_max": 16, "amp": False}
+    return StepSettings(device=device, **{**fixed, "ema_decay": 0.9, "ema_tau": 10.0, **changes})
+
+
 def make_state(
     dtype: torch.dtype = torch.float32, *, frozen_norms: bool = True, **changes: object
 ) -> tuple[TrainState, StepSettings]:
@@ -59,16 +66,7 @@ def make_state(
         for module in state.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-    settings = StepSettings(
-        device=CPU,
-        strides=(8, 16, 32),
-        reg_max=16,
-        amp=False,
-        ema_decay=0.9,
-        ema_tau=10.0,
-        dtype=dtype,
-    )
-    return state, settings
+    return state, step_settings(CPU, dtype=dtype)
 
 
 def weights_of(state: TrainState) -> torch.Tensor:
