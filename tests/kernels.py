@@ -1,4 +1,7 @@
-"""CUDA C++ compiled for the host, where a thread is a turn of a loop: tested without a GPU."""
+"""CUDA C++ compiled for the host: tested without a GPU.
+
+A thread is a turn of a loop; threads of a block that wait for each other are threads indeed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsrloop.ops.nvrtc import kernel_names
+
 DEVICES = [
     "cpu",
     pytest.param(
@@ -24,59 +29,76 @@ DEVICES = [
     ),
 ]
 _HOST = r"""
-#include <cmath>
-using namespace std;
+#include <barrier>
+#include <math.h>
+#include <thread>
+#include <vector>
 struct Place { int x, y, z; };
-static Place blockIdx, blockDim, threadIdx;
+static Place blockIdx, blockDim;
+static thread_local Place threadIdx;
+static std::barrier<> *gate;
 #define __global__
 #define __device__
 #define __shared__ static
-static inline void __syncthreads() {}
-#include "%(file)s"
-extern "C" void launch(const int *grid, const int *block, %(parameters)s) {
+static inline void __syncthreads() { if (gate) gate->arrive_and_wait(); }
+template <typename Number> static void atomicMax(Number *at, Number value) {
+    Number old = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (old < value && !__atomic_compare_exchange_n(
+               at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+static inline float from_half(unsigned short bits) {
+    _Float16 number;
+    __builtin_memcpy(&number, &bits, 2);
+    return number;
+}
+static inline unsigned short to_half(float number) {
+    const _Float16 rounded = number;
+    unsigned short bits;
+    __builtin_memcpy(&bits, &rounded, 2);
+    return bits;
+}
+template <typename Work>
+static void start(const int *grid, const int *block, bool together, Work work) {
     blockDim = {block[0], block[1], block[2]};
     for (int z = 0; z < grid[2]; z++)
         for (int y = 0; y < grid[1]; y++)
-            for (int x = 0; x < grid[0]; x++)
+            for (int x = 0; x < grid[0]; x++) {
+                blockIdx = {x, y, z};
+                std::barrier<> waiting(block[0] * block[1] * block[2]);
+                gate = together ? &waiting : nullptr;
+                std::vector<std::thread> threads;
                 for (int c = 0; c < block[2]; c++)
                     for (int b = 0; b < block[1]; b++)
                         for (int a = 0; a < block[0]; a++) {
-                            blockIdx = {x, y, z};
-                            threadIdx = {a, b, c};
-                            %(name)s(%(arguments)s);
+                            auto run = [=] { threadIdx = {a, b, c}; work(); };
+                            if (together) threads.emplace_back(run); else run();
                         }
+                for (auto &thread : threads) thread.join();
+            }
+}
+#include "%s"
+"""
+_LAUNCH = """
+extern "C" void launch_%(name)s(const int *grid, const int *block, int together, %(parameters)s) {
+    start(grid, block, together, [=] { %(name)s(%(arguments)s); });
 }
 """
 _FLAGS = (
-    *("-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unused-function"),
+    *("-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
+    *("-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"),
 )
+_NUMBERS = ctypes.c_int * 3
 
 
 class HostKernel:
     """Called like `nvrtc.Kernel`, on the CPU.
 
     Args:
-        source: a .cu file, named after its function.
-        alone: with one thread a block, as threads that wait for each other need.
+        threads: of a block, that run together; 0: as the caller says, one after the other.
     """
 
-    def __init__(self, source: Path, folder: Path, *, alone: bool = False) -> None:
-        compiler = shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
-            pytest.skip("no C++ compiler (apt install g++)")
-        name = source.stem
-        found = re.search(rf'extern "C" __global__ void {name}\(([^)]*)\)', source.read_text())
-        assert found is not None
-        parameters = " ".join(found[1].split())
-        arguments = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
-        file, library = folder / f"{name}.cpp", folder / f"{name}.so"
-        values = {"file": source.name, "name": name}
-        file.write_text(_HOST % {**values, "parameters": parameters, "arguments": arguments})
-        command = [compiler, *_FLAGS, f"-I{source.parent}", str(file), "-o", str(library)]
-        subprocess.run(command, check=True)
-        self._launch = ctypes.CDLL(str(library)).launch
-        self._alone = alone
+    def __init__(self, launch: ctypes._NamedFuncPointer, threads: int) -> None:
+        self._launch, self._threads = launch, threads
         self.calls = 0
 
     def __call__(
@@ -84,16 +106,48 @@ class HostKernel:
         grid: Sequence[int],
         block: Sequence[int],
         device: torch.device,
-        *args: Tensor | int | float | None,
+        *args: Tensor | int | float | ctypes.Structure | None,
     ) -> None:
         assert device.type == "cpu"
         self.calls += 1
-        numbers = ctypes.c_int * 3
-        threads = (1, 1, 1) if self._alone else tuple(block)
-        self._launch(numbers(*grid), numbers(*threads), *map(_as_c, args))
+        size = (self._threads, 1, 1) if self._threads else tuple(block)
+        together = self._threads > 1
+        self._launch(_NUMBERS(*grid), _NUMBERS(*size), together, *map(_as_c, args))
 
 
-def _as_c(arg: Tensor | int | float | None) -> object:
+def host_kernels(
+    source: Path, folder: Path, *, together: dict[str, int] | None = None
+) -> dict[str, HostKernel]:
+    """Compile a .cu file.
+
+    Args:
+        together: how many threads a block of a kernel has whose threads wait for each other.
+    """
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (apt install g++)")
+    text = source.read_text()
+    code = _HOST % source.name
+    for name in kernel_names(text):
+        found = re.search(rf'extern "C" __global__ void {name}\(([^)]*)\)', text)
+        assert found is not None
+        parameters = " ".join(found[1].split())
+        arguments = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
+        code += _LAUNCH % {"name": name, "parameters": parameters, "arguments": arguments}
+    file, library = folder / f"{source.stem}.cpp", folder / f"{source.stem}.so"
+    file.write_text(code)
+    command = [compiler, *_FLAGS, f"-I{source.parent}", str(file), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded, numbers = ctypes.CDLL(str(library)), together or {}
+    return {
+        name: HostKernel(loaded[f"launch_{name}"], numbers.get(name, 0))
+        for name in kernel_names(text)
+    }
+
+
+def _as_c(arg: Tensor | int | float | ctypes.Structure | None) -> object:
+    if isinstance(arg, ctypes.Structure):
+        return arg
     if isinstance(arg, Tensor):
         assert arg.is_contiguous()
         return ctypes.c_void_p(arg.data_ptr())

@@ -16,7 +16,7 @@ from hsrloop.bench.counting import DeviceWatch
 from hsrloop.bench.meters import in_turn, rates
 from hsrloop.bench.results import Row
 from hsrloop.model.yolo import import_ultralytics
-from hsrloop.ops.loss import GAINS, PaddedTargets, detection_loss, pad_targets
+from hsrloop.ops.loss import GAINS, PaddedTargets, detection_loss, loss_kernels, pad_targets
 from hsrloop.ops.targets import STRIDES
 from hsrloop.records import RawPredictions
 
@@ -57,7 +57,9 @@ class CriterionInput:
             torch.randint(0, classes, (images * objects,), generator=g),
             torch.arange(images).repeat_interleave(objects),
         )
-        targets = pad_targets(*truth, images=images, imgsz=imgsz)
+        targets = pad_targets(
+            *truth, images=images, imgsz=imgsz, segments=loss_kernels(device) is None
+        )
 
         def logits(channels: int, shift: float) -> Tensor:
             noise = torch.randn(images, channels, points, generator=g) + shift
@@ -76,10 +78,8 @@ class CriterionInput:
 
     def resident(self) -> list[Tensor]:
         """Return the tensors that lie on the device."""
-        t = self.targets
-        here = [t.table, t.labels, t.rows, t.segments]
-        here += [self.boxes_cxcywh, self.labels, self.image_index]
-        return [self.raw.box_logits, self.raw.class_logits, *here]
+        here = [self.boxes_cxcywh, self.labels, self.image_index]
+        return [self.raw.box_logits, self.raw.class_logits, *self.targets.tensors, *here]
 
 
 def peers_loss(*, classes: int, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hsrloop.ops.anchors import at_least_float32
 from hsrloop.ops.boxes import Columns, Pairs
 from hsrloop.ops.paths import on_cpu
-from hsrloop.ops.targets import SEGMENT, PaddedTargets
+from hsrloop.ops.targets import SEGMENT, PaddedTargets, Segments
 
 TOPK = 10
 """Anchor points that each box may have."""
@@ -94,11 +94,13 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
     Args:
         boxes: (4, B, A) decoded predictions, x1 y1 x2 y2 in px, float32 or float64.
         class_logits: (B, C, A).
-        targets: of the same B images and A points; M may be 0, then T is 0.
+        targets: of the same B images and A points, with segments; M may be 0, then T is 0.
 
     Raises:
         ValueError: the targets are of other images or points; on the CPU also: of other classes.
     """
+    segments = targets.segments
+    assert segments is not None, "pad_targets was told to leave the segments out"
     images, classes, anchors = class_logits.shape
     points = sum(height * width for height, width in targets.shapes)
     if (len(targets.labels), points) != (images, anchors):
@@ -118,23 +120,24 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         places=places,
     )
     if on_cpu(boxes.device) and boxes.dtype == torch.float32:
-        return _scored(scene, *_chosen_on_cpu(scene, targets))
-    metric, anchor, ranking = _candidates(scene, targets)  # (N, 10), (N, 10), (B * A,)
-    own = targets.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
+        return _scored(scene, *_chosen_on_cpu(scene, segments, len(targets.shapes)))
+    # (N, 10), (N, 10), (B * A,)
+    metric, anchor, ranking = _candidates(scene, segments, len(targets.shapes))
+    own = segments.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
     return _scored(scene, *_resolve(scene, metric.view(-1) > 0, anchor.view(-1), own, ranking))
 
 
-def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
+def _chosen_on_cpu(scene: _Scene, segments: Segments, levels: int) -> _Slots:
     from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
 
-    labels = targets.segments[SEGMENT.index("label")].numpy()
+    labels = segments.table[SEGMENT.index("label")].numpy()
     if len(labels) and not 0 <= labels.min() <= labels.max() < scene.classes:
         raise ValueError(f"a label is none of {scene.classes} classes")
     logits = scene.logits.float()
     found = settled_pairs(
         *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table)),
-        *(t.numpy() for t in (targets.segments, targets.rows)),
-        levels=len(targets.shapes),
+        *(t.numpy() for t in (segments.table, segments.rows)),
+        levels=levels,
         anchors=scene.anchors,
         classes=scene.classes,
         topk=TOPK,
@@ -145,20 +148,21 @@ def _chosen_on_cpu(scene: _Scene, targets: PaddedTargets) -> _Slots:
     return image, anchor, box, torch.ones_like(point, dtype=torch.bool)
 
 
-def _candidates(scene: _Scene, targets: PaddedTargets) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(
+    scene: _Scene, segments: Segments, levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return metric and anchor point of each box's best 10, and who overlaps each point most.
 
     Unused places have metric 0. The ranking is a key per (image, point): overlap, then the lowest
     place, so that a maximum over boxes finds both.
     """
-    levels = len(targets.shapes)
-    device, dtype = targets.rows.device, scene.predicted.area.dtype
-    best = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=dtype)
-    where = torch.zeros((len(targets.rows) * levels, TOPK), device=device, dtype=torch.int64)
+    device, dtype = segments.rows.device, scene.predicted.area.dtype
+    best = torch.zeros((len(segments.rows) * levels, TOPK), device=device, dtype=dtype)
+    where = torch.zeros((len(segments.rows) * levels, TOPK), device=device, dtype=torch.int64)
     ranking = torch.zeros(scene.images * scene.anchors, device=device, dtype=torch.int64)
-    numbers = targets.segments[:5].float()
-    for block, longest in _blocks(targets.cells, _BLOCK):
-        slot, *_, row, image, label = targets.segments[:, block, None].unbind(0)  # (g, 1)
+    numbers = segments.table[:5].float()
+    for block, longest in _blocks(segments.cells, _BLOCK):
+        slot, *_, row, image, label = segments.table[:, block, None].unbind(0)  # (g, 1)
         _, first, width, skipped, last = numbers[:, block, None].unbind(0)
         k = torch.arange(longest, device=device, dtype=torch.float32)  # (K,)
         inside = k <= last  # (g, K)

@@ -1,5 +1,8 @@
 """The detection loss of YOLOv8 as sums over samples, to be normalised once per optimizer step.
 
+On CUDA `loss.cu` computes it; what is here serves other devices and types, and cards on which that
+does not work.
+
 Source: ultralytics@8.4.190, v8DetectionLoss; its terms are gain * sum / max(target_scores, 1).
 """
 
@@ -15,9 +18,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hsrloop.ops.anchors import anchor_table, at_least_float32, mean_distances
 from hsrloop.ops.assign import Assignment, assign
+from hsrloop.ops.loss_gpu import SOURCE, kernel_loss
+from hsrloop.ops.nvrtc import Kernels, proved_kernels
 from hsrloop.ops.paths import on_cpu
 from hsrloop.ops.ranges import named
-from hsrloop.ops.targets import PaddedTargets, pad_targets
+from hsrloop.ops.targets import STRIDES, PaddedTargets, pad_targets
 from hsrloop.records import RawPredictions
 
 __all__ = ["GAINS", "LossGains", "LossSums", "PaddedTargets", "detection_loss", "pad_targets"]
@@ -76,6 +81,7 @@ def detection_loss(
         strides: px, one a level.
         targets: of the same images, on the same device; images without boxes are allowed, and so
             is a batch without any (then box, dfl and S are 0, and cls has its background part).
+            Without segments it is computed by `loss_kernels`.
         reg_max: bins of a side's distribution, at least 2.
         assigner: `assign`, or it kept from being compiled.
 
@@ -91,6 +97,10 @@ def detection_loss(
             "call pad_targets with the imgsz and strides of the forward pass"
         )
     device = raw.class_logits.device
+    if targets.segments is None:
+        kernels = loss_kernels(device)
+        assert kernels is not None, "pad_targets was told to leave the segments out"
+        return LossSums(*kernel_loss(raw, strides, targets, reg_max=reg_max, kernels=kernels))
     with torch.autocast(device.type, enabled=False):
         dtype = at_least_float32(raw.class_logits[:0]).dtype
         cells = anchor_table(raw.shapes, strides, device=device, dtype=dtype)
@@ -101,6 +111,38 @@ def detection_loss(
             box, dfl = _box_terms(raw.box_logits, cells, chosen, reg_max=reg_max)
             cls = sparse_bce_sum(raw.class_logits, chosen.logit, chosen.weight)
     return LossSums(box=box, cls=cls, dfl=dfl, target_scores=chosen.weight.sum())
+
+
+def loss_kernels(device: torch.device) -> Kernels | None:
+    """Return what computes the loss of float32 and half precision in one go; None: nothing does."""
+    return proved_kernels(SOURCE, device, _proves) if device.type == "cuda" else None
+
+
+def _proves(kernels: Kernels, device: torch.device) -> bool:
+    """Return whether they give the sums and gradients that torch's operators give of a crowd."""
+    g = torch.Generator().manual_seed(0)
+    shapes, boxes = ((20, 20), (10, 10), (5, 5)), 60
+    side = 0.02 + 0.6 * torch.rand(boxes, 2, generator=g) ** 2
+    centre = side / 2 + (1 - side) * torch.rand(boxes, 2, generator=g)
+    truth = torch.cat((centre, side), 1), torch.arange(boxes) % 5, torch.arange(boxes) // 25
+    noise = [torch.randn(4, channels, 525, generator=g) for channels in (64, 5)]
+
+    def found(kind: torch.dtype, *, segments: bool) -> list[Tensor]:
+        targets = pad_targets(*truth, images=4, imgsz=160, places=40, segments=segments).to(device)
+        box, cls = (logits.to(device, kind).requires_grad_() for logits in noise)
+        raw = RawPredictions(box, cls, shapes)
+        if segments:
+            sums = detection_loss(raw, STRIDES, targets)
+        else:
+            sums = LossSums(*kernel_loss(raw, STRIDES, targets, reg_max=16, kernels=kernels))
+        gradients = torch.autograd.grad(GAINS.weigh(sums), (box, cls))
+        return [part.detach().float() for part in (*sums.parts, *gradients)]
+
+    for kind, tolerance in ((torch.float32, 1e-4), (torch.float16, 1e-3)):
+        pairs = zip(found(kind, segments=False), found(kind, segments=True), strict=True)
+        if not all(bool((own - other).norm() <= tolerance * other.norm()) for own, other in pairs):
+            return False
+    return True
 
 
 def _decoded_columns(box_logits: Tensor, cells: Tensor, *, reg_max: int) -> Tensor:

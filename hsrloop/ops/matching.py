@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hsrloop.ops.boxes import iou_matrix
 from hsrloop.ops.nms import Found
-from hsrloop.ops.nvrtc import Kernel, kernel_of
+from hsrloop.ops.nvrtc import Kernel, Kernels, proved_kernels
 
 IOUS = torch.linspace(0.5, 0.95, 10).numpy()
 """Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
@@ -78,7 +78,8 @@ def _kernel_for(iou: Tensor) -> Kernel | None:
     """Return what matches (B, M, D) overlaps in one go; None where `_in_turn` has to."""
     if iou.device.type != "cuda" or iou.dtype != torch.float32 or iou.shape[1] > _MOST_BOXES:
         return None
-    return kernel_of(_MATCH, iou.device, _proves)
+    kernels = proved_kernels(_MATCH, iou.device, _proves)
+    return None if kernels is None else kernels["match"]
 
 
 def _greedy(kernel: Callable[..., None], iou: Tensor, thresholds: Tensor) -> Tensor:
@@ -93,11 +94,11 @@ def _greedy(kernel: Callable[..., None], iou: Tensor, thresholds: Tensor) -> Ten
     return right
 
 
-def _proves(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether it finds what `_in_turn` finds."""
+def _proves(kernels: Kernels, device: torch.device) -> bool:
+    """Return whether one finds what `_in_turn` finds."""
     iou = torch.rand(5, 40, 60, generator=torch.Generator().manual_seed(0)).to(device)
     thresholds = torch.from_numpy(IOUS).to(device)
-    return torch.equal(_greedy(kernel, iou, thresholds), _in_turn(iou, thresholds))
+    return torch.equal(_greedy(kernels["match"], iou, thresholds), _in_turn(iou, thresholds))
 
 
 def match_all(

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hsrloop.ops.nvrtc import Kernel, kernel_of
+from hsrloop.ops.nvrtc import Kernel, Kernels, proved_kernels
 
 _CLASS_OFFSET_PX = 7680
 """Classes are laid side by side at this distance, so that they cannot suppress each other.
@@ -159,7 +159,8 @@ def _kernel_for(boxes: Tensor) -> Kernel | None:
     """Return what suppresses (B, K, 4) boxes in one go; None where `_survivors` has to."""
     if boxes.device.type != "cuda" or boxes.dtype != torch.float32 or boxes.shape[1] > _MOST_ROWS:
         return None
-    return kernel_of(_SUPPRESS, boxes.device, _proves)
+    kernels = proved_kernels(_SUPPRESS, boxes.device, _proves)
+    return None if kernels is None else kernels["suppress"]
 
 
 def _suppressed(
@@ -175,15 +176,16 @@ def _suppressed(
     return kept
 
 
-def _proves(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether it keeps what `_survivors` keeps of a crowd."""
+def _proves(kernels: Kernels, device: torch.device) -> bool:
+    """Return whether one keeps what `_survivors` keeps of a crowd."""
     generator = torch.Generator().manual_seed(0)
     low = 40 * torch.rand(3, 200, 2, generator=generator)
     boxes = torch.cat((low, low + 20 + 10 * torch.rand(3, 200, 2, generator=generator)), 2)
     boxes = boxes.to(device)
     wanted = (torch.arange(200) < torch.tensor([[200], [150], [0]])).to(device)
     expected, decided = _survivors(boxes, wanted, 0.7, 200)
-    return torch.equal(_suppressed(kernel, boxes, wanted, 0.7, 200), expected & decided[:, None])
+    found = _suppressed(kernels["suppress"], boxes, wanted, 0.7, 200)
+    return torch.equal(found, expected & decided[:, None])
 
 
 def _in_order(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:

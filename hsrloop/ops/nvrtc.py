@@ -11,8 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ from torch import Tensor
 
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
 _OUT_OF_MEMORY = 2  # of the driver's errors
-Argument = Tensor | int | float | None
+Argument = Tensor | int | float | ctypes.Structure | None
 _LOG = logging.getLogger(__name__)
+_COUNTERS: list[Counter[str]] = []  # of `counted_launches`
 
 
 class KernelError(RuntimeError):
@@ -30,28 +34,10 @@ class KernelError(RuntimeError):
 
 
 class Kernel:
-    """One kernel on one device.
+    """One kernel on one device; made by `kernels_in`."""
 
-    Args:
-        source: CUDA C++ with a function of C linkage.
-        name: of the function.
-
-    Raises:
-        KernelError: NVRTC is not there, or refuses the source.
-        torch.OutOfMemoryError: the GPU has no room for it.
-    """
-
-    def __init__(self, source: str, name: str, device: torch.device) -> None:
-        capability = torch.cuda.get_device_capability(device)
-        code = compile_source(source, capability)
-        self._driver = _library(("libcuda.so.1", "nvcuda.dll"))
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # torch's context is current from now on
-            self._check("cuModuleLoadData", ctypes.byref(self._module), code)
-            self._check(
-                "cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode()
-            )
+    def __init__(self, name: str, function: ctypes.c_void_p, check: Callable[..., None]) -> None:
+        self._name, self._function, self._check = name, function, check
 
     def __call__(
         self, grid: Sequence[int], block: Sequence[int], device: torch.device, *args: Argument
@@ -61,7 +47,8 @@ class Kernel:
         Args:
             grid, block: three numbers each.
             device: of the tensors; a thread must have used it before.
-            args: contiguous tensors and None as addresses, numbers as int and float.
+            args: contiguous tensors and None as addresses, numbers as int and float, structures as
+                they are.
 
         Raises:
             KernelError: it could not be started.
@@ -71,36 +58,81 @@ class Kernel:
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         self._check("cuLaunchKernel", self._function, *grid, *block, 0, stream, addresses, None)
+        for counter in _COUNTERS:
+            counter[self._name] += 1
 
-    def _check(self, call: str, *args: Any) -> None:
-        result = getattr(self._driver, call)(*args)
+
+Kernels = Mapping[str, Kernel]
+
+
+def kernels_in(source: str, device: torch.device) -> Kernels:
+    """Return a device's kernels by name.
+
+    Args:
+        source: CUDA C++; kernels have C linkage.
+
+    Raises:
+        KernelError: NVRTC is not there, or refuses the source.
+        torch.OutOfMemoryError: the GPU has no room for them.
+    """
+    code = compile_source(source, torch.cuda.get_device_capability(device))
+    driver = _library(("libcuda.so.1", "nvcuda.dll"))
+
+    def check(call: str, *args: Any) -> None:
+        result = getattr(driver, call)(*args)
         if result == _OUT_OF_MEMORY:
             raise torch.OutOfMemoryError(f"CUDA out of memory: {call}")
         if result:
             raise KernelError(f"{call} failed with error {result} of the CUDA driver")
 
+    module, found = ctypes.c_void_p(), {}
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # torch's context is current from now on
+        check("cuModuleLoadData", ctypes.byref(module), code)
+        for name in kernel_names(source):
+            function = ctypes.c_void_p()
+            check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            found[name] = Kernel(name, function, check)
+    return found
+
+
+def kernel_names(source: str) -> list[str]:
+    """Return what the kernels in a source are called."""
+    return re.findall(r'extern "C" __global__ void (\w+)\(', source)
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Count the kernels that are started meanwhile, by name and in all threads."""
+    counter: Counter[str] = Counter()
+    _COUNTERS.append(counter)
+    try:
+        yield counter
+    finally:
+        _COUNTERS.remove(counter)
+
 
 @functools.cache
-def kernel_of(
-    file: Path, device: torch.device, proof: Callable[[Kernel, torch.device], bool]
-) -> Kernel | None:
-    """Return the kernel that a file is named after, made once a process.
+def proved_kernels(
+    file: Path, device: torch.device, proof: Callable[[Kernels, torch.device], bool]
+) -> Kernels | None:
+    """Return the kernels in a file, made once a process.
 
     Args:
-        proof: computes something with it and in another way; returns whether both agree.
+        proof: computes something with them and in another way; returns whether both agree.
 
     Returns:
-        None where it cannot be compiled, or computes something else; a warning says so.
+        None where they cannot be compiled, or compute something else; a warning says so.
     """
     try:
-        kernel = Kernel(file.read_text(encoding="utf-8"), file.stem, device)
-        why = "" if proof(kernel, device) else "it computes something else than torch"
+        kernels = kernels_in(file.read_text(encoding="utf-8"), device)
+        why = "" if proof(kernels, device) else "it computes something else than torch"
     except KernelError as error:
         why = str(error)
     if why:
         _LOG.warning("%s is not used, which costs time: %s", file.name, why)
         return None
-    return kernel
+    return kernels
 
 
 def compile_source(source: str, capability: tuple[int, int]) -> bytes:
@@ -141,6 +173,8 @@ def _check_nvrtc(result: int) -> None:
 
 
 def _as_c(arg: Argument) -> Any:
+    if isinstance(arg, ctypes.Structure):
+        return arg
     if isinstance(arg, int):
         return ctypes.c_int(arg)
     if isinstance(arg, float):

@@ -3,13 +3,13 @@
 Which anchor points lie inside a box depends on the box alone. On each level of the pyramid they
 form a rectangle of cells, so a box is (image, level) rectangles, here called segments, whose sizes
 are known before anything reaches the device. They are laid out by falling size: the assigner cuts
-them into dense blocks with little padding and static shapes.
+them into dense blocks with little padding and static shapes. `loss.cu` finds them by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -22,7 +22,7 @@ STRIDES = (8, 16, 32)
 """Levels of every YOLOv8 detector, px."""
 
 SEGMENT = ("slot", "first", "width", "skipped", "last", "row", "image", "label")
-"""Rows of `PaddedTargets.segments`.
+"""Rows of `Segments.table`.
 
 The slot is box * L + level; the rectangle begins at cell `first`, is `width` cells wide, and from
 the end of a line to the next one `skipped` cells are not inside; `last` is one less than the cells
@@ -33,36 +33,45 @@ _INSIDE_PX = 1e-9  # a centre must be further inside than this; ultralytics@8.4.
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """The cells inside N boxes, as G rectangles that are not empty."""
+
+    rows: Tensor  # (N,) int64: image * M + place of each box
+    table: Tensor  # (8, G) int64: see `SEGMENT`
+    cells: tuple[int, ...]  # (G,) cells of each, falling; kept on the host
+
+
+@dataclass(frozen=True, slots=True)
 class PaddedTargets:
-    """Boxes of B images, each padded to M, and the cells inside them; N boxes in all, L levels."""
+    """Boxes of B images, each padded to M."""
 
     table: Tensor  # (6, B * M) float32 `Columns` of the boxes, px, 0 where padded; M may be 0
-    labels: Tensor  # (B, M) int64, 0 where padded
-    rows: Tensor  # (N,) int64: image * M + place of each box
-    segments: Tensor  # (8, G) int64: see `SEGMENT`
-    cells: tuple[int, ...]  # (G,) cells of each segment, falling; kept on the host
+    labels: Tensor  # (B, M) int64, -1 where padded
     shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
+    segments: Segments | None  # where torch's operators or the CPU's loop assign
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        own = self.segments
+        return [self.table, self.labels, *(() if own is None else (own.rows, own.table))]
 
     def to(self, device: torch.device) -> PaddedTargets:
         """Return a copy whose tensors are on the device; to a GPU they go in one copy.
 
         It starts from page-locked memory, so that the host need not wait for it.
         """
-        boxes = self.table.view(-1).view(torch.int64)  # 6 float32 a box: an even number
-        parts = [boxes, self.labels.view(-1), self.rows, self.segments.view(-1)]
+        parts = [part.contiguous().view(-1).view(torch.int64) for part in self.tensors]
         ends = list(accumulate(len(part) for part in parts))
         host = torch.empty(ends[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
         sent = torch.cat(parts, out=host).to(device, non_blocking=True)
-        boxes, labels, rows, segments = (
-            sent[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
+        table, labels, *others = (
+            sent[end - len(part) : end].view(old.dtype).view(old.shape)
+            for part, end, old in zip(parts, ends, self.tensors, strict=True)
         )
-        return replace(
-            self,
-            table=boxes.view(torch.float32).view(self.table.shape),
-            labels=labels.view(self.labels.shape),
-            rows=rows,
-            segments=segments.view(self.segments.shape),
-        )
+        own = self.segments
+        segments = None if own is None else Segments(*others, cells=own.cells)
+        return PaddedTargets(table, labels, self.shapes, segments)
 
 
 def pad_targets(
@@ -73,6 +82,8 @@ def pad_targets(
     images: int,
     imgsz: int,
     strides: Sequence[int] = STRIDES,
+    places: int = 0,
+    segments: bool = True,
 ) -> PaddedTargets:
     """Arrange the boxes of a batch for the loss; for tensors on the host.
 
@@ -83,32 +94,27 @@ def pad_targets(
         images: B, images in the batch.
         imgsz: side of the square network input, px; a multiple of the largest stride.
         strides: px, one a level, as the head's.
+        places: M, if no image has more boxes.
+        segments: whether they are needed.
 
     Returns:
         Targets on the host, boxes in the order given; `.to(device)` moves them.
     """
     image = image_index.long()
     count = torch.bincount(image, minlength=images)
-    width = int(count.max()) if len(image) else 0
+    width = max(int(count.max()) if len(image) else 0, places)
     place = torch.arange(len(image)) - (count.cumsum(0) - count)[image]
     rows = image * width + place
     flat = cxcywh_to_xyxy(boxes_cxcywh.float() * imgsz)
     boxes = torch.zeros(4, images * width).index_copy_(1, rows, flat.t())
-    classes = torch.zeros(images * width, dtype=torch.int64).index_copy_(0, rows, labels.long())
+    table = Columns.of(boxes).table
+    classes = torch.full((images * width,), -1).index_copy_(0, rows, labels.long())
     shapes = tuple((imgsz // stride, imgsz // stride) for stride in strides)
-    segments = _segments(_enlarged(flat, strides).numpy(), shapes, strides)
-    box = segments[0] // len(strides)
-    whose = (part.numpy()[box] for part in (rows, image, labels.long()))
-    cells = segments[4]
-    segments = np.stack((*segments[:4], cells - 1, *whose))
-    return PaddedTargets(
-        table=Columns.of(boxes).table,
-        labels=classes.view(images, width),
-        rows=rows,
-        segments=torch.from_numpy(segments),
-        cells=tuple(cells.tolist()),
-        shapes=shapes,
-    )
+    found = None
+    if segments:
+        enlarged = _enlarged(flat, strides).numpy()
+        found = _segments(enlarged, (rows, image, labels.long()), shapes, strides)
+    return PaddedTargets(table, classes.view(images, width), shapes, found)
 
 
 def _enlarged(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -123,9 +129,16 @@ def _enlarged(boxes: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def _segments(
-    boxes: np.ndarray, shapes: Sequence[tuple[int, int]], strides: Sequence[int]
-) -> np.ndarray:
-    """Return the (5, G) rectangles of cells whose centres lie in (N, 4) boxes, largest first."""
+    boxes: np.ndarray,
+    owners: Sequence[Tensor],
+    shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+) -> Segments:
+    """Return the rectangles of cells whose centres lie in (N, 4) boxes.
+
+    Args:
+        owners: row, image and label of each box, (N,) each.
+    """
     tables, before = [], 0
     for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
         x0, columns = _span(boxes[:, 0], boxes[:, 2], width, stride)
@@ -140,7 +153,11 @@ def _segments(
         before += height * width
     merged = np.concatenate(tables, 1)
     merged = merged[:, np.argsort(-merged[4], kind="stable")]
-    return np.ascontiguousarray(merged[:, merged[4] > 0])
+    merged = merged[:, merged[4] > 0]
+    cells, box = merged[4], merged[0] // len(shapes)
+    whose = (part.numpy()[box] for part in owners)
+    table = np.stack((*merged[:4], cells - 1, *whose))
+    return Segments(owners[0], torch.from_numpy(table), tuple(cells.tolist()))
 
 
 def _span(low: np.ndarray, high: np.ndarray, cells: int, stride: int) -> tuple[np.ndarray, ...]:

@@ -36,7 +36,7 @@ from tests.data.test_render_torch import (
     plans_of,
     smooth,
 )
-from tests.kernels import HostKernel
+from tests.kernels import host_kernels
 
 CPU = torch.device("cpu")
 BANKS = [DeviceBank, TileBank]
@@ -45,7 +45,8 @@ BANKS = [DeviceBank, TileBank]
 @pytest.fixture(scope="module")
 def host_kernel(tmp_path_factory: pytest.TempPathFactory) -> RenderKernel:
     made = RenderKernel.__new__(RenderKernel)
-    made._kernel = HostKernel(SOURCE, tmp_path_factory.mktemp("kernel"))  # type: ignore[assignment]
+    folder = tmp_path_factory.mktemp("kernel")
+    made._kernel = host_kernels(SOURCE, folder)["render"]  # type: ignore[assignment]
     return made
 
 

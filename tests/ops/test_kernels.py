@@ -14,8 +14,8 @@ from torch import Tensor
 from hsrloop.ops import matching, nms, nvrtc
 from hsrloop.ops.matching import IOUS
 from hsrloop.ops.nms import nms_ahead
-from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_of
-from tests.kernels import DEVICES, HostKernel
+from hsrloop.ops.nvrtc import KernelError, compile_source, proved_kernels
+from tests.kernels import DEVICES, HostKernel, host_kernels
 
 SOURCES = [nms._SUPPRESS, matching._MATCH]
 
@@ -28,11 +28,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernel_on(device: str, source: Path, folder: Path) -> Any:
     """NVRTC's on a GPU, the host compiler's on the CPU."""
     if device == "cpu":
-        return HostKernel(source, folder, alone=source == nms._SUPPRESS)
+        return on_the_host(source, folder)
     module = nms if source == nms._SUPPRESS else matching
-    found = kernel_of(source, torch.device("cuda", 0), module._proves)
+    found = proved_kernels(source, torch.device("cuda", 0), module._proves)
     assert found is not None
-    return found
+    return found[source.stem]
+
+
+def on_the_host(source: Path, folder: Path) -> HostKernel:
+    return host_kernels(source, folder, together={"suppress": 3})[source.stem]
 
 
 def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def test_nms_with_the_kernel_finds_the_same(
         scores = (scores * levels).round() / levels
     scores[1] = 0
     expected = nms_ahead(boxes, scores, candidates=900, rounds=900)
-    kernel = HostKernel(nms._SUPPRESS, folder, alone=True)
+    kernel = on_the_host(nms._SUPPRESS, folder)
     monkeypatch.setattr(nms, "_kernel_for", lambda boxes: kernel)
     found = nms_ahead(boxes, scores, candidates=900)
     assert kernel.calls == 1
@@ -101,7 +105,7 @@ def test_a_validation_matched_by_the_kernel_is_the_same(
     detections = torch.cat((boxes, torch.rand(5, 80, 1), labels[..., None].float()), 2)
     truth = boxes[:, 10:40] + 1.5
     expected = matching.match(detections, truth, labels[:, 10:40])
-    kernel = HostKernel(matching._MATCH, folder)
+    kernel = on_the_host(matching._MATCH, folder)
     monkeypatch.setattr(matching, "_kernel_for", lambda iou: kernel)
     assert torch.equal(matching.match(detections, truth, labels[:, 10:40]), expected)
     assert kernel.calls == 1 and bool(expected.any())
@@ -122,31 +126,31 @@ def test_they_compile_for_cards_that_are_not_here(
 def test_a_kernel_is_proved_before_it_is_used(module: Any, folder: Path) -> None:
     source = nms._SUPPRESS if module is nms else matching._MATCH
     kernel = kernel_on("cpu", source, folder)
-    assert module._proves(kernel, torch.device("cpu"))
+    assert module._proves({source.stem: kernel}, torch.device("cpu"))
 
     def wrong(*args: Any) -> None:
         kernel(*args)
         filled = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.bool][-1]
         filled.view(-1)[3] ^= True
 
-    assert not module._proves(wrong, torch.device("cpu"))
+    assert not module._proves({source.stem: wrong}, torch.device("cpu"))
 
 
 def test_one_that_fails_is_named_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(source: str, name: str, device: torch.device) -> None:
+    def refuse(source: str, device: torch.device) -> None:
         raise KernelError("none of libnvrtc.so.13 can be loaded")
 
     device = torch.device("cuda", 7)
-    monkeypatch.setattr(nvrtc, "Kernel", refuse)
+    monkeypatch.setattr(nvrtc, "kernels_in", refuse)
     with caplog.at_level(logging.WARNING):
-        assert kernel_of(nms._SUPPRESS, device, lambda kernel, device: True) is None
+        assert proved_kernels(nms._SUPPRESS, device, lambda kernels, device: True) is None
     assert "suppress.cu is not used" in caplog.text and "libnvrtc.so.13" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(nvrtc, "Kernel", lambda source, name, device: object())
+    monkeypatch.setattr(nvrtc, "kernels_in", lambda source, device: {})
     with caplog.at_level(logging.WARNING):
-        assert kernel_of(matching._MATCH, device, lambda kernel, device: False) is None
+        assert proved_kernels(matching._MATCH, device, lambda kernels, device: False) is None
     assert "match.cu is not used" in caplog.text and "something else" in caplog.text
 
 

@@ -187,12 +187,13 @@ def test_pad_targets_places_boxes_and_counts_cells() -> None:
     boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])
     t = pad_targets(boxes, torch.tensor([2, 0, 1]), torch.tensor([0, 2, 2]), images=3, imgsz=64)
     assert t.table.shape == (6, 3 * 2)
-    assert t.rows.tolist() == [0, 4, 5]
-    assert t.labels.tolist() == [[2, 0], [0, 0], [0, 1]]
+    assert t.segments is not None
+    assert t.segments.rows.tolist() == [0, 4, 5]
+    assert t.labels.tolist() == [[2, -1], [-1, -1], [0, 1]]
     assert t.table[:5, 0].tolist() == [0, 0, 64, 64, 64 * 64]
     assert t.table[:, 1].tolist() == [0] * 6, "padding"
     # whole image: 64 + 16 + 4 cells; a point, enlarged to 16 px: 4 + 0 + 0; a quarter: 16 + 4 + 1
-    assert t.cells == (64, 16, 16, 4, 4, 4, 1)
+    assert t.segments.cells == (64, 16, 16, 4, 4, 4, 1)
 
 
 def test_sparse_bce_equals_dense_and_passes_gradcheck() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.data.pixels.layout_torch import Slot
-from hsrloop.ops.nvrtc import Kernel
+from hsrloop.ops.nvrtc import Kernel, kernels_in
 
 SOURCE = Path(__file__).with_name("render.cu")
 _BLOCK = (32, 8, 1)
@@ -57,7 +57,7 @@ class RenderKernel:
 
 @functools.cache
 def _compiled(device: torch.device) -> Kernel:
-    return Kernel(SOURCE.read_text(encoding="utf-8"), "render", device)
+    return kernels_in(SOURCE.read_text(encoding="utf-8"), device)["render"]
 
 
 def links_of(
