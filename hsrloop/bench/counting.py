@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hsrloop.ops.nvrtc import counted_launches
 from hsrloop.ops.paths import as_on_a_gpu
 
 _WAITS = frozenset(
@@ -54,7 +55,7 @@ class DeviceWatch:
     """
 
     def __init__(self, device: torch.device, resident: Iterable[Tensor] = ()) -> None:
-        self.kernels: Counter[str] = Counter()  # operators that launch work, by name
+        self.kernels: Counter[str] = Counter()  # operators that launch work, and kernels of our own
         self.waits: Counter[str] = Counter()  # what made the host wait, by operator or method
         self.sent = 0  # copies from the host to the device
         self.mixed: Counter[str] = Counter()  # operators that a GPU would refuse: one tensor there,
@@ -70,12 +71,14 @@ class DeviceWatch:
     def __enter__(self) -> DeviceWatch:
         if self._emulated:
             self._modes.enter_context(as_on_a_gpu())
+        self._launches = self._modes.enter_context(counted_launches())
         self._modes.enter_context(_Calls(self))
         self._modes.enter_context(_Operators(self))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._modes.close()
+        self.kernels.update(self._launches)
 
     def holds(self, tensor: Tensor) -> bool:
         """Return whether a tensor lies on the device, or would."""

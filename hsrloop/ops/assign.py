@@ -148,9 +148,7 @@ def _chosen_on_cpu(scene: _Scene, segments: Segments, levels: int) -> _Slots:
     return image, anchor, box, torch.ones_like(point, dtype=torch.bool)
 
 
-def _candidates(
-    scene: _Scene, segments: Segments, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(scene: _Scene, segments: Segments, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return metric and anchor point of each box's best 10, and who overlaps each point most.
 
     Unused places have metric 0. The ranking is a key per (image, point): overlap, then the lowest

@@ -138,7 +138,9 @@ class _KernelLoss(torch.autograd.Function):
         slots, device = boxes * _TOPK, class_logits.device
         # In one piece, since all begin at 0: a point's key takes two places.
         zeros = torch.zeros(4 * points + 2 * boxes, dtype=torch.int32, device=device)
-        ranking, earliest, latest, highest = zeros.split((2 * points, points, points, 2 * boxes))
+        ranking, earliest, latest, highest = torch.split(
+            zeros, [2 * points, points, points, 2 * boxes]
+        )
         predicted = torch.empty((6, points), device=device)
         wanted, given = torch.empty((2, slots), dtype=torch.int32, device=device)
         ciou, metric, weight = torch.empty((3, slots), device=device)

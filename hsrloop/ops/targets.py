@@ -69,8 +69,10 @@ class PaddedTargets:
             sent[end - len(part) : end].view(old.dtype).view(old.shape)
             for part, end, old in zip(parts, ends, self.tensors, strict=True)
         )
-        own = self.segments
-        segments = None if own is None else Segments(*others, cells=own.cells)
+        segments = self.segments
+        if segments is not None:
+            rows, own = others
+            segments = Segments(rows, own, segments.cells)
         return PaddedTargets(table, labels, self.shapes, segments)
 
 

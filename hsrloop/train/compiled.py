@@ -34,7 +34,7 @@ class Compiled:
 
     Batches of another size than the run's, such as an epoch's last, are computed as ever: they are
     not worth a compilation of their own. The assignment is left out, since its shapes change with
-    every batch.
+    every batch, and so is a criterion that consists of kernels of its own.
 
     Args:
         backend: of torch.compile.
@@ -68,7 +68,8 @@ class Compiled:
         self, raw: RawPredictions, strides: tuple[int, ...], targets: PaddedTargets, *, reg_max: int
     ) -> LossSums:
         """Run the criterion, as `detection_loss`."""
-        if self._criterion is None or len(raw.class_logits) != self.micro_batch:
+        unusual = len(raw.class_logits) != self.micro_batch or targets.segments is None
+        if self._criterion is None or unusual:
             return detection_loss(raw, strides, targets, reg_max=reg_max)
         return self._criterion(raw, strides, targets, reg_max=reg_max, assigner=self._assigner)
 

@@ -1,9 +1,9 @@
 """A step recorded once and started whole: CUDA graphs, where a card has room for them.
 
 A fast card runs a small network's kernels faster than the host can start them, one by one. What is
-the same in every step is therefore recorded: the network's forward pass, its backward pass, and
-all from the gradient to the commit. In between the criterion runs as ever, since its shapes follow
-the boxes. A recorded step gives the same numbers, bit for bit, as `step.train_step`.
+the same in every step is therefore recorded: the network's forward pass, the criterion where its
+shapes do not follow the boxes, the backward pass, and all from the gradient to the commit. A
+recorded step gives the same numbers, bit for bit, as `step.train_step`.
 
 What a recording works on stays where it is: its memory is the run's until it is dropped. So there
 is none where memory is short, or ran out before.
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from hsrloop.events import Event, Note
-from hsrloop.ops.loss import GAINS, LossSums
+from hsrloop.ops.loss import LossSums
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
-from hsrloop.records import Batch, RawPredictions
+from hsrloop.records import Batch
 from hsrloop.train.recording import Passes, Recorded, record, recorder_for
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
     Transaction,
     add_detached,
+    back_to_logits,
     is_single,
     set_rates,
     to_targets,
@@ -60,7 +61,8 @@ class StepGraphs:
         """
         imgsz, compiled = state.rung.imgsz, settings.compiled
         many = frozenset(size for size in sizes if not is_single(size, imgsz, settings))
-        of = state.generation, many, imgsz, compiled is not None and compiled.started
+        started = compiled is not None and compiled.started
+        of = state.generation, state.grad_scale, many, imgsz, started
         if of == self._of or not settings.graphs or self._impossible:
             return
         self.drop()
@@ -157,16 +159,19 @@ class StepGraphs:
 
 def _pass(passes: Passes, state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Take one micro-batch forth and back; see `step.forward_backward`."""
+    recorded = passes.criterion
     passes.images.copy_(batch.images, non_blocking=True)
-    targets = to_targets(batch, settings.device)
+    targets = to_targets(batch, settings)
     with named("forward"):
         passes.forward()
-    box = passes.raw.box_logits.detach().requires_grad_()
-    cls = passes.raw.class_logits.detach().requires_grad_()
-    raw = RawPredictions(box, cls, passes.raw.shapes)
-    sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
+    if recorded is not None and targets.labels.shape == recorded.targets.labels.shape:
+        torch._foreach_copy_(recorded.targets.tensors, targets.tensors)
+        with named("loss"):
+            recorded.replay()
+        sums = LossSums(*recorded.sums.clone())  # the next micro-batch overwrites them
+    else:
+        sums, gradients = back_to_logits(passes.raw, targets, state, settings)
+        torch._foreach_copy_(passes.gradients, gradients)
     with named("backward"):
-        loss = state.scaler.scale(GAINS.weigh(sums) * state.grad_scale)
-        torch._foreach_copy_(passes.gradients, torch.autograd.grad(loss, (box, cls)))
         passes.backward()
     return sums

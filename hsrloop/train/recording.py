@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from hsrloop.hardware.pressure import memory_use
-from hsrloop.ops.loss import LossSums
+from hsrloop.ops.loss import LossSums, PaddedTargets, pad_targets
 from hsrloop.records import RawPredictions
 from hsrloop.train.precision import untuned
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
+    PLACES,
     StepSettings,
     Transaction,
     after_the_weights,
+    back_to_logits,
+    by_kernels,
     clip,
     normalise,
     step_unless,
@@ -104,10 +107,20 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCriterion:
+    """From logits to their gradient."""
+
+    replay: Replay
+    targets: PaddedTargets  # read by it; with `PLACES`, denser ones go without it
+    sums: Tensor  # (4,) parts of the loss, written by `replay`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Passes:
     """Forth and back with micro-batches of one size."""
 
     forward: Replay
+    criterion: RecordedCriterion | None
     backward: Replay  # adds to the sum of gradients
     images: Tensor  # (B, 3, S, S) uint8, read by `forward`
     raw: RawPredictions  # written by `forward`; no gradient
@@ -141,9 +154,19 @@ class _Network:
         shape = (size, 3, state.rung.imgsz, state.rung.imgsz)
         images = torch.zeros(shape, dtype=torch.uint8, device=settings.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
+        self.targets = self._no_boxes(size) if by_kernels(settings) else None
         self._raw: RawPredictions | None = None  # between a forward and its backward
-        self.shapes: tuple[tuple[int, int], ...] = ()
+        self._logits: RawPredictions | None = None  # of the latest forward, without gradient
         self.gradients: list[Tensor] = []  # of both kinds of logits
+
+    def _no_boxes(self, images: int) -> PaddedTargets:
+        none = torch.zeros(0, dtype=torch.int64)
+        sides = {"images": images, "imgsz": self._state.rung.imgsz}
+        strides = self._settings.strides
+        empty = pad_targets(
+            torch.zeros(0, 4), none, none, strides=strides, places=PLACES, segments=False, **sides
+        )
+        return empty.to(self._settings.device)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return both kinds of logits."""
@@ -153,10 +176,24 @@ class _Network:
         with torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False):
             inputs = to_input(self.images, device, settings.dtype)
             self._raw = settings.network(self._state.model, inputs)
-        self.shapes = self._raw.shapes
         logits = self._raw.box_logits.detach(), self._raw.class_logits.detach()
+        self._logits = RawPredictions(*logits, shapes=self._raw.shapes)
         self.gradients = self.gradients or [torch.zeros_like(x) for x in logits]
         return logits
+
+    def criterion(self) -> Tensor:
+        """Leave the gradient of the latest logits; return the parts of the loss, (4,)."""
+        assert self._logits is not None and self.targets is not None
+        sums, found = back_to_logits(self._logits, self.targets, self._state, self._settings)
+        torch._foreach_copy_(self.gradients, found)
+        return torch.stack(sums.parts).detach()
+
+    def warm(self, recorder: Recorder) -> None:
+        """Do all of it once."""
+        recorder.warm(self.forward)
+        if self.targets is not None:
+            recorder.warm(self.criterion)
+        recorder.warm(self.backward)
 
     def backward(self) -> None:
         """Add to the gradients."""
@@ -167,14 +204,20 @@ class _Network:
         torch._foreach_add_(self._total, found)
 
     def recorded(self, recorder: Recorder) -> Passes:
-        """Record both, once they have been warmed."""
-        forward, logits = recorder.record(self.forward)
+        """Record all of it, once it has been warmed."""
+        forward, _ = recorder.record(self.forward)
+        raw, criterion = self._logits, None
+        assert raw is not None
+        if self.targets is not None:
+            replay, sums = recorder.record(self.criterion)
+            criterion = RecordedCriterion(replay=replay, targets=self.targets, sums=sums)
         backward, _ = recorder.record(self.backward)
         return Passes(
             forward=forward,
+            criterion=criterion,
             backward=backward,
             images=self.images,
-            raw=RawPredictions(*logits, shapes=self.shapes),
+            raw=raw,
             gradients=self.gradients,
         )
 
@@ -196,8 +239,7 @@ def record(
     for size, network in networks.items():
         # Kernels are looked for where most steps find them; it takes seconds for each size.
         with untuned(when=size < max(sizes)):
-            recorder.warm(network.forward)
-            recorder.warm(network.backward)
+            network.warm(recorder)
     transaction.undo_buffers(torch.ones((), dtype=torch.bool, device=device))
     if not recorder.has_room():
         return None

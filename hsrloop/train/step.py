@@ -20,12 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from hsrloop.model.yolo import forward_train, norms_in_eval
-from hsrloop.ops.loss import GAINS, LossSums, PaddedTargets, detection_loss, pad_targets
+from hsrloop.ops.loss import (
+    GAINS,
+    LossSums,
+    PaddedTargets,
+    detection_loss,
+    loss_kernels,
+    pad_targets,
+)
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, Position, RawPredictions
 from hsrloop.train.compiled import Compiled
 from hsrloop.train.state import Commit, TrainState
+
+PLACES = 256
+"""For boxes in an image, where the criterion is computed by kernels: its shapes do not follow the
+boxes then, and sums are added up in one order. Denser batches have as many as they need."""
 
 MAX_GRADIENT_NORM = 10.0  # Source: ultralytics@8.4.190, trainer's optimizer_step
 
@@ -285,7 +296,7 @@ def after_the_weights(
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
     images = to_input(batch.images, settings.device, settings.dtype)
-    targets = to_targets(batch, settings.device)
+    targets = to_targets(batch, settings)
     single = is_single(len(images), images.shape[-1], settings)
     with (
         named("forward"),
@@ -310,12 +321,40 @@ def to_input(images: Tensor, device: torch.device, dtype: torch.dtype = torch.fl
     return moved.to(dtype, memory_format=torch.channels_last).div_(255.0)
 
 
-def to_targets(batch: Batch, device: torch.device) -> PaddedTargets:
-    """Return a batch's boxes as the criterion takes them, on `device`."""
+def to_targets(batch: Batch, settings: StepSettings) -> PaddedTargets:
+    """Return a batch's boxes as the criterion takes them, on the device."""
     images, _, _, imgsz = batch.images.shape
+    kernels = by_kernels(settings)
     return pad_targets(
-        batch.boxes_cxcywh, batch.labels, batch.image_index, images=images, imgsz=imgsz
-    ).to(device)
+        batch.boxes_cxcywh,
+        batch.labels,
+        batch.image_index,
+        images=images,
+        imgsz=imgsz,
+        places=PLACES if kernels else 0,
+        segments=not kernels,
+    ).to(settings.device)
+
+
+def by_kernels(settings: StepSettings) -> bool:
+    """Return whether the criterion is computed by kernels of its own."""
+    return settings.dtype is not torch.float64 and loss_kernels(settings.device) is not None
+
+
+def back_to_logits(
+    raw: RawPredictions, targets: PaddedTargets, state: TrainState, settings: StepSettings
+) -> tuple[LossSums, tuple[Tensor, ...]]:
+    """Return a micro-batch's sums, and the gradient of k times its un-normalised loss by logits.
+
+    Args:
+        raw: without gradient.
+    """
+    box, cls = (logits.detach().requires_grad_() for logits in (raw.box_logits, raw.class_logits))
+    alone = RawPredictions(box, cls, raw.shapes)
+    sums = settings.criterion(alone, settings.strides, targets, reg_max=settings.reg_max)
+    with named("backward"):
+        loss = state.scaler.scale(GAINS.weigh(sums) * state.grad_scale)
+        return sums, torch.autograd.grad(loss, (box, cls))
 
 
 def add_detached(total: LossSums | None, sums: LossSums) -> LossSums:

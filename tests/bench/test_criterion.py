@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from hsrloop.bench.criterion import (
     measure_criterion,
     watched,
 )
+from hsrloop.ops import loss
+from hsrloop.ops.loss_gpu import SOURCE
+from tests.kernels import host_kernels
 
 CPU = torch.device("cpu")
 
@@ -33,6 +37,22 @@ def test_the_criterion_needs_half_the_kernels_of_the_peers_and_hardly_more_in_a_
     assert sum(peers.waits.values()) >= 5, "the peer's waits for the device as well"
     ours = watched(of_noise(10))
     assert not ours.waits and not ours.mixed
+
+
+def test_by_kernels_of_its_own_it_takes_few_launches_however_many_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = host_kernels(SOURCE, tmp_path, together={"search": 1})
+    for module in (criterion, loss):
+        monkeypatch.setattr(module, "loss_kernels", lambda device: kernels)
+    counts = []
+    for objects in (10, 300):
+        watch = watched(of_noise(objects))
+        assert not watch.waits and not watch.mixed and not watch.sent
+        started = sum(kernel.calls for kernel in kernels.values())
+        counts.append(sum(watch.kernels.values()) + started - 7 * len(counts))
+    assert started == 14
+    assert counts[0] == counts[1] <= 40
 
 
 class _Calls(TorchDispatchMode):

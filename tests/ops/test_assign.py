@@ -104,7 +104,15 @@ def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_
         predicted = Columns.of(torch.rand(4, points)).table.numpy()
         given = (predicted, s.class_logits.reshape(-1).numpy(), targets.table.numpy())
         tracemalloc.start()
-        _settled_pairs(*given, targets.segments.table.numpy(), targets.segments.rows.numpy(), 3, points, 5, TOPK)
+        _settled_pairs(
+            *given,
+            targets.segments.table.numpy(),
+            targets.segments.rows.numpy(),
+            3,
+            points,
+            5,
+            TOPK,
+        )
         most[boxes] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert most[400] - most[20] < 380 * 500, "bytes a box"

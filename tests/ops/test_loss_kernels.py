@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,9 +63,7 @@ def theirs(
         segments=False,
     ).to(torch.device(device))
     raw = RawPredictions(box, cls, s.shapes)
-    sums = loss_module.LossSums(
-        *kernel_loss(raw, STRIDES, targets, reg_max=16, kernels=kernels)
-    )
+    sums = loss_module.LossSums(*kernel_loss(raw, STRIDES, targets, reg_max=16, kernels=kernels))
     (GAINS.weigh(sums) / sums.target_scores.clamp(min=1)).backward()
     assert box.grad is not None and cls.grad is not None
     return [part.detach().cpu() for part in sums.parts], box.grad.cpu(), cls.grad.cpu()
@@ -116,9 +113,7 @@ def test_many_random_batches(seed: int, device: str, kernels: Mapping[str, Launc
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_good_predictions_compete_for_points(
-    device: str, kernels: Mapping[str, Launch]
-) -> None:
+def test_good_predictions_compete_for_points(device: str, kernels: Mapping[str, Launch]) -> None:
     s = scene([8, 8], imgsz=320, nc=4, seed=20)
     for _ in range(30):  # descend: overlaps and scores rise
         _, box, cls = ours(s)
@@ -200,6 +195,8 @@ def test_constants_are_those_of_the_source() -> None:
     for name, value in (("TOPK", loss_gpu._TOPK), ("LANES", loss_gpu._LANES)):
         assert f"#define {name} {value}\n" in text
     fields = text[text.index("struct Pass {") : text.index("};\n")]
-    words = [word.strip("*,;") for line in fields.splitlines() for word in line.split("//")[0].split()]
+    words = [
+        word.strip("*,;") for line in fields.splitlines() for word in line.split("//")[0].split()
+    ]
     named = [word for word in words if word in {name for name, *_ in loss_gpu._Pass._fields_}]
     assert named == [name for name, *_ in loss_gpu._Pass._fields_]

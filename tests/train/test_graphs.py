@@ -15,7 +15,9 @@ from hsrloop.config import Resolved, TrainConfig
 from hsrloop.events import Event, Note, Recovered
 from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.base import load_base
-from hsrloop.train import checkpoint, graphs
+from hsrloop.ops import loss
+from hsrloop.ops.loss_gpu import SOURCE
+from hsrloop.train import checkpoint, graphs, recording
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
 from hsrloop.train.graphs import StepGraphs
@@ -25,6 +27,7 @@ from hsrloop.train.run import train
 from hsrloop.train.snapshot import Snapshot
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
+from tests.kernels import host_kernels
 from tests.train.conftest import Recorder as Listener
 from tests.train.test_step import NAMES, make_batches, step_settings
 
@@ -144,9 +147,26 @@ CASES: dict[str, tuple[int, list[list[int]], set[int]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"), together={"search": 1})
+
+
+@pytest.fixture(params=["operators", "kernels"])
+def criterion(
+    request: pytest.FixtureRequest, host: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What computes the criterion: torch's operators, which are not recorded, or kernels."""
+    if request.param == "kernels":
+        for module in (loss, step_module):
+            monkeypatch.setattr(module, "loss_kernels", lambda device: host)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("amp", [True, False])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("criterion")
 def test_recorded_steps_train_as_others_do(
     case: str, amp: bool, optimizer: str, rerun: Rerun
 ) -> None:
@@ -163,6 +183,7 @@ def test_recorded_steps_train_as_others_do(
     assert same(*ends)
 
 
+@pytest.mark.usefixtures("criterion")
 def test_recording_leaves_the_state_as_it_is(rerun: Rerun) -> None:
     state, settings, transaction = make()
     take(state, settings, transaction, WHOLE, recorded=None)
@@ -175,6 +196,33 @@ def test_recording_leaves_the_state_as_it_is(rerun: Rerun) -> None:
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert all(type(group["lr"]) is float for group in state.optimizer.param_groups)
     assert not any(group.get("capturable") for group in state.optimizer.param_groups)
+
+
+def test_a_step_is_four_replays_and_three_where_the_criterion_has_operators(
+    criterion: str, rerun: Rerun
+) -> None:
+    parts = make()
+    recorded = prepared(*parts)[0]
+    take(*parts, WHOLE[:1], recorded=recorded)
+    assert rerun.replays == (5 if criterion == "kernels" else 4)  # the beginning is one, too
+
+
+def test_a_crowd_has_its_criterion_computed_as_ever(
+    host: dict[str, Any], criterion: str, rerun: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (recording, step_module):
+        monkeypatch.setattr(module, "PLACES", 2)
+    steps = [[8], [8]]
+    assert max(torch.bincount(batch.image_index).max() for batch in make_batches([8])) > 2
+    ends = []
+    for use in (False, True):
+        parts = make()
+        recorded = prepared(*parts)[0] if use else None
+        rerun.replays = 0
+        take(*parts, steps, recorded=recorded)
+        ends.append(contents(parts[0]))
+    assert rerun.replays == 8
+    assert same(*ends)
 
 
 def test_a_recorded_step_that_is_no_number_moves_the_position_alone(rerun: Rerun) -> None:
@@ -278,6 +326,7 @@ def test_what_cannot_be_recorded_is_said_once_and_trained_all_the_same(rerun: Re
     assert same(contents(state), contents(plain[0]))
 
 
+@pytest.mark.usefixtures("criterion")
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), AssertionError()])
 def test_what_fails_half_way_leaves_nothing(error: Exception, fails_at: int, rerun: Rerun) -> None:
