@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hsrloop.errors import WeightsError
+from hsrloop.model.lean import lean_blocks
+from hsrloop.ops.paths import on_cpu
 from hsrloop.paths import expanded, has_folder, is_file
 from hsrloop.records import RawPredictions
 
@@ -207,10 +209,12 @@ def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
     Returns:
         The head's logits, before decoding; A = sum of h * w over the levels.
     """
-    levels = _features(module, images)
     detect = head(module)
-    boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
-    classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
+    lean = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with lean_blocks(module) if lean and not on_cpu(images.device) else nullcontext():
+        levels = _features(module, images)
+        boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
+        classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
     return RawPredictions(
         box_logits=torch.cat([x.flatten(2) for x in boxes], dim=2),
         class_logits=torch.cat([x.flatten(2) for x in classes], dim=2),

@@ -1,0 +1,141 @@
+"""Blocks that keep less train as they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hsrloop.model import lean as lean_module
+from hsrloop.model import yolo
+from hsrloop.model.base import load_base
+from hsrloop.model.yolo import forward_eval, forward_train
+from hsrloop.ops.paths import as_on_a_gpu
+from tests.kernels import DEVICES
+
+NAMES = ("a", "b")
+
+
+def network(device: str = "cpu") -> Any:
+    module: Any = load_base("yolov8n.yaml", names=NAMES, seed=0).module
+    return module.train().to(device, memory_format=torch.channels_last)
+
+
+def images(device: str = "cpu") -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(3, 3, 96, 96, generator=g).to(device, memory_format=torch.channels_last)
+
+
+def passed(module: nn.Module, device: str, *, half: bool) -> list[Tensor]:
+    """Logits, gradients and buffers of one pass."""
+    with torch.autocast(device, torch.float16 if half else torch.bfloat16, enabled=half):
+        raw = forward_train(module, images(device))
+    box, cls = raw.box_logits.float(), raw.class_logits.float()
+    (box.square().mean() + cls.sigmoid().mean()).backward()
+    found = [p.grad for p in module.parameters() if p.grad is not None]
+    return [box.detach(), cls.detach(), *found, *(b.clone() for b in module.buffers())]
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], object] = lambda module: None,
+    device: str = "cpu",
+    *,
+    half: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same pass without lean blocks and with them."""
+    results = []
+    for lean in (False, True):
+        module = network(device)
+        change(module)
+        with monkeypatch.context() as patched, as_on_a_gpu():
+            if not lean:
+                patched.setattr(yolo, "lean_blocks", lambda module: nullcontext())
+            results.append(passed(module, device, half=half))
+    return results[0], results[1]
+
+
+def freeze_first(module: Any) -> None:
+    for parameter in module.model[0].parameters():
+        parameter.requires_grad_(False)
+
+
+def norms_in_eval(module: Any) -> None:
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+
+
+@pytest.mark.parametrize("change", [lambda module: None, freeze_first, norms_in_eval])
+def test_logits_gradients_and_statistics_stay_to_the_bit(
+    change: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, lean = both(monkeypatch, change)
+    assert len(plain) == len(lean) > 100
+    assert all(map(torch.equal, plain, lean))
+
+
+def test_other_activations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(module: Any) -> None:
+        module.model[1].act = nn.LeakyReLU(0.1)
+        module.model[2].cv1.bn.momentum = None
+
+    assert all(map(torch.equal, *both(monkeypatch, change)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("half", [False, True])
+def test_on_a_gpu_too(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, lean = both(monkeypatch, device="cuda", half=half)
+    assert all(map(torch.equal, plain[:2], lean[:2]))
+    for own, other in zip(lean[2:], plain[2:], strict=True):
+        assert (own - other).norm() <= (2e-2 if half else 1e-4) * other.norm() + 1e-6
+
+
+def kept_bytes(module: nn.Module, device: str) -> int:
+    """Bytes that autograd keeps of activations, each storage once."""
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in own:
+            held[memory.data_ptr()] = memory.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        raw = forward_train(module, images(device))
+    total = sum(held.values())
+    del raw
+    return total
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_quarter_less_is_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with as_on_a_gpu():
+        lean = kept_bytes(network(device), device)
+        monkeypatch.setattr(yolo, "lean_blocks", lambda module: nullcontext())
+        plain = kept_bytes(network(device), device)
+    assert lean < 0.75 * plain
+
+
+def test_only_passes_that_train_on_a_gpu_are_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = network()
+    block = type(module.model[0])
+    before = block.forward
+
+    def refuse(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(lean_module, "_norm_and_silu", refuse)
+    forward_train(module, images())
+    with as_on_a_gpu():
+        forward_eval(module, images())
+        with pytest.raises(ZeroDivisionError):
+            forward_train(module, images())
+    assert block.forward is before
