@@ -1,6 +1,7 @@
 """The bare step: forward, criterion, backward and optimizer on images that lie on the device.
 
-It is computed in the way that is fastest here, recorded as CUDA graphs where a run's steps are.
+It is computed in the way that is fastest here, recorded as CUDA graphs where a run's steps are; so
+is the forward pass of a validation.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from hsrloop.bench.meters import Work
 from hsrloop.bench.workbench import Workbench
+from hsrloop.model.yolo import forward_eval
 from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch
 from hsrloop.train.recording import rates_on_device, recorder_for
@@ -22,6 +25,19 @@ def bare_step(bench: Workbench, batches: list[Batch]) -> Work:
     if bench.graphs.covers(batches):
         return repeat(_recorded(bench, batches))
     return repeat(_plain(bench, batches))
+
+
+def bare_forward(bench: Workbench, module: nn.Module, inputs: Tensor) -> Callable[[], object]:
+    """Return what takes a bare forward pass of a validation."""
+
+    def once() -> object:
+        return forward_eval(module, inputs)
+
+    recorder = None if bench.graphs.detections is None else recorder_for(bench.device)
+    if recorder is None:
+        return once
+    recorder.warm(once)
+    return recorder.record(once)[0]
 
 
 def repeat(once: Callable[[], None]) -> Work:

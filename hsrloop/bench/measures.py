@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.bare import bare_step, repeat
+from hsrloop.bench.bare import bare_forward, bare_step, repeat
 from hsrloop.bench.counting import DeviceWatch, synchronisations
 from hsrloop.bench.machine import load_average
 from hsrloop.bench.meters import (
@@ -35,7 +35,6 @@ from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.events import Progress
 from hsrloop.hardware.peak import peak_bytes, reset_peak
-from hsrloop.model.yolo import forward_eval
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import KeptDetector
 from hsrloop.train.evaluate import evaluate
@@ -94,19 +93,27 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
     loader = bench.loaders.val
     half = bench.settings.amp
     module = bench.state.ema.module
-    kept = KeptDetector()
+    kept, recorded = KeptDetector(), bench.graphs.detections
     detector = kept.of(module, bench.device, half=half)
     batch = next(iter(loader))
-    inputs = detector.inputs(batch.images)
+    forward = bare_forward(bench, detector.module, detector.inputs(batch.images))
     names = bench.spec.names
 
     def bare(steps: int) -> None:
         for _ in range(steps * len(loader)):
-            forward_eval(detector.module, inputs)
+            forward()
 
     def whole(steps: int) -> None:
         for _ in range(steps):
-            evaluate(module, loader, names=names, device=bench.device, half=half, kept=kept)
+            evaluate(
+                module,
+                loader,
+                names=names,
+                device=bench.device,
+                half=half,
+                kept=kept,
+                recorded=recorded,
+            )
 
     works = {"bare": bare, "validation": whole}
     timed = _timed(bench, effort, works, of="validation", task="measuring validation")

@@ -139,9 +139,9 @@ def _draw(dataset: Path, best: Path, picture: Path, *, imgsz: int) -> None:
     import numpy as np
     import torch
 
-    from hsrloop.data.loader import ValLoader
     from hsrloop.data.pixels.store import ImageStore
     from hsrloop.data.sets.dataset import load_dataset
+    from hsrloop.data.val_loader import ValLoader
     from hsrloop.model.base import load_base
     from hsrloop.report.plots import contact_sheet, draw_predictions, save_picture
     from hsrloop.train.detector import Detector

@@ -1,4 +1,4 @@
-"""Batches of the training stream from any position, and letterboxed batches to validate on."""
+"""Batches of the training stream from any position."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from hsrloop.config import TrainConfig
 from hsrloop.data.ahead import Made, ahead, arriving
 from hsrloop.data.pixels.render import Renderer, without_broken
 from hsrloop.data.pixels.render_torch import Layout, TorchRenderer
-from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
+from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.scenes.cutouts import CutoutStore
 from hsrloop.data.scenes.scene import Scenes
@@ -28,7 +28,7 @@ from hsrloop.data.workers import WorkerDied, WorkerPool
 from hsrloop.ops.ranges import named
 from hsrloop.records import Batch, Position
 
-__all__ = ["TrainLoader", "ValBatch", "ValLoader", "WorkerDied"]
+__all__ = ["TrainLoader", "WorkerDied"]
 
 _HOST = torch.device("cpu")
 
@@ -215,7 +215,7 @@ class TrainLoader:
             yield images.permute(0, 3, 1, 2), targets
 
     def _images(self, count: int) -> Tensor:
-        return _empty(count, self._store.imgsz, pinned=self._device.type == "cuda")
+        return empty_images(count, self._store.imgsz, pinned=self._device.type == "cuda")
 
     def _drawn(
         self, renderer: TorchRenderer, layout: Layout, labels: _Labels
@@ -276,120 +276,7 @@ class TrainLoader:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
-class ValBatch:
-    """Letterboxed images with their true boxes; N boxes over B images, N may be 0.
-
-    Pixels of the original image are (letterboxed px - pads) / gains.
-    """
-
-    images: Tensor  # (B, 3, S, S) uint8 RGB, channels_last
-    boxes_xyxy_px: Tensor  # (N, 4) float32, px of the letterboxed frame
-    labels: Tensor  # (N,) int64
-    image_index: Tensor  # (N,) int64, sorted, 0..B-1
-    indices: Tensor  # (B,) int64, places in the split
-    gains: Tensor  # (B, 2) float32, x and y
-    pads: Tensor  # (B, 2) float32, left and top
-
-
-class ValLoader:
-    """A split in its own order, letterboxed into squares: centred, grey 114.
-
-    Source: ultralytics@8.4.190 with rect=False: data/base.py load_image, data/augment.py LetterBox;
-    its evaluator matches in the letterboxed frame too.
-
-    Args:
-        store: made with interpolation "linear".
-        device: where the images go. On a GPU they are there when they are yielded: sent a batch
-            ahead, on a stream of their own.
-        prefetch: make one batch ahead in a thread; on a GPU always.
-    """
-
-    def __init__(
-        self,
-        refs: Sequence[ImageRef],
-        store: ImageStore,
-        *,
-        batch: int,
-        device: torch.device = _HOST,
-        prefetch: bool = True,
-    ) -> None:
-        self.n_samples = len(refs)
-        self.batch = batch
-        self._refs = refs
-        self._store = store
-        self._device = device
-        self._prefetch = prefetch
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return -(-self.n_samples // self.batch)
-
-    def __iter__(self) -> Iterator[ValBatch]:
-        return self.of(range(self.n_samples))
-
-    def head(self, count: int) -> ValLoader:
-        """Return a loader of the first images alone."""
-        refs, store = self._refs[:count], self._store
-        device, prefetch = self._device, self._prefetch
-        return ValLoader(refs, store, batch=self.batch, device=device, prefetch=prefetch)
-
-    def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
-        """Iterate over some places in the split, in batches, in the order given."""
-        starts = range(0, len(indices), self.batch)
-        made = (self._make(indices[start : start + self.batch]) for start in starts)
-        if self._device.type == "cuda":
-            sent = arriving(((batch.images, batch) for batch in made), self._device)
-            return (replace(batch, images=images) for images, batch in sent)
-        return ahead(made) if self._prefetch and len(indices) else made
-
-    def _make(self, indices: Sequence[int]) -> ValBatch:
-        side = self._store.imgsz
-        images = _empty(len(indices), side, pinned=self._device.type == "cuda")
-        frames = np.array([_frame(self._refs[i], side) for i in indices])
-        boxes = []
-        for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
-            pixels = self._store[index]
-            height, width = pixels.shape[:2]
-            image.fill(GREY)
-            image[int(top) : int(top) + height, int(left) : int(left) + width] = pixels
-            boxes.append(_letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top)))
-        counts = [len(self._refs[i].labels) for i in indices]
-        return ValBatch(
-            images=images.permute(0, 3, 1, 2),
-            boxes_xyxy_px=torch.from_numpy(np.concatenate(boxes)),
-            labels=torch.from_numpy(np.concatenate([self._refs[i].labels for i in indices])),
-            image_index=torch.from_numpy(np.repeat(np.arange(len(indices)), counts)),
-            indices=torch.tensor(list(indices)),
-            gains=torch.from_numpy(frames[:, :2].astype(np.float32)),
-            pads=torch.from_numpy(frames[:, 2:].astype(np.float32)),
-        )
-
-    def close(self) -> None:
-        """Release nothing: an iterator ends its own thread."""
-
-
-def _frame(ref: ImageRef, side: int) -> tuple[float, float, float, float]:
-    """Return gain x, gain y, left and top of an image as stored, in a square.
-
-    Halves of a pixel go to the right and bottom. Source: ultralytics@8.4.190, LetterBox.get_params.
-    """
-    height, width = stored_size(ref.height, ref.width, side)
-    left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
-    return width / ref.width, height / ref.height, left, top
-
-
-def _letterboxed(
-    boxes_cxcywh: np.ndarray, size: tuple[int, int], pad: tuple[float, float]
-) -> np.ndarray:
-    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) put at `pad` (x, y)."""
-    scale, shift = np.array(size, np.float32), np.array(pad, np.float32)
-    centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
-    low, high = (centre - half) * scale + shift, (centre + half) * scale + shift
-    return np.concatenate((low, high), axis=1).astype(np.float32)
-
-
-def _empty(count: int, side: int, *, pinned: bool) -> Tensor:
+def empty_images(count: int, side: int, *, pinned: bool) -> Tensor:
     """Return (count, S, S, 3) uint8; unpinned, from numpy, which asks for huge pages."""
     if pinned:
         return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=True)

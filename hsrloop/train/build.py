@@ -16,13 +16,14 @@ from hsrloop.config import (
     Resolved,
     TrainConfig,
 )
-from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.data.loader import TrainLoader
 from hsrloop.data.pixels.bank import BankPlace
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.scenes.cutouts import CutoutStore
 from hsrloop.data.scenes.scene import Scenes
 from hsrloop.data.scenes.synthesis import Synthesis, find_folders, load_synthesis
 from hsrloop.data.sets.dataset import DatasetSpec, load_dataset
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.errors import ConfigError, WeightsError
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import cache_budget, host_memory, usable_cores

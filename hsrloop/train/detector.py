@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,13 @@ from hsrloop.ops.anchors import predictions
 from hsrloop.ops.nms import Found, nms, nms_ahead
 from hsrloop.ops.paths import on_cpu
 from hsrloop.train.precision import place
+from hsrloop.train.recording import Recorder, Replay
 from hsrloop.train.step import to_input
 
 CONF = 0.001  # what counts as a detection at all; Source: ultralytics@8.4.190, val mode
 IOU = 0.7  # NMS threshold; same source
 MAX_DETECTIONS = 300
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,29 @@ class Detector:
         )
 
     @torch.inference_mode()
-    def find(self, images: Tensor, *, ahead: bool | None = None) -> Found:
+    def find(
+        self,
+        images: Tensor,
+        *,
+        ahead: bool | None = None,
+        recorded: RecordedDetections | None = None,
+    ) -> Found:
         """Do what `detect` does, as a validation needs it.
 
         Args:
             ahead: do not wait for the device, though an image may then remain unsettled. When not
                 given, on a GPU: on the CPU waiting costs nothing, and less is to be computed.
+            recorded: does it for sizes that come again, if it goes ahead.
         """
         if ahead is None:
             ahead = not on_cpu(self.device)
         if not ahead:
             return Found.of(self.detect(images))
+        found = None if recorded is None else recorded.find(self, images)
+        return self.find_ahead(images) if found is None else found
+
+    def find_ahead(self, images: Tensor) -> Found:
+        """Do what `find` does ahead."""
         boxes, scores = self._predicted(images)
         return nms_ahead(boxes, scores, conf=CONF, iou=IOU, max_det=MAX_DETECTIONS)
 
@@ -103,3 +118,61 @@ class KeptDetector:
                 (module, device, half),
             )
         return self._detector
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    images: Tensor  # read by `replay`
+    replay: Replay
+    found: Found  # written by it
+
+
+class RecordedDetections:
+    """Detections in batches whose shape comes again, recorded as CUDA graphs; of one detector.
+
+    Weights are read where they lie: `Detector.refresh` reaches recordings too.
+
+    Args:
+        recorder: that of the steps, whose memory is idle during a validation.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._detector: Detector | None = None
+        self._made: dict[torch.Size, _Recorded | None] = {}  # None: seen once, or impossible
+        self._impossible = False
+
+    def find(self, detector: Detector, images: Tensor) -> Found | None:
+        """Return what `Detector.find_ahead` does; None: it is not recorded, or not yet."""
+        if detector is not self._detector:
+            self._detector, self._made = detector, {}
+        shape = images.shape
+        if shape not in self._made or self._impossible:
+            self._made[shape] = None
+            return None
+        own = self._made[shape]
+        if own is None:
+            own = self._made[shape] = self._record(detector, images)
+        if own is None:
+            return None
+        own.images.copy_(images, non_blocking=True)
+        own.replay()
+        return Found(own.found.rows.clone(), own.found.settled.clone())
+
+    def _record(self, detector: Detector, images: Tensor) -> _Recorded | None:
+        own = images.clone()
+
+        def work() -> tuple[Tensor, Tensor]:
+            found = detector.find_ahead(own)
+            return found.rows, found.settled
+
+        try:
+            if self._recorder.has_room():
+                self._recorder.warm(work)
+                replay, found = self._recorder.record(work)
+                return _Recorded(own, replay, Found(*found))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            _LOG.warning("validation cannot be recorded as CUDA graphs (%s)", reason)
+        self._impossible = True
+        return None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from hsrloop.data.loader import ValLoader
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.ops.ap import Evaluator
 from hsrloop.records import Metrics
-from hsrloop.train.detector import KeptDetector
+from hsrloop.train.detector import KeptDetector, RecordedDetections
 from hsrloop.train.precision import untuned
 
 
@@ -25,6 +25,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
     kept: KeptDetector | None = None,
+    recorded: RecordedDetections | None = None,
 ) -> Metrics | None:
     """Validate `module`; it is not changed.
 
@@ -34,7 +35,7 @@ def evaluate(
         ahead: see `Detector.find`. Images that are not settled are looked at again at the end.
         on_progress: called with images done and images in all.
         stop: asked after each batch.
-        kept: from an earlier validation, for the next.
+        kept, recorded: from an earlier validation, for the next.
 
     Returns:
         The metrics, or None when `stop` ended it early.
@@ -50,7 +51,7 @@ def evaluate(
         for batch in loader if places is None else loader.of(places):
             # Kernels are looked for where most batches find them: each size costs seconds.
             with untuned(when=len(batch.images) < loader.batch):
-                found = detector.find(batch.images, ahead=ahead)
+                found = detector.find(batch.images, ahead=ahead, recorded=recorded)
             own = None if places is None else batch.indices.tolist()
             evaluator.add(found, batch.boxes_xyxy_px, batch.labels, batch.image_index, places=own)
             done += len(batch.images)

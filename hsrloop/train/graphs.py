@@ -21,7 +21,8 @@ from hsrloop.ops.loss import LossSums
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch
-from hsrloop.train.recording import Passes, Recorded, record, recorder_for
+from hsrloop.train.detector import RecordedDetections
+from hsrloop.train.recording import Passes, Recorded, Recorder, record, recorder_for
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
@@ -40,6 +41,8 @@ class StepGraphs:
 
     def __init__(self) -> None:
         self._recorded: Recorded | None = None
+        self._recorder: Recorder | None = None
+        self.detections: RecordedDetections | None = None  # in the memory of the steps
         self._of: tuple[object, ...] = ()  # what the recordings, if any, belong to
         self._impossible = False
 
@@ -81,13 +84,22 @@ class StepGraphs:
             text = f"steps cannot be recorded as CUDA graphs ({reason}); they are taken one by one"
             emit(Note(text=text, level="warning"))
         if self._recorded is not None:
-            state.count_recorded(self._recorded.held_bytes)
+            self._recorder, self.detections = recorder, RecordedDetections(recorder)
+            self.count(state)
         elif torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the stream that it was tried on
 
+    def count(self, state: TrainState) -> None:
+        """Let the state know what the recordings hold by now."""
+        if self._recorder is not None:
+            held = self._recorder.held_bytes()
+            if held != state.recorded_bytes:
+                state.count_recorded(held)
+
     def drop(self) -> None:
         """Give the recordings' memory back."""
-        self._recorded, self._of = None, ()
+        self._recorded = self._recorder = self.detections = None
+        self._of = ()
 
     def covers(self, micro_batches: Sequence[Batch]) -> bool:
         """Return whether there are recordings for all of these."""

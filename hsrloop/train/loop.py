@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.loader import TrainLoader, ValLoader
+from hsrloop.data.loader import TrainLoader
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.events import EpochDone, Event, Note, Progress, StepDone
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.pressure import Pressure, memory_use
@@ -208,7 +209,9 @@ def validate_epoch(state: TrainState, runtime: Runtime) -> bool:
             on_progress=on_progress,
             stop=runtime.stop,
             kept=runtime.detector,
+            recorded=runtime.graphs.detections,
         )
+        runtime.graphs.count(state)
     finally:
         val_s = time.monotonic() - started
         state.elapsed_s += val_s

@@ -136,7 +136,6 @@ class Recorded:
     commit: Replay
     gradients: list[Tensor]  # of the parameters, added up since the last commit
     totals: LossSums
-    held_bytes: int  # see `Recorder`
     knobs: Tensor  # (groups + 2,): learning rates, samples / k, and EMA's weight
 
 
@@ -268,7 +267,6 @@ def record(
         commit=replay_commit,
         gradients=gradients,
         totals=totals,
-        held_bytes=recorder.held_bytes(),
         knobs=knobs,
     )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from hsrloop.config import Resolved
-from hsrloop.data.loader import ValLoader
 from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.events import Note, Sink
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hsrloop.bench.counting import DeviceWatch
 from hsrloop.config import TrainConfig
-from hsrloop.data.loader import ValLoader
 from hsrloop.data.pixels.bank import DeviceBank, Sources, TileBank
 from hsrloop.data.pixels.render import Renderer
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.stream import TrainStream
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import build, head, strides
 from hsrloop.train.build import build_state

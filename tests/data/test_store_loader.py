@@ -19,13 +19,14 @@ from PIL import Image, ImageOps
 
 from hsrloop.bench.counting import synchronisations
 from hsrloop.config import TrainConfig
-from hsrloop.data.loader import TrainLoader, ValLoader, WorkerDied
+from hsrloop.data.loader import TrainLoader, WorkerDied
 from hsrloop.data.pixels.bank import Bank, DeviceBank, Sources, TileBank
 from hsrloop.data.pixels.render_torch import TorchRenderer
 from hsrloop.data.pixels.store import ImageStore, decode_shrink, stored_size
 from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.sets.scan import ORIENTATION, decode, image_size
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.errors import OutputError
 from hsrloop.records import Batch, Position
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from hsrloop.data.loader import ValLoader
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.yolo import build
 from hsrloop.ops.nms import nms_ahead
 from hsrloop.train import detector
-from hsrloop.train.detector import Detector, KeptDetector
+from hsrloop.train.detector import Detector, KeptDetector, RecordedDetections
 from hsrloop.train.evaluate import evaluate
+from tests.train.test_graphs import Rerun
 
 NAMES = ("square", "disc", "bar")
 CPU = torch.device("cpu")
@@ -119,3 +120,53 @@ def test_kernels_are_looked_for_at_the_size_of_most_batches_alone(
     given["loader"].batch = 3
     evaluate(**given)
     assert seen == [(3, True), (1, False)]
+
+
+def test_recorded_detections_are_those_of_the_network_as_it_is_by_then(
+    given: dict[str, Any],
+) -> None:
+    rerun, kept, module = Rerun(), KeptDetector(), given["module"]
+    recorded, seen = RecordedDetections(rerun), []
+    batches = [batch.images for batch in given["loader"]]
+    for _ in range(3):
+        own = kept.of(module, CPU, half=False)
+        found = [own.find(images, ahead=True, recorded=recorded) for images in batches]
+        for images, got in zip(batches, found, strict=True):
+            expected = Detector.of(module, CPU, half=False).find(images, ahead=True)
+            assert torch.equal(got.rows, expected.rows) and got.rows.any()
+            assert torch.equal(got.settled, expected.settled)
+            seen.append(got.rows.sum().item())
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.01)
+    assert len(set(seen)) == 6
+    assert rerun.recordings == 1
+    assert rerun.replays == 6 - 1, "all batches but the first one"
+    Detector.of(module, CPU, half=False).find(batches[0], ahead=True, recorded=recorded)
+    assert rerun.replays == 5, "another detector has recordings of its own"
+
+
+def test_a_validation_with_recorded_detections_is_the_same(given: dict[str, Any]) -> None:
+    rerun, kept = Rerun(), KeptDetector()
+    recorded = RecordedDetections(rerun)
+    for _ in range(2):
+        got = evaluate(**given, ahead=True, kept=kept, recorded=recorded)
+        assert got == evaluate(**given, ahead=True)
+    assert rerun.replays == 3
+    rerun.replays = 0
+    evaluate(**given, ahead=False, kept=kept, recorded=recorded)
+    assert not rerun.replays
+
+
+@pytest.mark.parametrize("trouble", ["room", "error"])
+def test_what_cannot_be_recorded_is_detected_all_the_same(
+    trouble: str, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    error = RuntimeError("operation not permitted\nmore") if trouble == "error" else None
+    rerun, kept = Rerun(room=trouble != "room", error=error), KeptDetector()
+    recorded = RecordedDetections(rerun)
+    for _ in range(2):
+        found = evaluate(**given, ahead=True, kept=kept, recorded=recorded)
+        assert found == evaluate(**given, ahead=True)
+    assert rerun.replays == 0 and rerun.recordings == (trouble == "error")
+    assert ("(operation not permitted)" in caplog.text) is (trouble == "error")

@@ -20,6 +20,7 @@ from hsrloop.ops.loss_gpu import SOURCE
 from hsrloop.train import checkpoint, graphs, recording
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
+from hsrloop.train.detector import KeptDetector
 from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.precision import set_kernels
 from hsrloop.train.recording import CudaRecorder
@@ -398,6 +399,26 @@ def test_on_a_gpu_recorded_steps_train_as_others_do(
         recorded = prepared(*parts, sizes)[0] if use else None
         assert recorded is None or recorded.gradients
         take(*parts, steps, recorded=recorded)
+        ends.append(contents(parts[0]))
+    assert same(*ends)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_detections_are_recorded_too_and_leave_the_steps_alone(
+    card: torch.device,
+) -> None:
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, device=card)
+    ends = []
+    for use in (False, True):
+        parts = make(card)
+        recorded = prepared(*parts)[0] if use else None
+        kept = KeptDetector()
+        for _ in range(4):
+            take(*parts, WHOLE[:1], recorded=recorded)
+            own = kept.of(parts[0].ema.module, card, half=True)
+            detections = None if recorded is None else recorded.detections
+            found = own.find(images, recorded=detections)
+            assert torch.equal(found.rows, own.find(images).rows)
         ends.append(contents(parts[0]))
     assert same(*ends)
 

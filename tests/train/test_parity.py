@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hsrloop.config import Resolved, resolve
-from hsrloop.data.loader import ValLoader
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import import_ultralytics
 from hsrloop.ops.ap import Evaluator

@@ -1,0 +1,138 @@
+"""Letterboxed batches to validate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrloop.data.ahead import ahead, arriving
+from hsrloop.data.loader import empty_images
+from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
+from hsrloop.data.sets.dataset import ImageRef
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class ValBatch:
+    """Letterboxed images with their true boxes; N boxes over B images, N may be 0.
+
+    Pixels of the original image are (letterboxed px - pads) / gains.
+    """
+
+    images: Tensor  # (B, 3, S, S) uint8 RGB, channels_last
+    boxes_xyxy_px: Tensor  # (N, 4) float32, px of the letterboxed frame
+    labels: Tensor  # (N,) int64
+    image_index: Tensor  # (N,) int64, sorted, 0..B-1
+    indices: Tensor  # (B,) int64, places in the split
+    gains: Tensor  # (B, 2) float32, x and y
+    pads: Tensor  # (B, 2) float32, left and top
+
+
+class ValLoader:
+    """A split in its own order, letterboxed into squares: centred, grey 114.
+
+    Source: ultralytics@8.4.190 with rect=False: data/base.py load_image, data/augment.py LetterBox;
+    its evaluator matches in the letterboxed frame too.
+
+    Args:
+        store: made with interpolation "linear".
+        device: where the images go. On a GPU they are there when they are yielded: sent a batch
+            ahead, on a stream of their own.
+        prefetch: make one batch ahead in a thread; on a GPU always.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[ImageRef],
+        store: ImageStore,
+        *,
+        batch: int,
+        device: torch.device = _HOST,
+        prefetch: bool = True,
+    ) -> None:
+        self.n_samples = len(refs)
+        self.batch = batch
+        self._refs = refs
+        self._store = store
+        self._device = device
+        self._prefetch = prefetch
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self.n_samples // self.batch)
+
+    def __iter__(self) -> Iterator[ValBatch]:
+        return self.of(range(self.n_samples))
+
+    def head(self, count: int) -> ValLoader:
+        """Return a loader of the first images alone."""
+        refs, store = self._refs[:count], self._store
+        device, prefetch = self._device, self._prefetch
+        return ValLoader(refs, store, batch=self.batch, device=device, prefetch=prefetch)
+
+    def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
+        """Iterate over some places in the split, in batches, in the order given."""
+        starts = range(0, len(indices), self.batch)
+        made = (self._make(indices[start : start + self.batch]) for start in starts)
+        if self._device.type == "cuda":
+            sent = arriving(((batch.images, batch) for batch in made), self._device)
+            return (replace(batch, images=images) for images, batch in sent)
+        return ahead(made) if self._prefetch and len(indices) else made
+
+    def _make(self, indices: Sequence[int]) -> ValBatch:
+        side = self._store.imgsz
+        images = empty_images(len(indices), side, pinned=self._device.type == "cuda")
+        frames = np.array([_frame(self._refs[i], side) for i in indices])
+        boxes = []
+        for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
+            pixels = self._store[index]
+            height, width = pixels.shape[:2]
+            _lay(image, pixels, int(left), int(top))
+            boxes.append(_letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top)))
+        counts = [len(self._refs[i].labels) for i in indices]
+        return ValBatch(
+            images=images.permute(0, 3, 1, 2),
+            boxes_xyxy_px=torch.from_numpy(np.concatenate(boxes)),
+            labels=torch.from_numpy(np.concatenate([self._refs[i].labels for i in indices])),
+            image_index=torch.from_numpy(np.repeat(np.arange(len(indices)), counts)),
+            indices=torch.tensor(list(indices)),
+            gains=torch.from_numpy(frames[:, :2].astype(np.float32)),
+            pads=torch.from_numpy(frames[:, 2:].astype(np.float32)),
+        )
+
+    def close(self) -> None:
+        """Release nothing: an iterator ends its own thread."""
+
+
+def _frame(ref: ImageRef, side: int) -> tuple[float, float, float, float]:
+    """Return gain x, gain y, left and top of an image as stored, in a square.
+
+    Halves of a pixel go to the right and bottom. Source: ultralytics@8.4.190, LetterBox.get_params.
+    """
+    height, width = stored_size(ref.height, ref.width, side)
+    left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
+    return width / ref.width, height / ref.height, left, top
+
+
+def _lay(image: np.ndarray, pixels: np.ndarray, left: int, top: int) -> None:
+    """Put pixels into a square of another image's; grey around them, each byte written once."""
+    height, width = pixels.shape[:2]
+    image[:top], image[top + height :] = GREY, GREY
+    middle = image[top : top + height]
+    middle[:, :left], middle[:, left + width :] = GREY, GREY
+    middle[:, left : left + width] = pixels
+
+
+def _letterboxed(
+    boxes_cxcywh: np.ndarray, size: tuple[int, int], pad: tuple[float, float]
+) -> np.ndarray:
+    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) put at `pad` (x, y)."""
+    scale, shift = np.array(size, np.float32), np.array(pad, np.float32)
+    centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
+    low, high = (centre - half) * scale + shift, (centre + half) * scale + shift
+    return np.concatenate((low, high), axis=1).astype(np.float32)
