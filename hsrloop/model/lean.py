@@ -96,4 +96,4 @@ def _normed(
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
     scale = invstd * weight
     shift = torch.addcmul(bias, mean, scale, value=-1)
-    return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+    return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)

@@ -260,16 +260,19 @@ extern "C" __global__ void search(Pass p) {
     __shared__ int at[TOPK][LANES];     // their points
     __shared__ Key best[TOPK];
     const int box = blockIdx.x, lane = threadIdx.x, lanes = blockDim.x, image = image_of(p, box);
-    const bool there = p.labels[box] >= 0 && p.labels[box] < p.classes;
-    const Box own = box_at(p.truth, boxes_in(p), box);
+    for (int rank = lane; rank < TOPK; rank += lanes) {
+        best[rank] = 0;
+        p.wanted[box * TOPK + rank] = -1;
+    }
+    if (p.labels[box] < 0 || p.labels[box] >= p.classes)
+        return;  // for all threads alike
     for (int rank = 0; rank < TOPK; rank++)
         top[rank][lane] = 0.0f;
-    for (int rank = lane; rank < TOPK; rank += lanes)
-        best[rank] = 0;
+    const Box own = box_at(p.truth, boxes_in(p), box);
     float x1 = own.x1, y1 = own.y1, x2 = own.x2, y2 = own.y2;
     widen(&x1, &x2, p.smallest);
     widen(&y1, &y2, p.smallest);
-    for (int level = 0; there && level < p.depth; level++) {
+    for (int level = 0; level < p.depth; level++) {
         const int *grid = p.levels + 4 * level;
         const Span across = span(x1, x2, grid[2], (float)grid[3]);
         const Span down = span(y1, y2, grid[1], (float)grid[3]);
@@ -303,11 +306,9 @@ extern "C" __global__ void search(Pass p) {
         if (key)
             atomicMax(best + rank, key);
         __syncthreads();
-        const unsigned slot = (unsigned)box * TOPK + rank;
-        if (!best[rank] && !lane)
-            p.wanted[slot] = -1;
         if (!key || key != best[rank])
             continue;
+        const unsigned slot = (unsigned)box * TOPK + rank;
         const int anchor = at[next++][lane];
         const long long point = point_of(p, image, anchor);
         p.wanted[slot] = anchor;
