@@ -138,9 +138,10 @@ def _chosen_on_cpu(scene: _Scene, segments: Segments, levels: int) -> _Slots:
         *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table)),
         *(t.numpy() for t in (segments.table, segments.rows)),
         levels=levels,
-        anchors=scene.anchors,
+        images=scene.images,
         classes=scene.classes,
         topk=TOPK,
+        threads=torch.get_num_threads(),
     )
     point, box = (torch.from_numpy(array) for array in found)
     image = box // max(scene.places, 1)

@@ -1,4 +1,4 @@
-"""Which anchor points boxes get, for the CPU: one loop over boxes and the cells inside them.
+"""Which anchor points boxes get, for the CPU: a loop over boxes and the cells inside them.
 
 It decides what `assign` decides on a GPU, a pair at a time: so a score is looked up only where the
 overlap is large enough for the best ten.
@@ -11,12 +11,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from hsrloop.ops.native import compiled
+from hsrloop.ops.native import compiled, share
+from hsrloop.ops.targets import SEGMENT
 
 _ZERO, _QUARTER, _ONE = (np.float32(number) for number in (0, 0.25, 1))
 _EPS = np.float32(1e-7)  # as in `boxes`
-_PAIRS = "UniTuple(i8[::1], 2)"
-_SIGNATURE = f"{_PAIRS}(f4[:,::1], f4[::1], f4[:,::1], i8[:,::1], i8[::1], i8, i8, i8, i8)"
+_LAST = SEGMENT.index("last")
+_PAIRS_OF_A_THREAD = 100_000  # 0.5 ms of work, five times what a thread costs (measured)
 
 
 @numba.njit(inline="always", error_model="numpy")
@@ -38,58 +39,45 @@ def _ciou(predicted: np.ndarray, p: int, truth: np.ndarray, row: int) -> Any:
 
 @numba.njit(inline="always")
 def _insert(metric: Any, p: int, top: np.ndarray, at: np.ndarray) -> None:
-    """Put a metric larger than the last one into its place among `top`, which falls."""
-    place = len(top) - 1
-    while place > 0 and top[place - 1] < metric:
-        top[place], at[place] = top[place - 1], at[place - 1]
-        place -= 1
-    top[place], at[place] = metric, p
+    """Put a metric into its place among `top`, which falls; after equal ones.
+
+    Each place keeps the larger of what it has and what comes down to it: nothing to be guessed.
+    """
+    for place in range(len(top)):
+        held, point = top[place], at[place]
+        larger = metric > held
+        top[place] = metric if larger else held
+        at[place] = p if larger else point
+        metric = held if larger else metric
+        p = point if larger else p
 
 
-@numba.njit(inline="always")
-def _owners(
-    best: np.ndarray, where: np.ndarray, rows: np.ndarray, nearest: np.ndarray
-) -> np.ndarray:
-    """Return the box that each point is given to, -1 for none."""
-    owner = np.full(len(nearest), -1)
-    for box in range(len(rows)):
-        for rank in range(best.shape[1]):
-            if best[box, rank] > _ZERO:
-                p = where[box, rank]
-                owner[p] = rows[box] if owner[p] < 0 else nearest[p]
-    return owner
-
-
-def _settled_pairs(
+def _search(
     predicted: np.ndarray,
     logits: np.ndarray,
     truth: np.ndarray,
     segments: np.ndarray,
-    rows: np.ndarray,
-    levels: int,
-    anchors: int,
-    classes: int,
-    topk: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that are given to a box, rising, and the box of each.
+    sizes: np.ndarray,
+    best: np.ndarray,
+    where: np.ndarray,
+    highest: np.ndarray,
+    nearest: np.ndarray,
+) -> None:
+    """Look at all pairs of some images' boxes and points; see `settled_pairs`.
 
     Args:
-        predicted: (6, B * A) float32 `Columns` of the decoded predictions.
-        logits: (B * C * A,) float32.
-        truth: (6, B * M) float32 `Columns` of the boxes.
-        segments, rows: of `PaddedTargets`, with L levels; labels are classes.
-        topk: points that a box may have.
-
-    Returns:
-        (T,) image * A + anchor; (T,) image * M + place.
+        sizes: (6,) levels, anchors, classes; the images from one to another, without the latter.
+            Other images' rows are left alone.
+        best, where: (N, topk) metrics, falling, and their points; at first 0.
+        highest, nearest: (B * A,) overlap that a point has with any box, and with which: the first
+            among equals; at first 0.
     """
-    best = np.zeros((len(rows), topk), np.float32)  # metrics, falling
-    where = np.zeros((len(rows), topk), np.int64)  # their points
-    highest = np.zeros(predicted.shape[1], np.float32)  # overlap that a point has with any box,
-    nearest = np.zeros(predicted.shape[1], np.int64)  # and with which: the first among equals
+    levels, anchors, classes, start_image, stop_image = sizes
     overlaps = np.empty(anchors, np.float32)
     for s in range(segments.shape[1]):
         slot, first, width, skipped, last, row, image, label = segments[:, s]
+        if image < start_image or image >= stop_image:
+            continue
         top, at = best[slot // levels], where[slot // levels]
         for line in range((last + 1) // width):
             start = image * anchors + first + line * (width + skipped)
@@ -109,9 +97,68 @@ def _settled_pairs(
                 metric = np.sqrt(score) * cube * cube
                 if metric > top[-1]:
                     _insert(metric, p, top, at)
-    owner = _owners(best, where, rows, nearest)
+
+
+def _owned(
+    best: np.ndarray, where: np.ndarray, rows: np.ndarray, nearest: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that are given to a box, rising, and the box of each."""
+    owner = np.full(len(nearest), -1)
+    for box in range(len(rows)):
+        for rank in range(best.shape[1]):
+            if best[box, rank] > _ZERO:
+                p = where[box, rank]
+                owner[p] = rows[box] if owner[p] < 0 else nearest[p]
     given = np.flatnonzero(owner >= 0)
     return given, owner[given]
 
 
-settled_pairs = compiled(_settled_pairs, _SIGNATURE)
+_TABLES = "f4[:,::1], i8[:,::1], f4[::1], i8[::1]"
+_INPUTS = "f4[:,::1], f4[::1], f4[:,::1], i8[:,::1], i8[::1]"
+search = compiled(_search, f"void({_INPUTS}, {_TABLES})")
+owned = compiled(_owned, "UniTuple(i8[::1], 2)(f4[:,::1], i8[:,::1], i8[::1], i8[::1])")
+
+
+def settled_pairs(
+    predicted: np.ndarray,
+    logits: np.ndarray,
+    truth: np.ndarray,
+    segments: np.ndarray,
+    rows: np.ndarray,
+    *,
+    levels: int,
+    images: int,
+    classes: int,
+    topk: int,
+    threads: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that are given to a box, rising, and the box of each.
+
+    Args:
+        predicted: (6, B * A) float32 `Columns` of the decoded predictions.
+        logits: (B * C * A,) float32.
+        truth: (6, B * M) float32 `Columns` of the boxes.
+        segments, rows: of `targets.Segments`, with L levels; labels are classes.
+        topk: points that a box may have.
+        threads: that share the images, where there is enough to do.
+
+    Returns:
+        (T,) image * A + anchor; (T,) image * M + place.
+    """
+    points = predicted.shape[1]
+    tables = (
+        np.zeros((len(rows), topk), np.float32),
+        np.zeros((len(rows), topk), np.int64),
+        np.zeros(points, np.float32),
+        np.zeros(points, np.int64),
+    )
+    best, where, _, nearest = tables
+
+    def look(start: int, stop: int) -> None:
+        sizes = np.array([levels, points // max(images, 1), classes, start, stop])
+        search(predicted, logits, truth, segments, sizes, *tables)
+
+    enough = int(segments[_LAST].sum() // _PAIRS_OF_A_THREAD)
+    share(look, images, threads=min(threads, enough))
+    point, box = owned(best, where, rows, nearest)
+    return point, box

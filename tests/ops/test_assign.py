@@ -5,15 +5,16 @@ from __future__ import annotations
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hsrloop.ops import assign as assign_module
+from hsrloop.ops import assign_cpu
 from hsrloop.ops.anchors import anchor_table
 from hsrloop.ops.assign import TOPK, Assignment, assign
-from hsrloop.ops.assign_cpu import _settled_pairs
 from hsrloop.ops.boxes import Columns
 from hsrloop.ops.loss import _decoded_columns, pad_targets
 from hsrloop.ops.paths import as_on_a_gpu
@@ -94,8 +95,12 @@ def test_a_label_that_is_no_class_is_refused(label: int) -> None:
         assigned(s)
 
 
-def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_product() -> None:
-    """Counted in Python, where NumPy's memory is seen, with a loop that is not compiled."""
+def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted in Python, where NumPy's memory is seen, with loops that are not compiled."""
+    monkeypatch.setattr(assign_cpu, "search", assign_cpu._search)
+    monkeypatch.setattr(assign_cpu, "owned", assign_cpu._owned)
     most = {}
     for boxes in (1, 20, 400):  # the first compiles what the loop calls
         s = scene([boxes], size=0.01, imgsz=320, seed=2)
@@ -104,16 +109,41 @@ def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_
         predicted = Columns.of(torch.rand(4, points)).table.numpy()
         given = (predicted, s.class_logits.reshape(-1).numpy(), targets.table.numpy())
         tracemalloc.start()
-        _settled_pairs(
+        assign_cpu.settled_pairs(
             *given,
             targets.segments.table.numpy(),
             targets.segments.rows.numpy(),
-            3,
-            points,
-            5,
-            TOPK,
+            levels=3,
+            images=1,
+            classes=5,
+            topk=TOPK,
+            threads=1,
         )
         most[boxes] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert most[400] - most[20] < 380 * 500, "bytes a box"
     assert most[20] < 100 * points, most
+
+
+@pytest.mark.parametrize("counts", [[40, 0, 25, 3, 60], [0, 0, 50], [7]])
+def test_threads_share_the_images_and_change_nothing(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = scene(counts, imgsz=320, nc=5, seed=7)
+    looked: list[tuple[int, ...]] = []
+    search = assign_cpu.search
+
+    def spy(*args: Any) -> None:
+        looked.append(tuple(args[4][3:].tolist()))
+        search(*args)
+
+    alone = assigned(s)
+    monkeypatch.setattr(assign_cpu, "search", spy)
+    monkeypatch.setattr(assign_cpu, "_PAIRS_OF_A_THREAD", 1)
+    for threads in (1, 2, 4, 64):
+        looked.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        shared = assigned(s)
+        assert len(looked) == min(threads, len(counts))
+        assert [i for part in sorted(looked) for i in range(*part)] == list(range(len(counts)))
+        assert torch.equal(shared.anchor, alone.anchor) and torch.equal(shared.box, alone.box)
