@@ -78,9 +78,9 @@ def main() -> None:
         f"{options.images} images of {options.imgsz} px, {options.classes} classes; forward and "
         f"backward, float32, one thread; ms of one core, median (lowest to highest), "
         f"n = {options.rounds}, in turn. Both losses differ by at most "
-        f"{max(row['loss_apart'] for row in rows):.0e} of their value. Operators are counted with the "
-        "work cut as for a GPU on which `loss.cu` cannot be compiled; with it 14 operators and 7 "
-        "kernels do all, however many objects (`tests/bench/test_criterion.py`).",
+        f"{max(row['loss_apart'] for row in rows):.0e} of their value. Operators are counted "
+        "with the work cut as for a GPU on which `loss.cu` cannot be compiled; with it 14 "
+        "operators and 7 kernels do all, however many objects (`tests/bench/test_criterion.py`).",
         "",
         "| objects an image | hsrloop, ms | Ultralytics, ms | ratio | operators on a GPU, both |",
         "|---|---|---|---|---|",
