@@ -33,6 +33,7 @@ from hsrloop.bench.meters import (
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
+from hsrloop.data.val_loader import ValLoader
 from hsrloop.events import Progress
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.records import Batch, Position
@@ -93,11 +94,10 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
     loader = bench.loaders.val
     half = bench.settings.amp
     module = bench.state.ema.module
-    kept, recorded = KeptDetector(), bench.graphs.detections
+    kept = KeptDetector()
     detector = kept.of(module, bench.device, half=half)
     batch = next(iter(loader))
     forward = bare_forward(bench, detector.module, detector.inputs(batch.images))
-    names = bench.spec.names
 
     def bare(steps: int) -> None:
         for _ in range(steps * len(loader)):
@@ -105,15 +105,7 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
 
     def whole(steps: int) -> None:
         for _ in range(steps):
-            evaluate(
-                module,
-                loader,
-                names=names,
-                device=bench.device,
-                half=half,
-                kept=kept,
-                recorded=recorded,
-            )
+            validated(bench, loader, kept)
 
     works = {"bare": bare, "validation": whole}
     timed = _timed(bench, effort, works, of="validation", task="measuring validation")
@@ -126,7 +118,7 @@ def measure_validation(bench: Workbench, effort: Effort) -> Row:
         images_per_s=rates(times["validation"], loader.n_samples),
         bare_images_per_s=rates(bare_s, loader.n_samples),
         efficiency=shares(times["validation"], bare_s),
-        host_waits=waits_of_a_validation(bench),
+        host_waits=waits_of_a_validation(bench, kept if bench.graphs.gradients else None),
         **timed.instruments(),
     )
 
@@ -230,12 +222,25 @@ def said_of(bench: Workbench) -> dict[str, Any]:
     }
 
 
-def waits_of_a_validation(bench: Workbench) -> int:
+def validated(bench: Workbench, loader: ValLoader, kept: KeptDetector | None) -> None:
+    """Validate as a run does."""
+    evaluate(
+        bench.state.ema.module,
+        loader,
+        names=bench.spec.names,
+        device=bench.device,
+        half=bench.settings.amp,
+        kept=kept,
+        recorded=bench.graphs.detections,
+    )
+    bench.graphs.count(bench.state)
+
+
+def waits_of_a_validation(bench: Workbench, kept: KeptDetector | None = None) -> int:
     """Count how often the host waits in a validation of two batches; see `waits_of_a_step`."""
-    module, loader = bench.state.ema.module, bench.loaders.val
-    few = loader.head(2 * loader.batch)
+    few = bench.loaders.val.head(2 * bench.loaders.val.batch)
     with DeviceWatch(bench.device) as watch, synchronisations(bench.device) as told:
-        evaluate(module, few, names=bench.spec.names, device=bench.device, half=bench.settings.amp)
+        validated(bench, few, kept)
     return max(sum(watch.waits.values()), len(told))
 
 

@@ -43,7 +43,7 @@ def lean_blocks(module: nn.Module) -> Iterator[None]:
 
 
 def _spares(norm: nn.Module, act: nn.Module) -> bool:
-    """Return whether there is something to be spared, and it is understood."""
+    """Return whether there is something to be spared, it is understood, and nobody looks on."""
     return (
         type(norm) is nn.BatchNorm2d
         and type(act) is nn.SiLU
@@ -51,6 +51,7 @@ def _spares(norm: nn.Module, act: nn.Module) -> bool:
         and norm.track_running_stats
         and norm.affine
         and norm.momentum is not None
+        and not any(own._forward_hooks or own._forward_pre_hooks for own in (norm, act))
     )
 
 

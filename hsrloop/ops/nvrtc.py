@@ -109,7 +109,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     try:
         yield counter
     finally:
-        _COUNTERS.remove(counter)
+        _COUNTERS[:] = [other for other in _COUNTERS if other is not counter]
 
 
 @functools.cache

@@ -141,17 +141,18 @@ class RecordedDetections:
         self._detector: Detector | None = None
         self._made: dict[torch.Size, _Recorded | None] = {}  # None: seen once, or impossible
         self._impossible = False
+        self.recordings = 0  # made so far
 
     def find(self, detector: Detector, images: Tensor) -> Found | None:
         """Return what `Detector.find_ahead` does; None: it is not recorded, or not yet."""
         if detector is not self._detector:
             self._detector, self._made = detector, {}
         shape = images.shape
-        if shape not in self._made or self._impossible:
+        if shape not in self._made:
             self._made[shape] = None
             return None
         own = self._made[shape]
-        if own is None:
+        if own is None and not self._impossible:
             own = self._made[shape] = self._record(detector, images)
         if own is None:
             return None
@@ -170,6 +171,7 @@ class RecordedDetections:
             if self._recorder.has_room():
                 self._recorder.warm(work)
                 replay, found = self._recorder.record(work)
+                self.recordings += 1
                 return _Recorded(own, replay, Found(*found))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]

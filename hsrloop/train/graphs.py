@@ -43,6 +43,7 @@ class StepGraphs:
         self._recorded: Recorded | None = None
         self._recorder: Recorder | None = None
         self.detections: RecordedDetections | None = None  # in the memory of the steps
+        self._counted = -1  # of them, beside the steps
         self._of: tuple[object, ...] = ()  # what the recordings, if any, belong to
         self._impossible = False
 
@@ -90,16 +91,17 @@ class StepGraphs:
             torch.cuda.empty_cache()  # of the stream that it was tried on
 
     def count(self, state: TrainState) -> None:
-        """Let the state know what the recordings hold by now."""
-        if self._recorder is not None:
-            held = self._recorder.held_bytes()
-            if held != state.recorded_bytes:
-                state.count_recorded(held)
+        """Let the state know what the recordings hold, if there are more than the last time."""
+        if self._recorder is None or self.detections is None:
+            return
+        if self._counted != self.detections.recordings:
+            self._counted = self.detections.recordings
+            state.count_recorded(self._recorder.held_bytes())
 
     def drop(self) -> None:
         """Give the recordings' memory back."""
         self._recorded = self._recorder = self.detections = None
-        self._of = ()
+        self._of, self._counted = (), -1
 
     def covers(self, micro_batches: Sequence[Batch]) -> bool:
         """Return whether there are recordings for all of these."""

@@ -53,7 +53,8 @@ class Recorder(Protocol):
         """Record work; whether it is done meanwhile is left open.
 
         Returns:
-            What does it, and its result: tensors that hold what the newest replay computed.
+            What does it, which keeps alive what it reads, and its result: tensors that hold what
+            the newest replay computed.
         """
         ...
 
@@ -68,7 +69,10 @@ class CudaRecorder:
 
     def has_room(self) -> bool:
         use = memory_use(str(self._device))
-        return use is not None and use.peak_bytes <= ROOMY_SHARE * use.capacity_bytes
+        if use is None:
+            return False
+        # What is recorded already does not count as in use between replays.
+        return use.peak_bytes + self.held_bytes() <= ROOMY_SHARE * use.capacity_bytes
 
     def held_bytes(self) -> int:
         own = [
@@ -98,7 +102,11 @@ class CudaRecorder:
                 result = work()
         finally:
             torch.cuda.set_stream(before)  # torch 2.11 leaves its own current after an error
-        return graph.replay, result
+
+        def replay(_reads: Callable[[], T] = work) -> None:
+            graph.replay()
+
+        return replay, result
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

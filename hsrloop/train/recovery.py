@@ -116,6 +116,7 @@ def free_memory() -> None:
     """Give back what a failed attempt held, once its exception and its frames are gone."""
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()  # recordings that are gone may still be running in that memory
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

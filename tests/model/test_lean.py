@@ -87,6 +87,17 @@ def test_other_activations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(map(torch.equal, *both(monkeypatch, change)))
 
 
+def test_who_looks_on_is_shown_every_layer() -> None:
+    module, seen = network(), []
+    looked_at = [module.model[0].bn, module.model[1].act]  # one activation is shared by all
+    hooks = [layer.register_forward_hook(lambda own, *_: seen.append(own)) for layer in looked_at]
+    with as_on_a_gpu():
+        forward_train(module, images())
+    for hook in hooks:
+        hook.remove()
+    assert all(layer in seen for layer in looked_at)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("half", [False, True])

@@ -170,3 +170,14 @@ def test_what_cannot_be_recorded_is_detected_all_the_same(
         assert found == evaluate(**given, ahead=True)
     assert rerun.replays == 0 and rerun.recordings == (trouble == "error")
     assert ("(operation not permitted)" in caplog.text) is (trouble == "error")
+
+
+def test_a_shape_that_cannot_be_recorded_leaves_the_others_alone(given: dict[str, Any]) -> None:
+    rerun = Rerun(error=RuntimeError("operation not permitted"))
+    rerun.fails_at = 2
+    recorded, own = RecordedDetections(rerun), Detector.of(given["module"], CPU, half=False)
+    pair, single = (torch.zeros((n, 3, 64, 64), dtype=torch.uint8) for n in (2, 1))
+    for images in (pair, pair, single, single, pair, single):
+        own.find(images, ahead=True, recorded=recorded)
+    assert rerun.recordings == 2 and rerun.replays == 2
+    assert recorded.recordings == 1

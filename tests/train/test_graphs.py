@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
@@ -421,6 +422,19 @@ def test_on_a_gpu_detections_are_recorded_too_and_leave_the_steps_alone(
             assert torch.equal(found.rows, own.find(images).rows)
         ends.append(contents(parts[0]))
     assert same(*ends)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_recording_keeps_what_it_reads(card: torch.device) -> None:
+    given = torch.ones(4, device=card)
+    alive = weakref.ref(given)
+    recorder = CudaRecorder(card)
+    replay, result = recorder.record(lambda given=given: given + 1)
+    del given
+    replay()
+    assert alive() is not None and result.tolist() == [2.0] * 4
+    del replay
+    assert alive() is None
 
 
 @pytest.mark.gpu
