@@ -52,7 +52,10 @@ def repeat(once: Callable[[], None]) -> Work:
 
 def _plain(bench: Workbench, batches: list[Batch]) -> Callable[[], None]:
     device, state, settings = bench.device, bench.state, bench.settings
-    prepared = [(to_input(batch.images, device), to_targets(batch, settings)) for batch in batches]
+    prepared = [
+        (to_input(batch.images, device, settings.input_dtype), to_targets(batch, settings))
+        for batch in batches
+    ]
 
     def once() -> None:
         for inputs, targets in prepared:

@@ -181,7 +181,7 @@ class _Network:
         device, kind = settings.device, settings.amp_dtype
         # Weights that are cast for a recording must not be kept for another.
         with torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False):
-            inputs = to_input(self.images, device, settings.dtype)
+            inputs = to_input(self.images, device, settings.input_dtype)
             self._raw = settings.network(self._state.model, inputs)
         logits = self._raw.box_logits.detach(), self._raw.class_logits.detach()
         self._logits = RawPredictions(*logits, shapes=self._raw.shapes)

@@ -57,6 +57,11 @@ class StepSettings:
     graphs: bool = False  # steps may be recorded; see `graphs.StepGraphs`
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        """What images are given as: the first convolution's type, whose bits a cast would give."""
+        return self.amp_dtype if self.amp else self.dtype
+
+    @property
     def network(self) -> Callable[[nn.Module, Tensor], RawPredictions]:
         """`forward_train`, compiled where that is wanted."""
         return forward_train if self.compiled is None else self.compiled.forward
@@ -295,7 +300,7 @@ def after_the_weights(
 
 def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) -> LossSums:
     """Add one micro-batch's gradient of k times its un-normalised loss; return its sums."""
-    images = to_input(batch.images, settings.device, settings.dtype)
+    images = to_input(batch.images, settings.device, settings.input_dtype)
     targets = to_targets(batch, settings)
     single = is_single(len(images), images.shape[-1], settings)
     with (

@@ -16,6 +16,7 @@ from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
+from tests.kernels import DEVICES
 
 NAMES = ("cup", "can", "box")
 CPU = torch.device("cpu")
@@ -95,6 +96,18 @@ def test_the_gradient_does_not_depend_on_the_split(
     parts = gradient_of(sizes, monkeypatch)
     assert whole.norm() > 0
     assert (whole - parts).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_images_in_half_are_what_autocast_would_make_of_them(
+    kind: torch.dtype, device: str
+) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    where = torch.device(device)
+    given = step_module.to_input(images, where, kind)
+    assert given.dtype == kind and given.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(given, step_module.to_input(images, where).to(kind))
 
 
 def test_twenty_steps_of_sgd_do_not_depend_on_the_split() -> None:
