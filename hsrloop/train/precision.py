@@ -37,6 +37,7 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False  # as by default, but not in every container
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -100,6 +100,9 @@ class CudaRecorder:
         try:
             with torch.cuda.device(self._device), recording:
                 result = work()
+        except BaseException:
+            self._end_allocation()
+            raise
         finally:
             torch.cuda.set_stream(before)  # torch 2.11 leaves its own current after an error
 
@@ -107,6 +110,14 @@ class CudaRecorder:
             graph.replay()
 
         return replay, result
+
+    def _end_allocation(self) -> None:
+        """Let the allocator leave the pool that it goes on with, in torch 2.11, after an error.
+
+        Else it would never again free what several streams use.
+        """
+        with suppress(RuntimeError):  # it has left it
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -15,6 +15,7 @@ from hsrloop.model import yolo
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import forward_eval, forward_train
 from hsrloop.ops.paths import as_on_a_gpu
+from hsrloop.train.precision import set_kernels
 from tests.kernels import DEVICES
 
 NAMES = ("a", "b")
@@ -102,7 +103,11 @@ def test_who_looks_on_is_shown_every_layer() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("half", [False, True])
 def test_on_a_gpu_too(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, lean = both(monkeypatch, device="cuda", half=half)
+    set_kernels(torch.device("cuda", 0), deterministic=True)
+    try:
+        plain, lean = both(monkeypatch, device="cuda", half=half)
+    finally:
+        set_kernels(torch.device("cuda", 0), deterministic=False)
     assert all(map(torch.equal, plain[:2], lean[:2]))
     for own, other in zip(lean[2:], plain[2:], strict=True):
         assert (own - other).norm() <= (2e-2 if half else 1e-4) * other.norm() + 1e-6
