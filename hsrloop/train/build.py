@@ -41,7 +41,6 @@ from hsrloop.train.state import TrainState, initial_grad_scale
 from hsrloop.train.step import StepSettings
 
 Emit = Callable[[Event], None]
-VALIDATED_ON_GPU = 2  # times `Rung.val_batch`: activations are not kept (a guess; as ultralytics)
 SYNTHESIS_SETTINGS = (
     *("synthetic_ratio", "synthetic_images", "max_objects", "object_scale_min"),
     *("object_scale_max", "object_degrees", "max_occlusion", "negative_share"),
@@ -227,19 +226,6 @@ def first_rung(config: TrainConfig) -> Rung:
     )
 
 
-def validated_at_once(config: TrainConfig, rung: Rung, device: torch.device) -> int:
-    """Return the images of a validation batch.
-
-    On a GPU, where each batch costs launches, they are more than a micro-batch, unless memory has
-    run out for them.
-
-    Args:
-        config: as asked for.
-    """
-    roomy = device.type == "cuda" and 1 < rung.val_batch == config.largest_micro_batch
-    return rung.val_batch * (VALIDATED_ON_GPU if roomy else 1)
-
-
 def at(config: TrainConfig, rung: Rung) -> TrainConfig:
     """Return a run's settings as they are on a rung."""
     return config.replace(
@@ -320,9 +306,7 @@ def build_loaders(
         cutouts=cutouts,
         renderer=made.renderer,
     )
-    val = ValLoader(
-        spec.val, val_store, batch=validated_at_once(asked, rung, device), device=device
-    )
+    val = ValLoader(spec.val, val_store, batch=rung.val_batch, device=device)
     return Loaders(train, val, (made.store, val_store), made.place)
 
 

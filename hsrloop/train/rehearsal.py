@@ -19,7 +19,6 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import GIB
 from hsrloop.records import Batch, Position
-from hsrloop.train.build import validated_at_once
 from hsrloop.train.detector import Detector
 from hsrloop.train.fits import Fits
 from hsrloop.train.loop import set_modes
@@ -152,8 +151,7 @@ class Rehearsal:
 
     def _validate(self, detector: Detector) -> None:
         imgsz = self.config.imgsz
-        count = validated_at_once(self.config, self.state.rung, self.state.device)
-        noise = _noise(count, imgsz, torch.Generator().manual_seed(0))
+        noise = _noise(self.state.rung.val_batch, imgsz, torch.Generator().manual_seed(0))
         held = _pixels(_MADE_AHEAD * len(noise), imgsz, self.state.device)
         detector.find(noise)
         del held

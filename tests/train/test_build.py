@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
-import torch
 
 from hsrloop.config import HEAD_LR_SCALE, KNOWN_LR_SCALE, PRETRAINED_LR_SCALE, TrainConfig
-from hsrloop.train.build import first_rung, layer_rates, validated_at_once
+from hsrloop.train.build import layer_rates
 
 MIDDLE = (KNOWN_LR_SCALE + PRETRAINED_LR_SCALE) / 2
 
@@ -31,16 +28,3 @@ def test_layer_rates(
 ) -> None:
     config = TrainConfig.from_json(settings)
     assert layer_rates(config, fresh_share) == pytest.approx(rates)
-
-
-def test_a_gpu_validates_more_at_once_than_it_trains_until_memory_runs_out() -> None:
-    config, gpu = TrainConfig(batch=16, micro_batch=8), torch.device("cuda", 1)
-    rung = first_rung(config)
-    assert validated_at_once(config, rung, torch.device("cpu")) == 8
-    assert validated_at_once(config, rung, gpu) == 16
-    for less in (4, 2, 1):
-        for micro_batch in (8, less):
-            smaller = dataclasses.replace(rung, val_batch=less, micro_batch=micro_batch)
-            assert validated_at_once(config, smaller, gpu) == less
-    single = TrainConfig(batch=16, micro_batch=1)
-    assert validated_at_once(single, first_rung(single), gpu) == 1
