@@ -61,11 +61,12 @@ def train_images(
     free = gpu_memory(device).free_bytes if device.type == "cuda" else 0
     scratch = int(min(max(free * SCRATCH_SHARE, SCRATCH_LIMITS[0]), SCRATCH_LIMITS[1]))
     sources = Sources(ImageStore(images, imgsz=config.imgsz), cutouts)
+    kernel = None if config.augment_device == "cpu" else _kernel(device, emit)
     place = render_place(
         config,
         device.type,
         sources,
-        scratch_bytes=gpu_bytes(config.imgsz, micro_batch, scratch),
+        scratch_bytes=gpu_bytes(config.imgsz, micro_batch, scratch, kernel=kernel is not None),
         gpu_free_bytes=free,
         ram_free_bytes=budget_bytes,
     )
@@ -86,7 +87,7 @@ def train_images(
         imgsz=config.imgsz,
         device=device,
         scratch_bytes=scratch,
-        kernel=_kernel(device, emit),
+        kernel=kernel,
     )
     return TrainImages(store, renderer, place)
 

@@ -10,6 +10,7 @@ import torch
 
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.pixels.bank import BankPlace, Sources
+from hsrloop.data.pixels.render_torch import gpu_bytes
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.errors import ConfigError, DeviceError
@@ -96,6 +97,7 @@ def test_images_lie_where_the_cap_leaves_room(
     """The card has 80 GiB; where the tiny set is to lie is found, and not acted upon."""
     card_memory.share = cap_gib / 80
     monkeypatch.setattr(Sources, "bytes", GIB // 8)
+    monkeypatch.setattr(images, "_kernel", lambda device, emit: None)
     found = []
 
     def placed(*args: object, **kwargs: int) -> str:
@@ -113,6 +115,12 @@ def test_images_lie_where_the_cap_leaves_room(
         emit=lambda event: None,
     )
     assert found == [place]
+
+
+def test_a_kernel_needs_less_beside_the_images() -> None:
+    whole, kernel = (gpu_bytes(640, 16, GIB // 4, kernel=one) for one in (False, True))
+    assert kernel < whole - GIB // 16
+    assert kernel > 3 * 16 * 3 * 640**2, "three batches"
 
 
 @pytest.mark.parametrize("place", ["device", "pinned"])

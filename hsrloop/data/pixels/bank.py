@@ -127,6 +127,7 @@ class Bank(Protocol):
     """Sources as the renderer reads them."""
 
     sources: Sources
+    resident: bool  # nothing is sent: tiles take no memory of their own
 
     def arrange(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
         """Return where tiles will lie once fetched together, from numbers alone.
@@ -148,6 +149,8 @@ class DeviceBank:
         threads: that decode meanwhile.
         progress: called with (done, total).
     """
+
+    resident = True
 
     def __init__(
         self,
@@ -189,6 +192,8 @@ class TileBank:
     Tiles are gathered in page-locked memory and sent in one copy. The sources themselves are not
     page-locked: memory that the system cannot move hurts a laptop more than gathering costs.
     """
+
+    resident = False
 
     def __init__(self, sources: Sources, device: torch.device) -> None:
         self.sources = sources

@@ -13,6 +13,7 @@ compiled, torch's operators do, which move every pixel dozens of times.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,10 +35,17 @@ SCRATCH_PER_PIXEL = 112  # bytes an output pixel takes at most while it is rende
 TILES_PER_FRAME = 8  # tiles as large as the output that a frame needs at most (a guess)
 
 
-def gpu_bytes(imgsz: int, batch: int, scratch_bytes: int = SCRATCH_BYTES) -> int:
-    """Return what rendering takes on the GPU beside the bank: temporaries, tiles, three batches."""
-    frames = _frames_at_once(imgsz, scratch_bytes)
-    return int(scratch_bytes + (4 * TILES_PER_FRAME * frames + 9 * batch) * imgsz**2)
+def gpu_bytes(
+    imgsz: int, batch: int, scratch_bytes: int = SCRATCH_BYTES, *, kernel: bool = False
+) -> int:
+    """Return what rendering takes on the GPU beside the bank: temporaries, tiles, three batches.
+
+    Args:
+        kernel: does it; else torch's operators.
+    """
+    tiles = 4 * TILES_PER_FRAME * imgsz**2
+    frames = min(_frames_at_once(scratch_bytes, _frame_bytes(imgsz, kernel=kernel)), 2 * batch)
+    return (0 if kernel else scratch_bytes) + tiles * frames + 9 * batch * imgsz**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,7 @@ class TorchRenderer:
         bank: sources on, or for, the same device.
         images: what `Layer.source` counts in; those of the bank.
         scratch_bytes: bound of temporaries; at least one image with its mixup partner is rendered.
+            A kernel that reads a bank on the device needs none, and renders a batch in one piece.
         kernel: does it in one pass; None: torch's operators do.
     """
 
@@ -89,7 +98,8 @@ class TorchRenderer:
         self.bank = bank
         self.device = device
         self.imgsz = imgsz
-        self._frames_at_once = _frames_at_once(imgsz, scratch_bytes)
+        one = _frame_bytes(imgsz, kernel=kernel is not None, resident=bank.resident)
+        self._frames_at_once = _frames_at_once(scratch_bytes, one)
         self._layers = LayerLayout(bank, images, imgsz)
         self._stamps = StampLayout(bank, imgsz)
         index = torch.arange(imgsz, dtype=torch.float32, device=device)
@@ -197,8 +207,15 @@ class TorchRenderer:
         )
 
 
-def _frames_at_once(imgsz: int, scratch_bytes: int) -> int:
-    return max(2, scratch_bytes // (SCRATCH_PER_PIXEL * imgsz**2))
+def _frame_bytes(imgsz: int, *, kernel: bool, resident: bool = False) -> int:
+    """Return what a frame takes while it is rendered; its tiles, where it is little else."""
+    if kernel and resident:
+        return 0
+    return (4 * TILES_PER_FRAME if kernel else SCRATCH_PER_PIXEL) * imgsz**2
+
+
+def _frames_at_once(scratch_bytes: int, frame_bytes: int) -> int:
+    return max(2, scratch_bytes // frame_bytes) if frame_bytes else sys.maxsize
 
 
 def _frames(plans: Sequence[AugmentPlan]) -> list[AugmentPlan]:
