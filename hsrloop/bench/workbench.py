@@ -19,8 +19,10 @@ from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.weights import OFFICIAL, find_weights
 from hsrloop.model.yolo import class_outputs
+from hsrloop.ops.nvrtc import compile_ahead
 from hsrloop.records import Batch, DeviceInfo, Position
 from hsrloop.train.build import (
+    KERNELS,
     Loaders,
     build_loaders,
     build_state,
@@ -109,6 +111,7 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     info = probe(config.device)
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
+    compile_ahead(KERNELS, device)
     spec, synthesis = load_data(config, dataset_of(resolved))
     resolved, base = load_model(resolved, spec.names, emit)
     config = resolved.config

@@ -23,7 +23,7 @@ IOUS = torch.linspace(0.5, 0.95, 10).numpy()
 """Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
 
 _NO_CLASS = -1
-_MATCH = Path(__file__).with_name("match.cu")
+MATCH = Path(__file__).with_name("match.cu")
 _MOST_BOXES = 1024  # as it can take
 _THREADS = 32  # few images make few threads: spread over the card
 _PAIRS = 1 << 21  # of boxes and detections at a time; 50 bytes of temporaries each (a guess)
@@ -78,7 +78,7 @@ def _kernel_for(iou: Tensor) -> Kernel | None:
     """Return what matches (B, M, D) overlaps in one go; None where `_in_turn` has to."""
     if iou.device.type != "cuda" or iou.dtype != torch.float32 or iou.shape[1] > _MOST_BOXES:
         return None
-    kernels = proved_kernels(_MATCH, iou.device, _proves)
+    kernels = proved_kernels(MATCH, iou.device, _proves)
     return None if kernels is None else kernels["match"]
 
 

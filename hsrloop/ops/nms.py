@@ -29,7 +29,7 @@ fine-tuned for an epoch, and for all of 64 images of COCO but one)."""
 _ROUNDS = 12
 """Rounds that `nms_ahead` takes to settle who suppresses whom (measured: 10 were enough)."""
 
-_SUPPRESS = Path(__file__).with_name("suppress.cu")
+SUPPRESS = Path(__file__).with_name("suppress.cu")
 _MOST_ROWS = 4096  # as it can take
 _THREADS = 512
 
@@ -159,7 +159,7 @@ def _kernel_for(boxes: Tensor) -> Kernel | None:
     """Return what suppresses (B, K, 4) boxes in one go; None where `_survivors` has to."""
     if boxes.device.type != "cuda" or boxes.dtype != torch.float32 or boxes.shape[1] > _MOST_ROWS:
         return None
-    kernels = proved_kernels(_SUPPRESS, boxes.device, _proves)
+    kernels = proved_kernels(SUPPRESS, boxes.device, _proves)
     return None if kernels is None else kernels["suppress"]
 
 

@@ -13,9 +13,10 @@ import functools
 import logging
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ _OUT_OF_MEMORY = 2  # of the driver's errors
 Argument = Tensor | int | float | ctypes.Structure | None
 _LOG = logging.getLogger(__name__)
 _COUNTERS: list[Counter[str]] = []  # of `counted_launches`
+_CODE: dict[tuple[str, tuple[int, int]], bytes] = {}  # of `compile_source`
+_COMPILING = threading.Lock()
 
 
 class KernelError(RuntimeError):
@@ -136,11 +139,37 @@ def proved_kernels(
 
 
 def compile_source(source: str, capability: tuple[int, int]) -> bytes:
-    """Return machine code for cards of a compute capability; needs no card.
+    """Return machine code for cards of a compute capability, made once a process; needs no card.
 
     Raises:
-        KernelError: see `Kernel`.
+        KernelError: NVRTC is not there, or refuses the source.
     """
+    with _COMPILING:
+        if (source, capability) not in _CODE:
+            _CODE[source, capability] = _compiled(source, capability)
+        return _CODE[source, capability]
+
+
+def compile_ahead(files: Sequence[Path], device: torch.device) -> threading.Thread | None:
+    """Compile files for a GPU in a thread, in their order, while something else is done.
+
+    What cannot be compiled is left for those who need it. None: the device is no GPU.
+    """
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+
+    def work() -> None:
+        with suppress(KernelError):
+            for file in files:
+                compile_source(file.read_text(encoding="utf-8"), capability)
+
+    thread = threading.Thread(target=work, name="hsrloop-kernels", daemon=True)
+    thread.start()
+    return thread
+
+
+def _compiled(source: str, capability: tuple[int, int]) -> bytes:
     nvrtc = _library(tuple(_nvrtc_files()))
     arguments = ["--gpu-architecture=sm_{}{}".format(*capability), *_OPTIONS]
     options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))

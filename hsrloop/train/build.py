@@ -17,6 +17,7 @@ from hsrloop.config import (
     TrainConfig,
 )
 from hsrloop.data.loader import TrainLoader
+from hsrloop.data.pixels import kernel
 from hsrloop.data.pixels.bank import BankPlace
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.scenes.cutouts import CutoutStore
@@ -33,6 +34,7 @@ from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
 from hsrloop.model.yolo import reg_max, strides
+from hsrloop.ops import loss_gpu, matching, nms
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.compiled import compiled_for
 from hsrloop.train.images import train_images, val_image_store
@@ -41,6 +43,9 @@ from hsrloop.train.state import TrainState, initial_grad_scale
 from hsrloop.train.step import StepSettings
 
 Emit = Callable[[Event], None]
+KERNELS = (kernel.SOURCE, loss_gpu.SOURCE, nms.SUPPRESS, matching.MATCH)
+"""Sources of a run's own CUDA kernels, in the order in which it needs them."""
+
 SYNTHESIS_SETTINGS = (
     *("synthetic_ratio", "synthetic_images", "max_objects", "object_scale_min"),
     *("object_scale_max", "object_degrees", "max_occlusion", "negative_share"),

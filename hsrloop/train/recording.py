@@ -60,7 +60,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that are replayed in turn and share their memory; for one recording."""
+    """Records CUDA graphs that are replayed in turn and share their memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -121,7 +121,7 @@ class CudaRecorder:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what makes one recording; None where there is nothing that could."""
+    """Return what records on a device; None where there is nothing that could."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 

@@ -23,6 +23,7 @@ from hsrloop.hardware.pressure import watch, without_spilling
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base
 from hsrloop.model.groups import groups_table
+from hsrloop.ops.nvrtc import compile_ahead
 from hsrloop.paths import is_file
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.report.csv import CsvSink
@@ -30,6 +31,7 @@ from hsrloop.report.telemetry import TelemetrySink
 from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
 from hsrloop.train import checkpoint, folder
 from hsrloop.train.build import (
+    KERNELS,
     build_loaders,
     build_state,
     dataset_of,
@@ -170,6 +172,7 @@ def _prepare(
     config = resolved.config
     device = torch.device(torch_device(info))
     set_kernels(device, deterministic=config.deterministic)
+    compile_ahead(KERNELS, device)
     check_augment_device(config, info.kind)
     spec, synthesis = _data(resolved, hub)
     place = run_dir or folder.output_of(config)

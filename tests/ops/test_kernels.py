@@ -15,9 +15,10 @@ from hsrloop.ops import matching, nms, nvrtc
 from hsrloop.ops.matching import IOUS
 from hsrloop.ops.nms import nms_ahead
 from hsrloop.ops.nvrtc import KernelError, compile_source, proved_kernels
+from hsrloop.train.build import KERNELS
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
-SOURCES = [nms._SUPPRESS, matching._MATCH]
+SOURCES = [nms.SUPPRESS, matching.MATCH]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def kernel_on(device: str, source: Path, folder: Path) -> Any:
     """NVRTC's on a GPU, the host compiler's on the CPU."""
     if device == "cpu":
         return on_the_host(source, folder)
-    module = nms if source == nms._SUPPRESS else matching
+    module = nms if source == nms.SUPPRESS else matching
     found = proved_kernels(source, torch.device("cuda", 0), module._proves)
     assert found is not None
     return found[source.stem]
@@ -56,7 +57,7 @@ def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, 
 def test_suppression_keeps_what_rounds_keep(
     rows: int, spread: float, enough: int, device: str, folder: Path
 ) -> None:
-    kernel = kernel_on(device, nms._SUPPRESS, folder)
+    kernel = kernel_on(device, nms.SUPPRESS, folder)
     boxes, wanted = (t.to(device) for t in crowd(6, rows, seed=rows, spread=spread))
     kept, decided = nms._survivors(boxes, wanted, 0.45, rows + 1)
     assert bool(decided.all())
@@ -75,7 +76,7 @@ def test_nms_with_the_kernel_finds_the_same(
         scores = (scores * levels).round() / levels
     scores[1] = 0
     expected = nms_ahead(boxes, scores, candidates=900, rounds=900)
-    kernel = on_the_host(nms._SUPPRESS, folder)
+    kernel = on_the_host(nms.SUPPRESS, folder)
     monkeypatch.setattr(nms, "_kernel_for", lambda boxes: kernel)
     found = nms_ahead(boxes, scores, candidates=900)
     assert kernel.calls == 1
@@ -86,7 +87,7 @@ def test_nms_with_the_kernel_finds_the_same(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boxes", [1, 3, 33, 200])
 def test_matching_finds_what_turns_find(boxes: int, device: str, folder: Path) -> None:
-    kernel = kernel_on(device, matching._MATCH, folder)
+    kernel = kernel_on(device, matching.MATCH, folder)
     generator = torch.Generator().manual_seed(boxes)
     iou = torch.rand(7, boxes, 60, generator=generator)
     iou = torch.where(iou > 0.4, iou, 0.0)
@@ -105,7 +106,7 @@ def test_a_validation_matched_by_the_kernel_is_the_same(
     detections = torch.cat((boxes, torch.rand(5, 80, 1), labels[..., None].float()), 2)
     truth = boxes[:, 10:40] + 1.5
     expected = matching.match(detections, truth, labels[:, 10:40])
-    kernel = on_the_host(matching._MATCH, folder)
+    kernel = on_the_host(matching.MATCH, folder)
     monkeypatch.setattr(matching, "_kernel_for", lambda iou: kernel)
     assert torch.equal(matching.match(detections, truth, labels[:, 10:40]), expected)
     assert kernel.calls == 1 and bool(expected.any())
@@ -124,7 +125,7 @@ def test_they_compile_for_cards_that_are_not_here(
 
 @pytest.mark.parametrize("module", [nms, matching], ids=["suppress", "match"])
 def test_a_kernel_is_proved_before_it_is_used(module: Any, folder: Path) -> None:
-    source = nms._SUPPRESS if module is nms else matching._MATCH
+    source = nms.SUPPRESS if module is nms else matching.MATCH
     kernel = kernel_on("cpu", source, folder)
     assert module._proves({source.stem: kernel}, torch.device("cpu"))
 
@@ -145,15 +146,48 @@ def test_one_that_fails_is_named_and_not_used(
     device = torch.device("cuda", 7)
     monkeypatch.setattr(nvrtc, "kernels_in", refuse)
     with caplog.at_level(logging.WARNING):
-        assert proved_kernels(nms._SUPPRESS, device, lambda kernels, device: True) is None
+        assert proved_kernels(nms.SUPPRESS, device, lambda kernels, device: True) is None
     assert "suppress.cu is not used" in caplog.text and "libnvrtc.so.13" in caplog.text
     caplog.clear()
     monkeypatch.setattr(nvrtc, "kernels_in", lambda source, device: {})
     with caplog.at_level(logging.WARNING):
-        assert proved_kernels(matching._MATCH, device, lambda kernels, device: False) is None
+        assert proved_kernels(matching.MATCH, device, lambda kernels, device: False) is None
     assert "match.cu is not used" in caplog.text and "something else" in caplog.text
 
 
 def test_the_cpu_takes_its_own_way() -> None:
     assert nms._kernel_for(torch.zeros(1, 2, 4)) is None
     assert matching._kernel_for(torch.zeros(1, 2, 4)) is None
+
+
+def test_a_run_compiles_every_source_ahead() -> None:
+    package = Path(nvrtc.__file__).parents[1]
+    assert sorted(KERNELS) == sorted(package.rglob("*.cu"))
+
+
+def test_sources_are_compiled_ahead_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_one(source: str, capability: tuple[int, int]) -> bytes:
+        compiled.append(source)
+        if source == "broken":
+            raise KernelError("expected a declaration")
+        return source.encode()
+
+    files = [tmp_path / name for name in ("first.cu", "broken.cu", "last.cu")]
+    for file in files:
+        file.write_text(file.stem)
+    monkeypatch.setattr(nvrtc, "_compiled", compile_one)
+    monkeypatch.setattr(nvrtc, "_CODE", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert nvrtc.compile_ahead(files, torch.device("cpu")) is None and not compiled
+    thread = nvrtc.compile_ahead(files, torch.device("cuda", 0))
+    assert thread is not None
+    thread.join()
+    assert compiled == ["first", "broken"]
+    assert compile_source("first", (9, 0)) == b"first" and len(compiled) == 2
+    with pytest.raises(KernelError, match="expected a declaration"):
+        compile_source("broken", (9, 0))
+    assert compile_source("first", (8, 6)) == b"first" and len(compiled) == 4
