@@ -164,7 +164,8 @@ def compile_ahead(files: Sequence[Path], device: torch.device) -> threading.Thre
             for file in files:
                 compile_source(file.read_text(encoding="utf-8"), capability)
 
-    thread = threading.Thread(target=work, name="hsrloop-kernels", daemon=True)
+    # Waited for at the process's end: NVRTC does not like to be unloaded while it works.
+    thread = threading.Thread(target=work, name="hsrloop-kernels")
     thread.start()
     return thread
 
