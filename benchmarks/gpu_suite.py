@@ -59,15 +59,9 @@ def main() -> None:
     device = "cpu" if options.smoke else "auto"
     info = probe(device)
     card = _words(info.name)
-    name = "_".join(
-        filter(
-            None,
-            (
-                "smoke" if options.smoke else card,
-                _words(options.only.pattern if options.only else ""),
-            ),
-        )
-    )
+    scope_name = "smoke" if options.smoke else card
+    part = _words(options.only.pattern) if options.only else ""
+    name = "_".join(filter(None, (scope_name, part)))
     stem = results_folder(options.output) / f"gpu_suite_{name}"
     console = make_console()
     sink = ConsoleSink(console)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hsrloop.ops.assign import TOPK
 from hsrloop.ops.ranges import named
-from hsrloop.ops.targets import PaddedTargets
+from hsrloop.ops.targets import PaddedTargets, smallest_side
 from hsrloop.records import RawPredictions
 
 SOURCE = Path(__file__).with_name("loss.cu")
 
-# As in `loss.cu`.
-_TOPK = 10
+# As in `loss.cu`, as TOPK is.
 _LANES = 128
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TENSORS = (
@@ -112,8 +112,7 @@ def kernel_loss(
     """
     truth, labels = targets.table.contiguous(), targets.labels.contiguous()
     levels = _levels(raw.shapes, tuple(strides), truth.device)
-    smallest = strides[1] if len(strides) > 1 else strides[0]
-    scene = _Scene(kernels, truth, labels, levels, smallest, reg_max)
+    scene = _Scene(kernels, truth, labels, levels, smallest_side(strides), reg_max)
     logits = raw.box_logits.contiguous(), raw.class_logits.contiguous()
     box, cls, dfl, scores = _KernelLoss.apply(*logits, scene)
     return box, cls, dfl, scores
@@ -135,7 +134,7 @@ class _KernelLoss(torch.autograd.Function):
     def forward(ctx: Any, box_logits: Tensor, class_logits: Tensor, scene: _Scene) -> Any:
         images, _, anchors = class_logits.shape
         points, boxes = images * anchors, scene.labels.numel()
-        slots, device = boxes * _TOPK, class_logits.device
+        slots, device = boxes * TOPK, class_logits.device
         # In one piece, since all begin at 0: a point's key takes two places.
         zeros = torch.zeros(4 * points + 2 * boxes, dtype=torch.int32, device=device)
         ranking, earliest, latest, highest = torch.split(

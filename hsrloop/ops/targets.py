@@ -119,14 +119,18 @@ def pad_targets(
     return PaddedTargets(table, classes.view(images, width), shapes, found)
 
 
-def _enlarged(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Widen sides below the second stride to it, so that small boxes hold anchor points too.
+def smallest_side(strides: Sequence[int]) -> int:
+    """Return the px that sides count as at least, so that small boxes hold anchor points too.
 
     Source: ultralytics@8.4.190, TaskAlignedAssigner.select_candidates_in_gts.
     """
-    smallest = strides[1] if len(strides) > 1 else strides[0]
+    return strides[1] if len(strides) > 1 else strides[0]
+
+
+def _enlarged(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """Widen sides below `smallest_side` to it."""
     boxes = xyxy_to_cxcywh(boxes)
-    boxes[:, 2:].clamp_(min=smallest)
+    boxes[:, 2:].clamp_(min=smallest_side(strides))
     return cxcywh_to_xyxy(boxes)
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from hsrloop.hardware.pressure import memory_use
-from hsrloop.ops.loss import LossSums, PaddedTargets, pad_targets
-from hsrloop.records import RawPredictions
+from hsrloop.ops.loss import LossSums, PaddedTargets
+from hsrloop.records import Batch, RawPredictions
 from hsrloop.train.precision import untuned
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
-    PLACES,
     StepSettings,
     Transaction,
     after_the_weights,
@@ -26,6 +25,7 @@ from hsrloop.train.step import (
     normalise,
     step_unless,
     to_input,
+    to_targets,
     trained_parameters,
 )
 
@@ -130,7 +130,7 @@ class RecordedCriterion:
     """From logits to their gradient."""
 
     replay: Replay
-    targets: PaddedTargets  # read by it; with `PLACES`, denser ones go without it
+    targets: PaddedTargets  # read by it; with `step.PLACES`, denser ones go without it
     sums: Tensor  # (4,) parts of the loss, written by `replay`
 
 
@@ -172,19 +172,12 @@ class _Network:
         shape = (size, 3, state.rung.imgsz, state.rung.imgsz)
         images = torch.zeros(shape, dtype=torch.uint8, device=settings.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self.targets = self._no_boxes(size) if by_kernels(settings) else None
+        none = torch.zeros(0, dtype=torch.int64)
+        empty = Batch(self.images, torch.zeros(0, 4), none, none, state.position, ends_step=True)
+        self.targets = to_targets(empty, settings) if by_kernels(settings) else None
         self._raw: RawPredictions | None = None  # between a forward and its backward
         self._logits: RawPredictions | None = None  # of the latest forward, without gradient
         self.gradients: list[Tensor] = []  # of both kinds of logits
-
-    def _no_boxes(self, images: int) -> PaddedTargets:
-        none = torch.zeros(0, dtype=torch.int64)
-        sides = {"images": images, "imgsz": self._state.rung.imgsz}
-        strides = self._settings.strides
-        empty = pad_targets(
-            torch.zeros(0, 4), none, none, strides=strides, places=PLACES, segments=False, **sides
-        )
-        return empty.to(self._settings.device)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return both kinds of logits."""

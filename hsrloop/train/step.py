@@ -311,8 +311,13 @@ def forward_backward(state: TrainState, batch: Batch, settings: StepSettings) ->
         raw = settings.network(state.model, images)
     sums = settings.criterion(raw, settings.strides, targets, reg_max=settings.reg_max)
     with named("backward"):
-        torch.autograd.backward(state.scaler.scale(GAINS.weigh(sums) * state.grad_scale))
+        torch.autograd.backward(_minimised(state, sums))
     return sums
+
+
+def _minimised(state: TrainState, sums: LossSums) -> Tensor:
+    """Return k times a micro-batch's un-normalised loss, scaled; 0-dim, for a backward pass."""
+    return state.scaler.scale(GAINS.weigh(sums) * state.grad_scale)
 
 
 def is_single(images: int, imgsz: int, settings: StepSettings) -> bool:
@@ -358,8 +363,7 @@ def back_to_logits(
     alone = RawPredictions(box, cls, raw.shapes)
     sums = settings.criterion(alone, settings.strides, targets, reg_max=settings.reg_max)
     with named("backward"):
-        loss = state.scaler.scale(GAINS.weigh(sums) * state.grad_scale)
-        return sums, torch.autograd.grad(loss, (box, cls))
+        return sums, torch.autograd.grad(_minimised(state, sums), (box, cls))
 
 
 def add_detached(total: LossSums | None, sums: LossSums) -> LossSums:

@@ -18,7 +18,7 @@ from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.base import load_base
 from hsrloop.ops import loss
 from hsrloop.ops.loss_gpu import SOURCE
-from hsrloop.train import checkpoint, graphs, recording
+from hsrloop.train import checkpoint, graphs
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
 from hsrloop.train.detector import KeptDetector
@@ -212,8 +212,7 @@ def test_a_step_is_four_replays_and_three_where_the_criterion_has_operators(
 def test_a_crowd_has_its_criterion_computed_as_ever(
     host: dict[str, Any], criterion: str, rerun: Rerun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (recording, step_module):
-        monkeypatch.setattr(module, "PLACES", 2)
+    monkeypatch.setattr(step_module, "PLACES", 2)
     steps = [[8], [8]]
     assert max(torch.bincount(batch.image_index).max() for batch in make_batches([8])) > 2
     ends = []
