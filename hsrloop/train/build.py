@@ -212,7 +212,6 @@ def step_settings(
         amp=amp_dtype is not None,
         amp_dtype=amp_dtype or torch.float16,
         compiled=compiled_for(config, device),
-        graphs=config.cuda_graphs,
         ema_decay=config.ema_decay,
         ema_tau=config.ema_tau,
     )
@@ -228,6 +227,7 @@ def first_rung(config: TrainConfig) -> Rung:
         workers=config.workers,
         val_batch=micro_batch,
         bank="device",
+        cuda_graphs=config.cuda_graphs,
     )
 
 

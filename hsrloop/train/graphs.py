@@ -6,7 +6,7 @@ shapes do not follow the boxes, the backward pass, and all from the gradient to 
 recorded step gives the same numbers, bit for bit, as `step.train_step`.
 
 What a recording works on stays where it is: its memory is the run's until it is dropped. So there
-is none where memory is short, or ran out before.
+is none where memory is short, and recordings are the first to go when it runs out beside them.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class StepGraphs:
         many = frozenset(size for size in sizes if not is_single(size, imgsz, settings))
         started = compiled is not None and compiled.started
         of = state.generation, state.grad_scale, many, imgsz, started
-        if of == self._of or not settings.graphs or self._impossible:
+        if of == self._of or not state.rung.cuda_graphs or self._impossible:
             return
         self.drop()
         self._of = of
         if state.recorded_bytes:
             state.count_recorded(0)
-        recorder = None if state.recoveries else recorder_for(settings.device)
+        recorder = recorder_for(settings.device)
         if recorder is None or not many:
             return
         try:

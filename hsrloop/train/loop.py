@@ -111,7 +111,11 @@ def next_larger(state: TrainState, config: TrainConfig) -> Rung | None:
     if state.climbed or not state.recoveries or state.position.sample:
         return None
     epochs = state.position.epoch - int(state.recoveries[-1]["epoch"]) - 1
-    return rung_above(config, state.rung, epochs=epochs, memory=memory_use(str(state.device)))
+    memory = memory_use(str(state.device))
+    if memory is not None:
+        peak = state.with_recorded(memory.peak_bytes)
+        memory = dataclasses.replace(memory, peak_bytes=peak)
+    return rung_above(config, state.rung, epochs=epochs, memory=memory)
 
 
 def train_epoch(state: TrainState, runtime: Runtime) -> bool:

@@ -42,6 +42,7 @@ class _Failure:
     reason: str
     validating: bool
     rehearsed: bool
+    recorded: bool  # there were recorded steps, whose memory comes back
 
 
 def with_recovery(
@@ -94,6 +95,7 @@ def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
             reason=_first_line(first),
             validating=_was_validating(error, state),
             rehearsed=rehearsal is not None,
+            recorded=state.recorded_bytes > 0,
         )
 
 
@@ -163,7 +165,9 @@ def start_where_it_fitted(
     after = at_most(state.rung, known)
     if after != state.rung:
         reason = "it did when the same was tried before on this machine"
-        failure = _Failure(Cause.GPU_MEMORY, reason, validating=False, rehearsed=True)
+        failure = _Failure(
+            Cause.GPU_MEMORY, reason, validating=False, rehearsed=True, recorded=False
+        )
         _go_on_at(state, after, failure, emit)
 
 
@@ -181,12 +185,15 @@ def _climb(state: TrainState, config: TrainConfig, emit: Callable[[Event], None]
 def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
     """Return the rung below.
 
-    On the GPU, images in its memory go first, which only buy speed, and validation gives way with
-    its own batch. Rendering on the host costs a run speed to its end and frees little, so before
-    that the micro-batch shrinks as far as BatchNorm can stand.
+    On the GPU, what only buys speed goes first: recorded steps, if there were any, then images in
+    its memory; and validation gives way with its own batch. Rendering on the host costs a run speed
+    to its end and frees little, so before that the micro-batch shrinks as far as BatchNorm can
+    stand.
     """
     smaller = next_rung(at(config, rung), failure.cause)
     if failure.cause is Cause.GPU_MEMORY:
+        if rung.cuda_graphs and failure.recorded:
+            return dataclasses.replace(rung, cuda_graphs=False)
         if rung.bank == "device":
             return dataclasses.replace(rung, bank="pinned")
         if failure.validating and rung.val_batch > 1:

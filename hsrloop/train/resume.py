@@ -140,7 +140,7 @@ def resumed_rung(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
     """Return the rung a run stood on, with what the user set anew since."""
     changed = {
         name: getattr(now, name)
-        for name in ("micro_batch", "cache", "workers")
+        for name in ("micro_batch", "cache", "workers", "cuda_graphs")
         if getattr(now, name) != getattr(before, name)
     }
     if "micro_batch" in changed:

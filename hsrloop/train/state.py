@@ -111,7 +111,11 @@ class TrainState:
     @property
     def peak_bytes(self) -> int:
         """The most memory in use so far; on a GPU what recorded steps keep for themselves too."""
-        return max(self.earlier_peak_bytes, peak_bytes(self.device) + self.recorded_bytes)
+        return self.with_recorded(peak_bytes(self.device))
+
+    def with_recorded(self, peak_bytes: int) -> int:
+        """Return a peak, counted since steps were recorded, with their memory."""
+        return max(self.earlier_peak_bytes, peak_bytes + self.recorded_bytes)
 
     def renew_scaler(self, saved: Mapping[str, Any]) -> None:
         """Replace the scaler by a fresh one in the saved state: unscaled marks do not survive."""

@@ -54,7 +54,6 @@ class StepSettings:
     dtype: torch.dtype = torch.float32  # of inputs and weights; float64 in tests of exactness
     amp_dtype: torch.dtype = torch.float16
     compiled: Compiled | None = None
-    graphs: bool = False  # steps may be recorded; see `graphs.StepGraphs`
 
     @property
     def input_dtype(self) -> torch.dtype:

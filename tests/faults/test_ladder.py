@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 
@@ -101,7 +102,7 @@ def test_below_the_sound_micro_batch_the_image_shrinks_first() -> None:
 def test_on_a_gpu_the_host_renders_only_after_the_micro_batch_has_shrunk(validating: bool) -> None:
     """It costs a run speed to its end, and frees little."""
     config = TrainConfig(batch=16, imgsz=640)
-    failure = _Failure(Cause.GPU_MEMORY, "", validating=validating, rehearsed=True)
+    failure = _Failure(Cause.GPU_MEMORY, "", validating=validating, rehearsed=True, recorded=False)
     rung: Rung | None = first_rung(config)
     steps = []
     while rung is not None:
@@ -115,6 +116,22 @@ def test_on_a_gpu_the_host_renders_only_after_the_micro_batch_has_shrunk(validat
         *(("cv2", smallest, 4, imgsz) for imgsz in (640, 512, 416, 320)),
         *(("cv2", smallest, micro_batch, 320) for micro_batch in (2, 1)),
     ]
+
+
+@pytest.mark.parametrize("cause", Cause)
+@pytest.mark.parametrize("validating", [False, True])
+def test_recorded_steps_go_first_and_only_where_that_helps(cause: Cause, validating: bool) -> None:
+    config = TrainConfig(batch=16, imgsz=640)
+    first = first_rung(config)
+    for recorded in (False, True):
+        failure = _Failure(cause, "", validating=validating, rehearsed=False, recorded=recorded)
+        after = _next(config, first, failure)
+        assert after is not None and after != first
+        gone = recorded and cause is Cause.GPU_MEMORY
+        assert after.cuda_graphs is not gone
+        assert not gone or dataclasses.replace(after, cuda_graphs=True) == first
+    unwanted = dataclasses.replace(first, cuda_graphs=False)
+    assert _next(config, unwanted, failure) != unwanted
 
 
 def raised_from(error: Exception, cause: BaseException) -> Exception:

@@ -17,6 +17,7 @@ from hsrloop.records import Rung
 from hsrloop.train import checkpoint, ladder, loop, run
 from hsrloop.train.ladder import CLIMB_AFTER_EPOCHS, Cause, MemoryThrashing, cause_of, rung_above
 from hsrloop.train.run import train
+from hsrloop.train.state import TrainState
 from tests.conftest import write_tiny_dataset
 from tests.faults.conftest import Fault
 from tests.train.conftest import Recorder, run_settings
@@ -69,7 +70,15 @@ def test_a_thrashing_run_steps_down_and_ends_as_planned(
 
 
 def rung(micro_batch: int) -> Rung:
-    return Rung(micro_batch=micro_batch, imgsz=64, cache=False, workers=0, val_batch=2, bank="cv2")
+    return Rung(
+        micro_batch=micro_batch,
+        imgsz=64,
+        cache=False,
+        workers=0,
+        val_batch=2,
+        bank="cv2",
+        cuda_graphs=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,21 @@ def test_after_a_long_stretch_with_room_it_climbs_and_ends_as_planned(
     last = stopped.run_dir / "weights" / "last.pt"
     train(resolve([("command line", {"micro_batch": 8})]), resume=last)
     assert differences(end_of(outcome.run_dir), end_of(stopped.run_dir)) == []
+
+
+def test_the_memory_of_recorded_steps_is_no_room_to_climb(
+    settings: Settings, fault: Arm, recorder: Recorder, roomy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault("forward", 0)
+    train_epoch = loop.train_epoch
+
+    def recorded(state: TrainState, runtime: loop.Runtime) -> bool:
+        state.recorded_bytes = 31  # of 100, and 30 are in use beside them
+        return train_epoch(state, runtime)
+
+    monkeypatch.setattr(loop, "train_epoch", recorded)
+    train(settings(), sinks=[recorder])
+    assert len(recorder.of(Recovered)) == 1 and not recorder.of(Climbed)
 
 
 def test_it_climbs_once_only(

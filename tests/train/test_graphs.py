@@ -46,6 +46,7 @@ class Rerun:
     def __init__(self, *, room: bool = True, error: Exception | None = None) -> None:
         self.room, self.error = room, error
         self.fails_at = 1  # the forward pass; then the backward pass, the commit, the beginning
+        self.out_of_memory_at = 0  # which replay; 0: none
         self.replays = self.recordings = 0
 
     def has_room(self) -> bool:
@@ -67,6 +68,8 @@ class Rerun:
 
         def replay() -> None:
             self.replays += 1
+            if self.replays == self.out_of_memory_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             again = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
             for old, new in zip(held, again, strict=True):
                 old.copy_(new)
@@ -89,7 +92,7 @@ def make(
     config = TrainConfig().replace(**values)
     module = load_base("yolov8n.yaml", names=NAMES, seed=0).module
     state = build_state(config, module, device, fresh_share=None, amp=amp)
-    settings = step_settings(device, amp=amp and device.type == "cuda", graphs=True)
+    settings = step_settings(device, amp=amp and device.type == "cuda")
     return state, settings, Transaction(state)
 
 
@@ -297,17 +300,18 @@ def test_what_has_no_room_is_not_tried_in_every_epoch(
     assert len(made) == 1
 
 
-def test_without_room_or_after_memory_ran_out_nothing_is_recorded(rerun: Rerun) -> None:
+def test_without_room_or_where_it_is_not_wanted_nothing_is_recorded(rerun: Rerun) -> None:
     rerun.room = False
     state, settings, transaction = make()
     before = contents(state)
     assert not prepared(state, settings, transaction)[0].gradients
     assert same(before, contents(state))
     rerun.room = True
-    state.recoveries.append({"change": "micro_batch 16 -> 8"})
+    wanted = state.rung
+    state.rung = dataclasses.replace(wanted, cuda_graphs=False)
     assert not prepared(state, settings, transaction)[0].gradients
     assert state.recorded_bytes == 0
-    state.recoveries.clear()
+    state.rung = wanted
     assert prepared(state, settings, transaction)[0].gradients
 
 
@@ -375,6 +379,37 @@ def test_a_run_that_has_no_memory_to_record_goes_on_at_the_same_settings(
     assert not recorder.of(Recovered) and not rerun.replays
     (warning,) = [note for note in recorder.of(Note) if note.level == "warning"]
     assert "out of memory" in warning.text
+
+
+@pytest.mark.usefixtures("rounded_rates")
+def test_recorded_steps_are_the_first_to_go_when_memory_runs_out_beside_them(
+    settings: Settings, rerun: Rerun, recorder: Listener
+) -> None:
+    rerun.out_of_memory_at = 9  # amid the second step
+    outcome = train(settings(epochs=2, batch=4, micro_batch=2), sinks=[recorder])
+    (event,) = recorder.of(Recovered)
+    assert (event.change, event.sample) == ("cuda_graphs True -> False", 4)
+    assert outcome.rung.micro_batch == 2 and rerun.replays == 9
+    plain = train(settings(epochs=2, batch=4, micro_batch=2, cuda_graphs=False))
+    ends = [checkpoint.read(run.run_dir / "weights" / "last.pt").state for run in (outcome, plain)]
+    for name in ("model", "ema", "optimizer", "scaler", "loss_sums", "steps", "position"):
+        assert same(tree_leaves(ends[0][name]), tree_leaves(ends[1][name])), name
+
+
+def test_smaller_steps_are_recorded_where_memory_ran_out_for_larger_ones(
+    settings: Settings, rerun: Rerun, recorder: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = StepGraphs.prepare
+
+    def prepare(self: StepGraphs, state: TrainState, *args: Any) -> None:
+        if state.rung.micro_batch == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        real(self, state, *args)
+
+    monkeypatch.setattr(StepGraphs, "prepare", prepare)
+    outcome = train(settings(epochs=1, batch=8), sinks=[recorder])
+    assert [event.change for event in recorder.of(Recovered)] == ["micro_batch 8 -> 4"]
+    assert outcome.rung.cuda_graphs and rerun.replays
 
 
 @pytest.fixture
