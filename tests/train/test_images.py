@@ -119,7 +119,7 @@ def test_images_lie_where_the_cap_leaves_room(
 
 def test_a_kernel_needs_less_beside_the_images() -> None:
     whole, kernel = (gpu_bytes(640, 16, GIB // 4, kernel=one) for one in (False, True))
-    assert kernel < whole - GIB // 16
+    assert kernel < whole - GIB // 32
     assert kernel > 3 * 16 * 3 * 640**2, "three batches"
 
 

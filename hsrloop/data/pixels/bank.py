@@ -1,7 +1,4 @@
-"""Where the torch renderer's sources lie: in GPU memory, or in RAM and sent as tiles.
-
-A pixel is one int32 of four bytes: one gather fetches it whole.
-"""
+"""Where the torch renderer's sources lie: in GPU memory, or in RAM and sent as tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,11 +15,13 @@ from hsrloop.data.scenes.cutouts import LEVELS, CutoutStore
 from hsrloop.data.threads import in_threads
 
 BankPlace = Literal["device", "pinned", "cv2"]
-BYTES_PER_PIXEL = 4
+BYTES_PER_PIXEL = 3
 BANK_SHARE = 0.25  # of the GPU memory that is free once weights and optimizer lie there (a guess)
 LARGEST_BYTES = BYTES_PER_PIXEL * (2**31 - 2**16)  # pixels are counted in int32
 MARGIN = 2  # grey pixels before the first source; taps of weight 0 may reach past the last one
 RING = 1  # px of nothing around a cut-out, so that interpolation fades it out
+_PARTS = (slice(0, 3), slice(3, 6), slice(6, 7))  # channels of a cut-out's level; see `Sources`
+PARTS = len(_PARTS)
 
 
 def bank_place(
@@ -38,7 +36,7 @@ def bank_place(
     """Decide where sources lie and who renders: the first of three steps that fits.
 
     Args:
-        bank_bytes: all sources at 4 bytes a pixel.
+        bank_bytes: of all sources.
         scratch_bytes: what rendering itself takes on the GPU.
         gpu_free_bytes: GPU memory free now; 0 without a GPU.
         ram_bytes: all images in the RAM cache.
@@ -58,11 +56,11 @@ def bank_place(
 
 
 class Sources:
-    """All that plans draw from, as images of four bytes a pixel, numbered from 0.
+    """All that plans draw from, as images of three bytes a pixel, numbered from 0.
 
-    First the photographs (R, G, B and a byte that nobody looks at). Then each cut-out at each of
-    its levels twice, within a ring of nothing: its colours, then its edges (hard, feathered,
-    Gaussian, shadow).
+    First the photographs. Then each cut-out at each of its levels three times, within a ring of
+    nothing: its colours; its edges (hard, feathered, Gaussian); and its shadow's, in the first of
+    three bytes.
     """
 
     def __init__(self, images: ImageStore, cutouts: CutoutStore | None = None) -> None:
@@ -71,7 +69,7 @@ class Sources:
         count = LEVELS * len(cutouts) if cutouts else 0
         shapes = [self._cutout(place).shape[:2] for place in range(count)]
         pasted = np.array(shapes, np.int64).reshape(-1, 2) + 2 * RING
-        self.sizes = np.concatenate((images.sizes, pasted.repeat(2, axis=0)))  # height, width
+        self.sizes = np.concatenate((images.sizes, pasted.repeat(len(_PARTS), 0)))  # height, width
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -86,12 +84,12 @@ class Sources:
         return int(self.sizes[:, 1].max(initial=0)) + 1
 
     def copy(self, index: int, box_xyxy_px: tuple[int, int, int, int], out: np.ndarray) -> None:
-        """Copy a rectangle of a source into (h, w, 4) uint8."""
+        """Copy a rectangle of a source into (h, w, 3) uint8."""
         x0, y0, x1, y1 = box_xyxy_px
         if index < len(self.images):
-            cv2.cvtColor(self.images[index][y0:y1, x0:x1], cv2.COLOR_RGB2RGBA, dst=out)
+            np.copyto(out, self.images[index][y0:y1, x0:x1])
             return
-        place, edges = divmod(index - len(self.images), 2)
+        place, part_of_it = divmod(index - len(self.images), len(_PARTS))
         pixels = self._cutout(place)
         height, width = pixels.shape[:2]
         out.fill(0)
@@ -100,8 +98,7 @@ class Sources:
         if left < right and top < bottom:
             rows = slice(top + RING - y0, bottom + RING - y0)
             columns = slice(left + RING - x0, right + RING - x0)
-            channels = slice(3, 7) if edges else slice(0, 3)
-            part = pixels[top:bottom, left:right, channels]
+            part = pixels[top:bottom, left:right, _PARTS[part_of_it]]
             out[rows, columns, : part.shape[2]] = part
 
     def _cutout(self, place: int) -> np.ndarray:
@@ -138,7 +135,7 @@ class Bank(Protocol):
         """
 
     def fetch(self, tiles: Tiles) -> Tensor:
-        """Return (P,) int32 pixels on the device that hold the tiles; the first two are grey."""
+        """Return (P, 3) uint8 pixels on the device that hold the tiles; the first two are grey."""
 
 
 class DeviceBank:
@@ -162,9 +159,9 @@ class DeviceBank:
     ) -> None:
         self.sources = sources
         self._starts = MARGIN + np.concatenate(([0], np.cumsum(sources.sizes.prod(axis=1))))
-        count = sources.bytes // BYTES_PER_PIXEL
-        self._pixels = torch.zeros(count, dtype=torch.int32, device=device)
-        self._pixels[:MARGIN] = packed_grey()
+        shape = (sources.bytes // BYTES_PER_PIXEL, BYTES_PER_PIXEL)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._pixels[:MARGIN] = GREY
         made = in_threads(self._put, range(len(sources)), threads=threads)
         for done, _ in enumerate(made, 1):
             if progress:
@@ -175,7 +172,7 @@ class DeviceBank:
         image = np.empty((height, width, BYTES_PER_PIXEL), np.uint8)
         self.sources.copy(index, (0, 0, width, height), image)
         part = self._pixels[self._starts[index] : self._starts[index + 1]]
-        part.copy_(torch.from_numpy(image).view(torch.int32).view(-1))
+        part.copy_(torch.from_numpy(image).view(part.shape))
 
     def arrange(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
         """Return where tiles lie; see `Bank`."""
@@ -215,21 +212,16 @@ class TileBank:
         total = MARGIN + int((widths * heights).sum())
         after = int(widths.max(initial=0)) + 1
         on_gpu = self._device.type == "cuda"
-        host = torch.empty(total + after, dtype=torch.int32, pin_memory=on_gpu)
-        host[:MARGIN] = packed_grey()
-        host[total:] = 0
-        pixels = host.numpy().view(np.uint8).reshape(-1, BYTES_PER_PIXEL)
+        shape = (total + after, BYTES_PER_PIXEL)
+        host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+        pixels = host.numpy()
+        pixels[:MARGIN], pixels[total:] = GREY, 0
         shapes = zip(starts.tolist(), heights.tolist(), widths.tolist(), strict=True)
         wanted = zip(tiles.sources.tolist(), tiles.boxes_xyxy_px.tolist(), strict=True)
         for (source, box), (start, height, width) in zip(wanted, shapes, strict=True):
             part = pixels[start : start + height * width]
             self.sources.copy(source, box, part.reshape(height, width, BYTES_PER_PIXEL))
         return host.to(self._device, non_blocking=True)
-
-
-def packed_grey() -> int:
-    """Return a grey pixel as one int32."""
-    return int(np.full(BYTES_PER_PIXEL, GREY, np.uint8).view(np.int32)[0])
 
 
 def _behind_each_other(tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

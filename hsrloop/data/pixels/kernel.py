@@ -44,7 +44,7 @@ class RenderKernel:
             stamps: (n, STAMP_COLUMNS) float32, see `stamp`.
             links: of `links_of`, on the device.
             colours: (B, 3) float32, see `recolour`; None leaves colours as they are.
-            pixels: (P,) int32 of the bank.
+            pixels: (P, 3) uint8 of the bank.
             out: (B, S, S, 3) uint8, contiguous, filled.
         """
         images, side = out.shape[:2]

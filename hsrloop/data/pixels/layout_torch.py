@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsrloop.data.pixels.bank import RING, Bank, Tiles
+from hsrloop.data.pixels.bank import PARTS, RING, Bank, Tiles
 from hsrloop.data.pixels.pixels_torch import LAYER_COLUMNS, STAMP_COLUMNS
 from hsrloop.data.plan import AugmentPlan, Paste
 from hsrloop.data.scenes.cutouts import LEVELS
@@ -20,7 +20,7 @@ from hsrloop.data.sets.dataset import ImageRef
 REACH = 2  # source px around what the output shows that taps may read
 EDGE = 1e-3  # of a px: what lies exactly half a pixel outside is outside
 WINDOW_STEP = 32  # px; windows are rounded up, so that memory is found again
-SHADOW = 3  # byte of a cut-out's edges; 0 to 2 are those that `Paste.alpha` names
+SHADOW = 3  # edge of a cut-out; 0 to 2 are those that `Paste.alpha` names
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Stamps:
     inverse: np.ndarray  # (n, 6) output px to px of the source within its ring
     sizes: np.ndarray  # (n, 2) int64, width and height of the source with its ring
     windows: np.ndarray  # (n, 4) int64, output px
-    looks: np.ndarray  # (n, 5) gains R, G, B; strength of the edge; its byte
+    looks: np.ndarray  # (n, 5) gains R, G, B; strength of the edge; which one
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class StampLayout:
         extents = [cutouts.extent(i) for i in range(len(cutouts))] if cutouts else []
         extents = [extent for extent in extents for _ in range(LEVELS)]
         # Both by cut-out and level.
-        self._sizes = bank.sources.sizes[self._images :: 2, ::-1]  # (n, 2) width and height
+        self._sizes = bank.sources.sizes[self._images :: PARTS, ::-1]  # (n, 2) width and height
         self._units_per_px = np.array(extents).reshape(-1, 2) / (self._sizes - 2 * RING)
 
     def find(self, frames: Sequence[AugmentPlan]) -> tuple[Stamps, Tiles]:
@@ -148,8 +148,9 @@ class StampLayout:
             windows[order],
             numbers[order, 8:],
         )
-        colours = self._images + 2 * place[order]
-        both = np.concatenate((colours, colours + 1))
+        colours = self._images + PARTS * place[order]
+        edges = colours + np.where(found.looks[:, 4] == SHADOW, 2, 1)
+        both = np.concatenate((colours, edges))
         return found, Tiles(both, np.tile(parts[order], (2, 1)))
 
     def table(
@@ -173,7 +174,8 @@ class StampLayout:
             size = np.minimum(-(-longest // WINDOW_STEP) * WINDOW_STEP, self._imgsz)
             table[rows, 12:14] = np.minimum(corner, self._imgsz - size)
             spread.append(Slot(rows, (int(size[1]), int(size[0]))))
-        whole = (found.frames, firsts[:count], firsts[count:], steps[:count], 8 * found.looks[:, 4])
+        channels = found.looks[:, 4] % SHADOW
+        whole = (found.frames, firsts[:count], firsts[count:], steps[:count], channels)
         table.view(np.int32)[:, 14:] = np.stack(whole, axis=1)
         return table, spread
 

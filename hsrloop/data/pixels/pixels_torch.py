@@ -1,7 +1,8 @@
 """What the torch renderer does to pixels: pure functions of tensors on any device.
 
-Pixels are packed, see `bank`. Shapes depend on arguments' shapes alone, so nothing waits for the
-device; each output pixel is written once in a call, so the result does not depend on any order.
+Meanwhile a pixel is one int32: R, G and B from its lowest byte on. Shapes depend on arguments'
+shapes alone, so nothing waits for the device; each output pixel is written once in a call, so the
+result does not depend on any order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ LAYER_COLUMNS = 14
 STAMP_COLUMNS = 19
 WEIGHT_BITS = 7  # of taps: two channels' sums side by side then stay below the sign of an int32
 LEAST_SLOPE = 1e-9  # stands for 0; whole lines are then in or out
-_ODD = 0x00FF00FF  # R and B of a packed pixel; shifted by 8, G and the fourth byte
+_ODD = 0x00FF00FF  # R and B of a packed pixel; shifted by 8, G
 _HALF = 1 << (WEIGHT_BITS - 1)
 
 Taps = list[tuple[Tensor, Tensor]]  # offset from a source's first pixel, weight; int32
@@ -30,7 +31,7 @@ def compose(table: Tensor, pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
             maps output pixel indices to source ones (six numbers), limits those (low x, low y,
             high x, high y) and says how far beyond the limits the layer still covers (x, y); then,
             the bits of int32, where the source's pixels begin and how many a row of it has.
-        pixels: (P,) int32.
+        pixels: (P, 3) uint8, see `bank`.
         x, y: (1, 1, S) and (1, S, 1) float32 pixel indices.
 
     Returns:
@@ -88,22 +89,22 @@ def stamp(
             source ones (six numbers), limits those (high x, high y; low is 0), multiplies colours
             (R, G, B; 0 for a shadow) and the edge (1 or an opacity), names the top left pixel of
             its window (x, y); then, the bits of int32, which frame, where colours and edges begin,
-            how many pixels a row of them has, and which bits of the edges count.
-        pixels: (P,) int32.
+            how many pixels a row of them has, and which of their bytes counts.
+        pixels: (P, 3) uint8, see `bank`.
         x, y: (1, 1, S) and (1, S, 1) float32 pixel indices.
         window: (h, w), the same for all; within the frame.
     """
     side = x.shape[2]
     numbers = table[:, :, None, None].unbind(1)  # each (n, 1, 1)
     a, b, c, d, e, f, x1, y1, *gains, strength, left, top = numbers[:14]
-    which, colours, edges, step, shift = (_bits(number) for number in numbers[14:])
+    which, colours, edges, step, channel = (_bits(number) for number in numbers[14:])
     over, down = x[..., : window[1]] + left, y[:, : window[0]] + top  # (n, 1, w), (n, h, 1)
     u, v = (b * down + c) + a * over, (e * down + f) + d * over  # (n, h, w)
     zero = torch.zeros_like(x1)
     taps = _taps(u.clamp(zero, x1), v.clamp(zero, y1), step)
     colour = _bytes(_colours(pixels, colours, taps)).float()  # (n, h, w, 4)
     colour *= torch.stack((*gains, zero), dim=-1)
-    alpha = _one_byte(pixels, edges, taps, shift) * (strength / 255)
+    alpha = _one_byte(pixels, edges, taps, channel) * (strength / 255)
     place = (which.long() * side**2 + (down * side + over).long()).view(-1)
     below = frames.view(-1).index_select(0, place).view_as(u)
     mixed = torch.lerp(
@@ -140,22 +141,29 @@ def _taps(column: Tensor, row: Tensor, step: Tensor) -> Taps:
 
 
 def _colours(pixels: Tensor, base: Tensor, taps: Taps) -> Tensor:
-    """Interpolate all four bytes, two at a time side by side in one int32."""
+    """Interpolate all bytes, two at a time side by side in one int32."""
     odd = even = torch.full_like(taps[0][0], _HALF << 16 | _HALF)
     for offset, weight in taps:
-        found = pixels.index_select(0, (base + offset).view(-1)).view_as(offset)
+        found = _packed(pixels, base + offset)
         odd = torch.addcmul(odd, found & _ODD, weight)
         even = torch.addcmul(even, found >> 8 & _ODD, weight)
     return (odd >> WEIGHT_BITS & _ODD) | (even >> WEIGHT_BITS & _ODD) << 8
 
 
-def _one_byte(pixels: Tensor, base: Tensor, taps: Taps, shift: Tensor) -> Tensor:
-    """Interpolate the byte that begins at bit `shift`; int32 in [0, 255]."""
+def _one_byte(pixels: Tensor, base: Tensor, taps: Taps, channel: Tensor) -> Tensor:
+    """Interpolate one of the three bytes; int32 in [0, 255]."""
     total = torch.full_like(taps[0][0], _HALF)
     for offset, weight in taps:
-        found = pixels.index_select(0, (base + offset).view(-1)).view_as(offset)
-        total = torch.addcmul(total, found >> shift & 255, weight)
+        found = _packed(pixels, base + offset)
+        total = torch.addcmul(total, found >> 8 * channel & 255, weight)
     return total >> WEIGHT_BITS
+
+
+def _packed(pixels: Tensor, places: Tensor) -> Tensor:
+    """Return the pixels at some places, one int32 each."""
+    found = pixels.index_select(0, places.view(-1))
+    packed = torch.nn.functional.pad(found, (0, 1))
+    return packed.view(torch.int32).view_as(places)
 
 
 def _bytes(packed: Tensor) -> Tensor:

@@ -12,6 +12,8 @@
 #define ODD 0x00FF00FF
 #define LEAST_SLOPE 1e-9f
 
+typedef unsigned char byte;
+
 struct Taps {
     int at, step, weights[4];
 };
@@ -39,23 +41,29 @@ static __device__ Taps taps(float column, float row, int step) {
     return {(int)y * step + (int)x, step, {ONE - wx - wy + both, wx - both, wy - both, both}};
 }
 
-// All four bytes, two at a time side by side in one int.
-static __device__ int colours(const int *pixels, int base, Taps t) {
+// Three bytes as one int.
+static __device__ int packed(const byte *pixels, int place) {
+    const byte *rgb = pixels + 3LL * place;
+    return rgb[0] | rgb[1] << 8 | rgb[2] << 16;
+}
+
+// All bytes, two at a time side by side in one int.
+static __device__ int colours(const byte *pixels, int base, Taps t) {
     const int places[4] = {t.at, t.at + 1, t.at + t.step, t.at + t.step + 1};
     int odd = HALF << 16 | HALF, even = odd;
     for (int i = 0; i < 4; i++) {
-        const int found = pixels[base + places[i]];
+        const int found = packed(pixels, base + places[i]);
         odd += (found & ODD) * t.weights[i];
         even += (found >> 8 & ODD) * t.weights[i];
     }
     return (odd >> WEIGHT_BITS & ODD) | (even >> WEIGHT_BITS & ODD) << 8;
 }
 
-static __device__ int one_byte(const int *pixels, int base, Taps t, int shift) {
+static __device__ int one_byte(const byte *pixels, int base, Taps t, int channel) {
     const int places[4] = {t.at, t.at + 1, t.at + t.step, t.at + t.step + 1};
     int total = HALF;
     for (int i = 0; i < 4; i++)
-        total += (pixels[base + places[i]] >> shift & 255) * t.weights[i];
+        total += pixels[3LL * (base + places[i]) + channel] * t.weights[i];
     return total >> WEIGHT_BITS;
 }
 
@@ -74,7 +82,7 @@ static __device__ bool covers(const float *r, float x, float y) {
 }
 
 // The topmost of a frame's layers; its first row is grey.
-static __device__ int composed(const float *layers, int rows, const int *pixels, float x, float y) {
+static __device__ int composed(const float *layers, int rows, const byte *pixels, float x, float y) {
     int top = rows - 1;
     while (top > 0 && !covers(layers + top * LAYER_COLUMNS, x, y))
         top--;
@@ -85,7 +93,7 @@ static __device__ int composed(const float *layers, int rows, const int *pixels,
 }
 
 // One cut-out, or its shadow, blended over a pixel.
-static __device__ int stamped(int below, const float *r, const int *pixels, float x, float y) {
+static __device__ int stamped(int below, const float *r, const byte *pixels, float x, float y) {
     const float u = (r[1] * y + r[2]) + r[0] * x, v = (r[4] * y + r[5]) + r[3] * x;
     const Taps t = taps(within(u, 0, r[6]), within(v, 0, r[7]), bits(r + 17));
     const int colour = colours(pixels, bits(r + 15), t);
@@ -103,7 +111,7 @@ static __device__ int stamped(int below, const float *r, const int *pixels, floa
 // A frame's pixel: layers, then stamps. `links` holds where each frame's stamps begin, frames + 1
 // numbers, then for each in the order of blending its row and its window's height and width.
 static __device__ int framed(const float *layers, int rows, const float *stamps, const int *links,
-                             int frames, int frame, const int *pixels, int column, int line) {
+                             int frames, int frame, const byte *pixels, int column, int line) {
     const float x = (float)column, y = (float)line;
     int pixel = composed(layers + frame * rows * LAYER_COLUMNS, rows, pixels, x, y);
     for (int i = links[frame]; i < links[frame + 1]; i++) {
@@ -127,7 +135,7 @@ static __device__ float share(float hue, float place) {
 // each image the frame it is mixed with, or -1, and the weight of its own (the bits of a float);
 // factors (images, 3) of `colour_factors`, or null; out (images, side, side, 3).
 extern "C" __global__ void render(const float *layers, const float *stamps, const int *links,
-                                  const float *factors, const int *pixels, unsigned char *out,
+                                  const float *factors, const byte *pixels, byte *out,
                                   int frames, int rows, int side) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     const int line = blockIdx.y * blockDim.y + threadIdx.y;
@@ -146,7 +154,7 @@ extern "C" __global__ void render(const float *layers, const float *stamps, cons
         }
         pixel = both;
     }
-    unsigned char *rgb = out + 3 * (((long long)image * side + line) * side + column);
+    byte *rgb = out + 3 * (((long long)image * side + line) * side + column);
     float r = (float)(pixel & 255), g = (float)(pixel >> 8 & 255), b = (float)(pixel >> 16 & 255);
     if (factors) {
         const float turn = factors[3 * image], more = factors[3 * image + 1];
@@ -162,7 +170,7 @@ extern "C" __global__ void render(const float *layers, const float *stamps, cons
         g = (bright + 0.5f) - share(hue, 2) * fall;
         b = (bright + 0.5f) - share(hue, 4) * fall;
     }
-    rgb[0] = (unsigned char)(int)r;
-    rgb[1] = (unsigned char)(int)g;
-    rgb[2] = (unsigned char)(int)b;
+    rgb[0] = (byte)(int)r;
+    rgb[1] = (byte)(int)g;
+    rgb[2] = (byte)(int)b;
 }

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrloop.data.pixels.bank import Bank, Tiles
+from hsrloop.data.pixels.bank import BYTES_PER_PIXEL, Bank, Tiles
 from hsrloop.data.pixels.colour import colour_factors
 from hsrloop.data.pixels.colour_torch import recolour
 from hsrloop.data.pixels.kernel import RenderKernel, links_of
@@ -43,7 +43,7 @@ def gpu_bytes(
     Args:
         kernel: does it; else torch's operators.
     """
-    tiles = 4 * TILES_PER_FRAME * imgsz**2
+    tiles = BYTES_PER_PIXEL * TILES_PER_FRAME * imgsz**2
     frames = min(_frames_at_once(scratch_bytes, _frame_bytes(imgsz, kernel=kernel)), 2 * batch)
     return (0 if kernel else scratch_bytes) + tiles * frames + 9 * batch * imgsz**2
 
@@ -211,7 +211,7 @@ def _frame_bytes(imgsz: int, *, kernel: bool, resident: bool = False) -> int:
     """Return what a frame takes while it is rendered; its tiles, where it is little else."""
     if kernel and resident:
         return 0
-    return (4 * TILES_PER_FRAME if kernel else SCRATCH_PER_PIXEL) * imgsz**2
+    return (BYTES_PER_PIXEL * TILES_PER_FRAME if kernel else SCRATCH_PER_PIXEL) * imgsz**2
 
 
 def _frames_at_once(scratch_bytes: int, frame_bytes: int) -> int:
