@@ -6,6 +6,8 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `hsrloop` does
+
 import cv2
 import numpy as np
 import pytest

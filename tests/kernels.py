@@ -1,6 +1,7 @@
 """CUDA C++ compiled for the host: tested without a GPU.
 
-A thread is a turn of a loop; threads of a block that wait for each other are threads indeed.
+A thread is a turn of a loop; threads of a block that wait for each other are threads indeed. A warp
+is as wide as a test wants it.
 """
 
 from __future__ import annotations
@@ -29,16 +30,23 @@ DEVICES = [
     ),
 ]
 _HOST = r"""
+#include <algorithm>
 #include <barrier>
+#include <deque>
 #include <math.h>
 #include <thread>
 #include <vector>
+#define WARP %(warp)d
+typedef unsigned long long Key;
 struct Place { int x, y, z; };
 static Place blockIdx, blockDim;
 static thread_local Place threadIdx;
 static std::barrier<> *gate;
+static std::deque<std::barrier<>> gates;  // of warps
+static std::vector<Key> offered;  // by thread
 #define __global__
 #define __device__
+#define __launch_bounds__(...)
 #define __shared__ static
 static inline void __syncthreads() { if (gate) gate->arrive_and_wait(); }
 template <typename Number> static void atomicMax(Number *at, Number value) {
@@ -57,6 +65,16 @@ static inline unsigned short to_half(float number) {
     __builtin_memcpy(&bits, &rounded, 2);
     return bits;
 }
+static Key greatest_in_warp(Key key) {
+    if (WARP == 1) return key;
+    const int thread = threadIdx.x, warp = thread / WARP;
+    offered[thread] = key;
+    gates[warp].arrive_and_wait();
+    const auto first = offered.begin() + warp * WARP;
+    key = *std::max_element(first, first + WARP);
+    gates[warp].arrive_and_wait();
+    return key;
+}
 template <typename Work>
 static void start(const int *grid, const int *block, bool together, Work work) {
     blockDim = {block[0], block[1], block[2]};
@@ -66,6 +84,9 @@ static void start(const int *grid, const int *block, bool together, Work work) {
                 blockIdx = {x, y, z};
                 std::barrier<> waiting(block[0] * block[1] * block[2]);
                 gate = together ? &waiting : nullptr;
+                offered.assign(block[0], 0);
+                gates.clear();
+                for (int x = 0; x < block[0]; x += WARP) gates.emplace_back(WARP);
                 std::vector<std::thread> threads;
                 for (int c = 0; c < block[2]; c++)
                     for (int b = 0; b < block[1]; b++)
@@ -76,7 +97,7 @@ static void start(const int *grid, const int *block, bool together, Work work) {
                 for (auto &thread : threads) thread.join();
             }
 }
-#include "%s"
+#include "%(file)s"
 """
 _LAUNCH = """
 extern "C" void launch_%(name)s(const int *grid, const int *block, int together, %(parameters)s) {
@@ -85,7 +106,7 @@ extern "C" void launch_%(name)s(const int *grid, const int *block, int together,
 """
 _FLAGS = (
     *("-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
-    *("-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"),
+    *("-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"),
 )
 _NUMBERS = ctypes.c_int * 3
 
@@ -116,20 +137,22 @@ class HostKernel:
 
 
 def host_kernels(
-    source: Path, folder: Path, *, together: dict[str, int] | None = None
+    source: Path, folder: Path, *, together: dict[str, int] | None = None, warp: int = 1
 ) -> dict[str, HostKernel]:
     """Compile a .cu file.
 
     Args:
         together: how many threads a block of a kernel has whose threads wait for each other.
+        warp: threads of one; where it is more than one, kernels in which they ask each other have
+            to be among those.
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler (apt install g++)")
     text = source.read_text()
-    code = _HOST % source.name
+    code = _HOST % {"file": source.name, "warp": warp}
     for name in kernel_names(text):
-        found = re.search(rf'extern "C" __global__ void {name}\(([^)]*)\)', text)
+        found = re.search(rf'extern "C" __global__ .*\b{name}\(([^)]*)\)', text)
         assert found is not None
         parameters = " ".join(found[1].split())
         arguments = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))

@@ -9,6 +9,8 @@
 
 #define TOPK 10
 #define LANES 128
+#define MOST_LEVELS 8
+#define MANY 16  // numbers that a thread reads before it works on any; and most bins of a side
 #define ROW_BITS 28
 #define ROWS ((1 << ROW_BITS) - 1)
 #define LAST 0xFFFFFFFFu
@@ -17,8 +19,6 @@
 #define INSIDE_PX 1e-9f
 #define DFL_MARGIN 0.01f
 #define PI 3.14159265358979f
-
-typedef unsigned long long Key;
 
 // B images, A anchor points, C classes, L levels, R bins, M places for boxes in an image; N = B * M
 // boxes, T = N * TOPK slots.
@@ -41,20 +41,6 @@ struct Pass {
     int kind, images, anchors, classes, places, depth, bins, threads;
     float smallest;  // px, a box's sides count as no shorter than this
 };
-
-#ifdef __CUDACC_RTC__
-static __device__ float from_half(unsigned short bits) {
-    float number;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
-    return number;
-}
-
-static __device__ unsigned short to_half(float number) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
-    return bits;
-}
-#endif
 
 static __device__ unsigned bits_of(float number) { return *(const unsigned *)&number; }
 
@@ -82,6 +68,48 @@ static __device__ void store(void *numbers, long long i, int kind, float number)
         bits = number != number ? 0x7FC0 : (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
     }
     ((unsigned short *)numbers)[i] = bits;
+}
+
+// Numbers that stand `step` apart, from `first` on; as far as `reach` they are there, the rest are
+// below all others.
+static __device__ void load_many(const void *numbers, long long first, int step, int reach,
+                                 int kind, float *found) {
+    const float *floats = (const float *)numbers + first;
+    const unsigned short *halves = (const unsigned short *)numbers + first;
+    if (kind == FLOAT) {
+#pragma unroll
+        for (int k = 0; k < MANY; k++)
+            found[k] = k * step < reach ? floats[k * step] : number_of(0xFF800000);
+        return;
+    }
+    const unsigned short lowest = kind == HALF ? 0xFC00 : 0xFF80;
+    unsigned short bits[MANY];
+#pragma unroll
+    for (int k = 0; k < MANY; k++)
+        bits[k] = k * step < reach ? halves[k * step] : lowest;
+    if (kind == HALF) {
+#pragma unroll
+        for (int k = 0; k < MANY; k++)
+            found[k] = from_half(bits[k]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < MANY; k++)
+            found[k] = number_of((unsigned)bits[k] << 16);
+    }
+}
+
+static __device__ void store_many(void *numbers, long long first, int step, int reach, int kind,
+                                  const float *given) {
+#pragma unroll
+    for (int k = 0; k < MANY; k++)
+        if (k * step < reach)
+            store(numbers, first + k * step, kind, given[k]);
+}
+
+// How far it is from one place to another, where that is near.
+static __device__ int reach_of(long long from, long long to) {
+    const long long most = 1 << 30;
+    return (int)(to - from < most ? to - from : most);
 }
 
 static __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -167,58 +195,64 @@ static __device__ long long class_place(Pass p, int box, int anchor) {
     return row * p.anchors + anchor;
 }
 
-static __device__ float metric_of(Pass p, int box, int anchor, float overlap) {
-    const float score = sigmoid(load(p.class_logits, class_place(p, box, anchor), p.kind));
+static __device__ float metric_at(Pass p, long long place, float overlap) {
+    const float score = sigmoid(load(p.class_logits, place, p.kind));
     const float cube = overlap * overlap * overlap;
     return sqrtf(score) * cube * cube;
 }
 
-// The distribution of a side's distance over bins.
+// Where the logit of a side's first bin is.
+static __device__ long long bins_at(Pass p, int image, int which, int anchor) {
+    return ((image * 4ll + which) * p.bins) * p.anchors + anchor;
+}
+
+// The distribution of a side's distance over bins; parts are of `total`, 0 where there is no bin.
 struct Side {
-    const void *logits;
-    long long first, step;
-    int bins, kind;
-    float highest, total;
+    float logits[MANY], parts[MANY], highest, total;
 };
 
-static __device__ long long bin_place(Side side, int k) { return side.first + k * side.step; }
-
-static __device__ float logit_at(Side side, int k) {
-    return load(side.logits, bin_place(side, k), side.kind);
-}
-
-static __device__ float probability(Side side, int k) {
-    return expf(logit_at(side, k) - side.highest) / side.total;
-}
-
-static __device__ Side side_of(Pass p, int image, int which, int anchor) {
-    const long long first = ((image * 4ll + which) * p.bins) * p.anchors + anchor;
-    Side side = {p.box_logits, first, p.anchors, p.bins, p.kind, 0.0f, 0.0f};
-    side.highest = logit_at(side, 0);
-    for (int k = 1; k < p.bins; k++)
-        side.highest = fmaxf(side.highest, logit_at(side, k));
-    for (int k = 0; k < p.bins; k++)
-        side.total += expf(logit_at(side, k) - side.highest);
+static __device__ Side side_at(Pass p, long long first) {
+    Side side;
+    load_many(p.box_logits, first, p.anchors, p.bins * p.anchors, p.kind, side.logits);
+    side.highest = side.logits[0];
+    side.total = 0.0f;
+#pragma unroll
+    for (int k = 1; k < MANY; k++)
+        side.highest = fmaxf(side.highest, side.logits[k]);
+#pragma unroll
+    for (int k = 0; k < MANY; k++)
+        side.total += side.parts[k] = expf(side.logits[k] - side.highest);
     return side;
 }
 
 static __device__ float mean_of(Side side) {
     float mean = 0.0f;
-    for (int k = 1; k < side.bins; k++)
-        mean += (float)k * probability(side, k);
+#pragma unroll
+    for (int k = 1; k < MANY; k++)
+        mean += (float)k * (side.parts[k] / side.total);
     return mean;
 }
 
+// The logarithm of a bin's share.
+static __device__ float log_share(Side side, int which, float lost) {
+    float logit = 0.0f;
+#pragma unroll
+    for (int k = 0; k < MANY; k++)
+        logit = k == which ? side.logits[k] : logit;
+    return logit - side.highest - lost;
+}
+
 // Where the boxes are that the logits say; a thread for each anchor point of each image.
-extern "C" __global__ void decode(Pass p) {
+extern "C" __global__ void __launch_bounds__(LANES, 8) decode(Pass p) {
     const long long point = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (point >= points_in(p))
         return;
-    const int anchor = point % p.anchors;
+    const int image = point / p.anchors, anchor = point % p.anchors;
     const Cell cell = cell_of(p, anchor);
     float distance[4];
-    for (int side = 0; side < 4; side++)
-        distance[side] = mean_of(side_of(p, point / p.anchors, side, anchor)) * cell.stride;
+#pragma unroll 1  // so that there is room for more threads
+    for (int which = 0; which < 4; which++)
+        distance[which] = mean_of(side_at(p, bins_at(p, image, which, anchor))) * cell.stride;
     const float x1 = cell.x - distance[0], y1 = cell.y - distance[1];
     const float x2 = cell.x + distance[2], y2 = cell.y + distance[3];
     const float width = x2 - x1, height = y2 - y1 + EPS;
@@ -253,63 +287,93 @@ static __device__ void widen(float *low, float *high, float smallest) {
     *high = centre + half;
 }
 
+// The cells of a level whose centres are inside a box: row by row from the anchor point `corner`.
+struct Field {
+    int corner, width, columns, count;
+};
+
+static __device__ Field field_of(const int *grid, Box box) {
+    const Span across = span(box.x1, box.x2, grid[2], (float)grid[3]);
+    const Span down = span(box.y1, box.y2, grid[1], (float)grid[3]);
+    const int corner = grid[0] + down.first * grid[2] + across.first;
+    return {corner, grid[2], across.count, across.count * down.count};
+}
+
+// A point's rank by metric, as a number: among equals the first point is greater.
+static __device__ Key key_of(float metric, int anchor) {
+    return metric > 0.0f ? (Key)bits_of(metric) << 32 | (LAST - anchor) : 0;
+}
+
 // The best TOPK anchor points of each box, best first, and who else wants them; a block of at most
 // LANES threads for each.
 extern "C" __global__ void search(Pass p) {
-    __shared__ float top[TOPK][LANES];  // each lane's best, falling
-    __shared__ int at[TOPK][LANES];     // their points
-    __shared__ Key best[TOPK];
+    __shared__ float top[TOPK][LANES];       // each lane's best, falling
+    __shared__ int at[TOPK][LANES];          // their points
+    __shared__ Key best[LANES / WARP][TOPK]; // each warp's, falling
+    __shared__ Field fields[MOST_LEVELS];
     const int box = blockIdx.x, lane = threadIdx.x, lanes = blockDim.x, image = image_of(p, box);
-    for (int rank = lane; rank < TOPK; rank += lanes) {
-        best[rank] = 0;
+    for (int rank = lane; rank < TOPK; rank += lanes)
         p.wanted[box * TOPK + rank] = -1;
-    }
     if (p.labels[box] < 0 || p.labels[box] >= p.classes)
         return;  // for all threads alike
     for (int rank = 0; rank < TOPK; rank++)
         top[rank][lane] = 0.0f;
     const Box own = box_at(p.truth, boxes_in(p), box);
-    float x1 = own.x1, y1 = own.y1, x2 = own.x2, y2 = own.y2;
-    widen(&x1, &x2, p.smallest);
-    widen(&y1, &y2, p.smallest);
-    for (int level = 0; level < p.depth; level++) {
-        const int *grid = p.levels + 4 * level;
-        const Span across = span(x1, x2, grid[2], (float)grid[3]);
-        const Span down = span(y1, y2, grid[1], (float)grid[3]);
-        for (int k = lane; k < across.count * down.count; k += lanes) {
-            const int line = k / across.count, column = k - line * across.count;
-            const int anchor = grid[0] + (down.first + line) * grid[2] + across.first + column;
-            const long long point = point_of(p, image, anchor);
-            const float overlap = pair_of(box_at(p.predicted, points_in(p), point), own).ciou;
-            if (!(overlap > 0.0f))
-                continue;  // nor if it is no number
-            atomicMax(p.ranking + point, (Key)bits_of(overlap) << ROW_BITS | (Key)(ROWS - box));
-            const float cube = overlap * overlap * overlap;
-            if (cube * cube <= top[TOPK - 1][lane])
-                continue;  // a score is at most 1
-            const float metric = metric_of(p, box, anchor, overlap);
-            if (!(metric > top[TOPK - 1][lane]))
-                continue;
-            int rank = TOPK - 1;
-            for (; rank > 0 && top[rank - 1][lane] < metric; rank--) {
-                top[rank][lane] = top[rank - 1][lane];
-                at[rank][lane] = at[rank - 1][lane];
-            }
-            top[rank][lane] = metric;
-            at[rank][lane] = anchor;
-        }
+    for (int level = lane; level < p.depth; level += lanes) {
+        Box wide = own;
+        widen(&wide.x1, &wide.x2, p.smallest);
+        widen(&wide.y1, &wide.y2, p.smallest);
+        fields[level] = field_of(p.levels + 4 * level, wide);
     }
     __syncthreads();
-    for (int rank = 0, next = 0; rank < TOPK; rank++) {  // among equals the first point
-        const float metric = next < TOPK ? top[next][lane] : 0.0f;
-        const Key key = metric > 0.0f ? (Key)bits_of(metric) << 32 | (LAST - at[next][lane]) : 0;
-        if (key)
-            atomicMax(best + rank, key);
-        __syncthreads();
-        if (!key || key != best[rank])
+    const long long row = class_place(p, box, 0);
+    int level = 0, before = 0;
+    for (int k = lane;; k += lanes) {
+        while (level < p.depth && k - before >= fields[level].count)
+            before += fields[level++].count;
+        if (level == p.depth)
+            break;
+        const Field field = fields[level];
+        const int line = (k - before) / field.columns, column = k - before - line * field.columns;
+        const int anchor = field.corner + line * field.width + column;
+        const long long point = point_of(p, image, anchor);
+        const float overlap = pair_of(box_at(p.predicted, points_in(p), point), own).ciou;
+        if (!(overlap > 0.0f))
+            continue;  // nor if it is no number
+        atomicMax(p.ranking + point, (Key)bits_of(overlap) << ROW_BITS | (Key)(ROWS - box));
+        const float cube = overlap * overlap * overlap;
+        if (cube * cube <= top[TOPK - 1][lane])
+            continue;  // a score is at most 1
+        const float metric = metric_at(p, row + anchor, overlap);
+        if (!(metric > top[TOPK - 1][lane]))
+            continue;
+        int rank = TOPK - 1;
+        for (; rank > 0 && top[rank - 1][lane] < metric; rank--) {
+            top[rank][lane] = top[rank - 1][lane];
+            at[rank][lane] = at[rank - 1][lane];
+        }
+        top[rank][lane] = metric;
+        at[rank][lane] = anchor;
+    }
+    for (int rank = 0, next = 0; rank < TOPK; rank++) {
+        const Key key = next < TOPK ? key_of(top[next][lane], at[next][lane]) : 0;
+        const Key greatest = greatest_in_warp(key);
+        if (key && key == greatest)
+            next++;
+        if (lane % WARP == 0)
+            best[lane / WARP][rank] = greatest;
+    }
+    __syncthreads();
+    const int found = lanes / WARP * TOPK;
+    for (int i = lane; i < found; i += lanes) {
+        const Key key = best[i / TOPK][i % TOPK];
+        int rank = 0;
+        for (int other = 0; other < found; other++)
+            rank += best[other / TOPK][other % TOPK] > key;
+        if (!key || rank >= TOPK)
             continue;
         const unsigned slot = (unsigned)box * TOPK + rank;
-        const int anchor = at[next++][lane];
+        const int anchor = LAST - (unsigned)key;
         const long long point = point_of(p, image, anchor);
         p.wanted[slot] = anchor;
         atomicMax(p.earliest + point, LAST - slot);
@@ -331,7 +395,8 @@ extern "C" __global__ void settle(Pass p) {
     const int box = contested ? ROWS - (int)(p.ranking[point] & ROWS) : wants;
     const Box own = box_at(p.predicted, points_in(p), point);
     const float overlap = pair_of(own, box_at(p.truth, boxes_in(p), box)).ciou;
-    const float above = fmaxf(overlap, 0.0f), metric = metric_of(p, box, anchor, above);
+    const float above = fmaxf(overlap, 0.0f);
+    const float metric = metric_at(p, class_place(p, box, anchor), above);
     p.given[slot] = box;
     p.ciou[slot] = overlap;
     p.metric[slot] = metric;
@@ -357,7 +422,7 @@ static __device__ Aim aim_of(Cell cell, Box target, int side, int bins) {
 
 // Target scores, and what slots add to four sums: 1 - CIoU and distribution focal loss, weighted,
 // logit times score, and score; a thread for each slot.
-extern "C" __global__ void terms(Pass p) {
+extern "C" __global__ void __launch_bounds__(LANES, 8) terms(Pass p) {
     const int slot = blockIdx.x * blockDim.x + threadIdx.x, slots = boxes_in(p) * TOPK;
     if (slot >= slots)
         return;
@@ -369,12 +434,13 @@ extern "C" __global__ void terms(Pass p) {
         const float score = p.metric[slot] * (overlap / (most + SCORE_EPS));
         const Cell cell = cell_of(p, anchor);
         float likely = 0.0f;
+#pragma unroll 1
         for (int which = 0; which < 4; which++) {
-            const Side side = side_of(p, image_of(p, box), which, anchor);
+            const Side side = side_at(p, bins_at(p, image_of(p, box), which, anchor));
             const Aim aim = aim_of(cell, box_at(p.truth, boxes_in(p), box), which, p.bins);
             const float lost = logf(side.total);
-            const float low = logit_at(side, aim.below) - side.highest - lost;
-            const float high = logit_at(side, aim.below + 1) - side.highest - lost;
+            const float low = log_share(side, aim.below, lost);
+            const float high = log_share(side, aim.below + 1, lost);
             likely += low + aim.share * (high - low);
         }
         own[0] = (1.0f - p.ciou[slot]) * score;
@@ -393,19 +459,27 @@ extern "C" __global__ void softplus(Pass p) {
     const long long count = points_in(p) * p.classes;
     if (thread >= p.threads)
         return;
-    float sum = 0.0f;
-    for (long long i = thread; i < count; i += p.threads) {
-        const float x = load(p.class_logits, i, p.kind);
-        sum += x > 20.0f ? x : log1pf(expf(x));
+    float sum = 0.0f, x[MANY];
+    for (long long i = thread; i < count; i += (long long)MANY * p.threads) {
+        load_many(p.class_logits, i, p.threads, reach_of(i, count), p.kind, x);
+#pragma unroll
+        for (int k = 0; k < MANY; k++)
+            sum += x[k] > 20.0f ? x[k] : log1pf(expf(x[k]));
     }
     p.sums[thread] = sum;
 }
 
-// The gradient to class logits as if all were background; a thread for each.
+// The gradient to class logits as if all were background; a thread for MANY of them.
 extern "C" __global__ void background(Pass p) {
-    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < points_in(p) * p.classes)
-        store(p.class_gradient, i, p.kind, sigmoid(load(p.class_logits, i, p.kind)) * p.by_cls[0]);
+    const long long first = (long long)blockIdx.x * blockDim.x * MANY + threadIdx.x;
+    const int step = blockDim.x, reach = reach_of(first, points_in(p) * p.classes);
+    const float scale = p.by_cls[0];
+    float x[MANY];
+    load_many(p.class_logits, first, step, reach, p.kind, x);
+#pragma unroll
+    for (int k = 0; k < MANY; k++)
+        x[k] = sigmoid(x[k]) * scale;
+    store_many(p.class_gradient, first, step, reach, p.kind, x);
 }
 
 // The gradient at the slots, after `background`; a thread for each side of each slot.
@@ -425,13 +499,16 @@ extern "C" __global__ void foreground(Pass p) {
     const Box own = box_at(p.predicted, points_in(p), point_of(p, image, anchor));
     const Box target = box_at(p.truth, boxes_in(p), box);
     const float slope = by_side(own, target, pair_of(own, target), which) * (cell.stride * score);
-    const Side side = side_of(p, image, which, anchor);
+    const long long first = bins_at(p, image, which, anchor);
+    const Side side = side_at(p, first);
     const Aim aim = aim_of(cell, target, which, p.bins);
     const float by_distance = slope * p.by_box[0], quarter = score * (p.by_dfl[0] / 4.0f);
     const float part = aim.share * quarter, mean = mean_of(side);
-    for (int k = 0; k < p.bins; k++) {
-        float gradient = ((mean - (float)k) * by_distance + quarter) * probability(side, k);
-        gradient += k == aim.below ? part - quarter : k == aim.below + 1 ? -part : 0.0f;
-        store(p.box_gradient, bin_place(side, k), p.kind, gradient);
+    float gradient[MANY];
+#pragma unroll
+    for (int k = 0; k < MANY; k++) {
+        gradient[k] = ((mean - (float)k) * by_distance + quarter) * (side.parts[k] / side.total);
+        gradient[k] += k == aim.below ? part - quarter : k == aim.below + 1 ? -part : 0.0f;
     }
+    store_many(p.box_gradient, first, p.anchors, p.bins * p.anchors, p.kind, gradient);
 }

@@ -26,6 +26,8 @@ SOURCE = Path(__file__).with_name("loss.cu")
 
 # As in `loss.cu`, as TOPK is.
 _LANES = 128
+_MANY = 16  # the most bins, too
+_MOST_LEVELS = 8
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TENSORS = (
     *("box_logits", "class_logits", "truth", "labels", "levels"),
@@ -93,6 +95,11 @@ class _Scene:
             self.kernels["search"](grid, block, self.truth.device, given)
 
 
+def suits(strides: Sequence[int], *, reg_max: int) -> bool:
+    """Return whether the kernels can take what a head of such levels and bins says."""
+    return len(strides) <= _MOST_LEVELS and reg_max <= _MANY
+
+
 def kernel_loss(
     raw: RawPredictions,
     strides: Sequence[int],
@@ -104,7 +111,7 @@ def kernel_loss(
     """Do what `detection_loss` does.
 
     Args:
-        raw: logits, both float32, float16 or bfloat16.
+        raw: logits, both float32, float16 or bfloat16, of a head that `suits`.
         kernels: of `loss.cu`, on the device of the logits.
 
     Returns:
@@ -188,6 +195,6 @@ class _KernelLoss(torch.autograd.Function):
             box_gradient=box_gradient,
             class_gradient=class_gradient,
         )
-        ctx.scene.start("background", work, threads=class_logits.numel())
+        ctx.scene.start("background", work, threads=-(-class_logits.numel() // _MANY))
         ctx.scene.start("foreground", work, threads=4 * len(ctx.found["wanted"]))
         return box_gradient, class_gradient, None

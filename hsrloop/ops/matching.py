@@ -25,7 +25,7 @@ IOUS = torch.linspace(0.5, 0.95, 10).numpy()
 _NO_CLASS = -1
 MATCH = Path(__file__).with_name("match.cu")
 _MOST_BOXES = 1024  # as it can take
-_THREADS = 32  # few images make few threads: spread over the card
+_WARP = 32
 _PAIRS = 1 << 21  # of boxes and detections at a time; 50 bytes of temporaries each (a guess)
 
 
@@ -88,7 +88,7 @@ def _greedy(kernel: Callable[..., None], iou: Tensor, thresholds: Tensor) -> Ten
     levels = len(thresholds)
     right = torch.empty((images, detections, levels), dtype=torch.bool, device=iou.device)
     if right.numel():
-        grid, block = (-(-images * levels // _THREADS), 1, 1), (_THREADS, 1, 1)
+        grid, block = (images * levels, 1, 1), (_WARP, 1, 1)
         given = (iou.contiguous(), thresholds, right, images, most, detections, levels)
         kernel(grid, block, iou.device, *given)
     return right

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_BEFORE = Path(__file__).with_name("device.cuh")  # each source
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
 _OUT_OF_MEMORY = 2  # of the driver's errors
 Argument = Tensor | int | float | ctypes.Structure | None
@@ -101,7 +102,7 @@ def kernels_in(source: str, device: torch.device) -> Kernels:
 
 def kernel_names(source: str) -> list[str]:
     """Return what the kernels in a source are called."""
-    return re.findall(r'extern "C" __global__ void (\w+)\(', source)
+    return re.findall(r'extern "C" __global__ void (?:\w+\([^)]*\) )?(\w+)\(', source)
 
 
 @contextmanager
@@ -172,12 +173,13 @@ def compile_ahead(files: Sequence[Path], device: torch.device) -> threading.Thre
 
 def _compiled(source: str, capability: tuple[int, int]) -> bytes:
     nvrtc = _library(tuple(_nvrtc_files()))
-    arguments = ["--gpu-architecture=sm_{}{}".format(*capability), *_OPTIONS]
+    text = _BEFORE.read_text(encoding="utf-8") + "\n#line 1\n" + source
+    arguments = [f"--gpu-architecture=sm_{_architecture(nvrtc, capability)}", *_OPTIONS]
     options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
     program = ctypes.c_void_p()
     _check_nvrtc(
         nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None
+            ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None
         )
     )
     try:
@@ -187,6 +189,17 @@ def _compiled(source: str, capability: tuple[int, int]) -> bytes:
         return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
+    """Return the newest architecture that NVRTC knows and a card runs; the card's own, if none."""
+    count = ctypes.c_int()
+    _check_nvrtc(nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    known = (ctypes.c_int * count.value)()
+    _check_nvrtc(nvrtc.nvrtcGetSupportedArchs(known))
+    major, minor = capability
+    own = 10 * major + minor
+    return max((one for one in known if one // 10 == major and one <= own), default=own)
 
 
 def _read(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:

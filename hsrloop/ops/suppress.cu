@@ -29,6 +29,8 @@ extern "C" __global__ void suppress(const float *boxes, const unsigned char *wan
             if (alive[j] && (last || overlap(own + 4 * j, own + 4 * i, iou)))
                 alive[j] = 0;
         __syncthreads();
+        if (last)
+            break;
     }
     for (int i = thread; i < rows; i += threads)
         kept[first + i] = alive[i];

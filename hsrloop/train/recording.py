@@ -192,12 +192,11 @@ class _Network:
         self.gradients = self.gradients or [torch.zeros_like(x) for x in logits]
         return logits
 
-    def criterion(self) -> Tensor:
-        """Leave the gradient of the latest logits; return the parts of the loss, (4,)."""
+    def criterion(self) -> tuple[Tensor, ...]:
+        """Return the parts of the loss, (4,), and the gradient of the latest logits."""
         assert self._logits is not None and self.targets is not None
         sums, found = back_to_logits(self._logits, self.targets, self._state, self._settings)
-        torch._foreach_copy_(self.gradients, found)
-        return torch.stack(sums.parts).detach()
+        return torch.stack(sums.parts).detach(), *found
 
     def warm(self, recorder: Recorder) -> None:
         """Do all of it once."""
@@ -220,7 +219,7 @@ class _Network:
         raw, criterion = self._logits, None
         assert raw is not None
         if self.targets is not None:
-            replay, sums = recorder.record(self.criterion)
+            replay, (sums, *self.gradients) = recorder.record(self.criterion)
             criterion = RecordedCriterion(replay=replay, targets=self.targets, sums=sums)
         backward, _ = recorder.record(self.backward)
         return Passes(

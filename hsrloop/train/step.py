@@ -28,13 +28,14 @@ from hsrloop.ops.loss import (
     loss_kernels,
     pad_targets,
 )
+from hsrloop.ops.loss_gpu import suits
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch, Position, RawPredictions
 from hsrloop.train.compiled import Compiled
 from hsrloop.train.state import Commit, TrainState
 
-PLACES = 256
+PLACES = 512
 """For boxes in an image, where the criterion is computed by kernels: its shapes do not follow the
 boxes then, and sums are added up in one order. Denser batches have as many as they need."""
 
@@ -347,7 +348,9 @@ def to_targets(batch: Batch, settings: StepSettings) -> PaddedTargets:
 
 def by_kernels(settings: StepSettings) -> bool:
     """Return whether the criterion is computed by kernels of its own."""
-    return settings.dtype is not torch.float64 and loss_kernels(settings.device) is not None
+    if settings.dtype is torch.float64 or not suits(settings.strides, reg_max=settings.reg_max):
+        return False
+    return loss_kernels(settings.device) is not None
 
 
 def back_to_logits(

@@ -37,7 +37,8 @@ def kernel_on(device: str, source: Path, folder: Path) -> Any:
 
 
 def on_the_host(source: Path, folder: Path) -> HostKernel:
-    return host_kernels(source, folder, together={"suppress": 3})[source.stem]
+    together = {"suppress": 3, "match": 4}
+    return host_kernels(source, folder, together=together, warp=4)[source.stem]
 
 
 def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, Tensor]:
@@ -121,6 +122,17 @@ def test_they_compile_for_cards_that_are_not_here(
     if torch.version.cuda is None:
         pytest.skip("this torch is made without CUDA")
     assert source.stem.encode() in compile_source(source.read_text(), capability)
+
+
+@pytest.mark.parametrize(
+    ("card", "code"), [((9, 0), 90), ((8, 99), 89), ((7, 5), 75), ((99, 1), 991)]
+)
+def test_a_card_newer_than_the_compiler_runs_the_newest_code_of_its_kind(
+    card: tuple[int, int], code: int
+) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is made without CUDA")
+    assert nvrtc._architecture(nvrtc._library(tuple(nvrtc._nvrtc_files())), card) == code
 
 
 @pytest.mark.parametrize("module", [nms, matching], ids=["suppress", "match"])

@@ -27,14 +27,16 @@ MORE = {
     "more slots than points": scene([150], imgsz=64, nc=3, size=0.3, seed=2),
     "many classes": scene([20, 3, 0], nc=80, imgsz=256, seed=3),
 }
-# Sums are added up in another order, and exponentials may differ in their last bit.
+# Sums are added up in another order, and exponentials may differ in their last bit: a card's by
+# more than another library's on the CPU.
 RTOL = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 3e-3}
+RTOL_GPU = {**RTOL, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("kernels")
-    return host_kernels(SOURCE, folder, together={"search": 3})
+    return host_kernels(SOURCE, folder, together={"search": 8}, warp=4)
 
 
 @pytest.fixture
@@ -80,10 +82,13 @@ def assert_alike(s: Scene, kernels: Mapping[str, Launch], device: str, **options
     sums, box, cls = theirs(s, kernels, device, **options)
     for own, other in zip(sums, expected.parts, strict=True):
         torch.testing.assert_close(own, other.detach(), rtol=1e-5, atol=1e-6)
+    rtol = (RTOL_GPU if device == "cuda" else RTOL)[s.box_logits.dtype]
+    # Boxes that hardly overlap anything, to the sixth power, weigh as good as nothing.
+    least = 1e-9 * expected_class.double().norm()
     for gradient, other in ((box, expected_box), (cls, expected_class)):
         assert gradient.dtype == other.dtype
         difference = (gradient.double() - other.double()).norm()
-        assert difference <= RTOL[s.box_logits.dtype] * other.double().norm()
+        assert difference <= rtol * other.double().norm().clamp(min=least)
 
 
 @pytest.mark.parametrize("device", DEVICES)
