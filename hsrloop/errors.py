@@ -56,3 +56,8 @@ class DivergedError(HsrloopError):
 
 class DependencyError(HsrloopError):
     """An optional library that a requested feature needs is not installed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,7 @@ from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
 from hsrloop.errors import HsrloopError
 from hsrloop.events import Climbed, EpochDone, Event, Progress, Recovered
-from hsrloop.hardware.memory import GIB, capped
+from hsrloop.hardware.memory import GIB, capped, release_gpu_memory
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
@@ -163,12 +163,12 @@ def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[No
     if device.type != "cuda":
         yield
         return
-    torch.cuda.empty_cache()
+    release_gpu_memory()
     try:
         with capped(device, card_gib(tier) * GIB / total_bytes):
             yield
     finally:
-        torch.cuda.empty_cache()
+        release_gpu_memory()
 
 
 def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:

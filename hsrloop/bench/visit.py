@@ -7,15 +7,14 @@ a row that says so.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
-
 from hsrloop.bench.results import Row
-from hsrloop.errors import DependencyError, DeviceError
+from hsrloop.errors import DependencyError, DeviceError, first_line
+from hsrloop.hardware.memory import release_gpu_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +82,10 @@ def _measures(cell: Cell, on_row: Callable[[Row], None]) -> bool:
             worked = worked or not row.note.startswith("skipped")
         return worked
     except (DependencyError, DeviceError) as error:  # something is not here
-        on_row(Row(name=cell.name, note=f"skipped: {_first_line(error)}"))
+        on_row(Row(name=cell.name, note=f"skipped: {first_line(error)}"))
     except Exception as error:  # whatever it is, the other cells are worth having
-        on_row(Row(name=cell.name, note=f"failed: {type(error).__name__}: {_first_line(error)}"))
+        on_row(Row(name=cell.name, note=f"failed: {type(error).__name__}: {first_line(error)}"))
     finally:
-        gc.collect()  # else what only cycles keep would count against an emulated card
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a card that is lost fails the cells to come, one by one
+            release_gpu_memory()  # else it would count against an emulated card
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

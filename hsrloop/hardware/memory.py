@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -206,3 +207,16 @@ def _stat(path: Path, key: str) -> int:
         if name == key:
             return int(value)
     return 0
+
+
+def release_gpu_memory() -> None:
+    """Give back what nothing holds any more; waits for the GPU.
+
+    Recordings that are gone may still be running in that memory.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -178,9 +178,7 @@ def _compiled(source: str, capability: tuple[int, int]) -> bytes:
     options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
     program = ctypes.c_void_p()
     _check_nvrtc(
-        nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None
-        )
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None)
     )
     try:
         if nvrtc.nvrtcCompileProgram(program, len(arguments), options):

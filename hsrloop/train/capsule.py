@@ -20,7 +20,7 @@ from hsrloop.config import TrainConfig
 from hsrloop.data.loader import TrainLoader
 from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.stream import TrainStream
-from hsrloop.errors import CheckpointError, ConfigError, DivergedError, HsrloopError
+from hsrloop.errors import CheckpointError, ConfigError, DivergedError, HsrloopError, first_line
 from hsrloop.model.blueprint import blueprint
 from hsrloop.model.safe_load import read_checkpoint
 from hsrloop.records import Batch, Position
@@ -116,7 +116,7 @@ def diverged(
             write_atomically(path, lambda file: torch.save({_KEY: content}, file))
             kept = f" To see its last step: hsrloop replay {shlex.quote(str(path))}"
         except (HsrloopError, RuntimeError, MemoryError) as error:  # a full disk, or full memory
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             kept = f" Its last step could not be kept: {reason}"
     lr0, tried = identity.config.lr0, len(state.rollbacks)
     went = f"It went back {tried} times, to {state.lr_scale:g} of the learning rate. "

@@ -14,7 +14,7 @@ from hsrloop.ops.anchors import predictions
 from hsrloop.ops.nms import Found, nms, nms_ahead
 from hsrloop.ops.paths import on_cpu
 from hsrloop.train.precision import place
-from hsrloop.train.recording import Recorder, Replay
+from hsrloop.train.recording import Recorder, Replay, reason_of
 from hsrloop.train.step import to_input
 
 CONF = 0.001  # what counts as a detection at all; Source: ultralytics@8.4.190, val mode
@@ -173,8 +173,8 @@ class RecordedDetections:
                 replay, found = self._recorder.record(work)
                 self.recordings += 1
                 return _Recorded(own, replay, Found(*found))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            _LOG.warning("validation cannot be recorded as CUDA graphs (%s)", reason)
+        except (RuntimeError, AssertionError) as error:
+            why = reason_of(error)
+            _LOG.warning("validation cannot be recorded as CUDA graphs (%s)", why)
         self._impossible = True
         return None

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hsrloop.events import Event, Note
+from hsrloop.hardware.memory import release_gpu_memory
 from hsrloop.ops.loss import LossSums
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import ema_decay
 from hsrloop.records import Batch
 from hsrloop.train.detector import RecordedDetections
-from hsrloop.train.recording import Passes, Recorded, Recorder, record, recorder_for
+from hsrloop.train.recording import Passes, Recorded, Recorder, reason_of, record, recorder_for
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
     StepSettings,
@@ -81,14 +82,14 @@ class StepGraphs:
         except (RuntimeError, AssertionError) as error:
             transaction.roll_back()
             self._impossible = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            text = f"steps cannot be recorded as CUDA graphs ({reason}); they are taken one by one"
+            why = reason_of(error)
+            text = f"steps cannot be recorded as CUDA graphs ({why}); they are taken one by one"
             emit(Note(text=text, level="warning"))
         if self._recorded is not None:
             self._recorder, self.detections = recorder, RecordedDetections(recorder)
             self.count(state)
-        elif torch.cuda.is_available():
-            torch.cuda.empty_cache()  # of the stream that it was tried on
+        else:
+            release_gpu_memory()  # of the stream that it was tried on
 
     def count(self, state: TrainState) -> None:
         """Let the state know what the recordings hold, if there are more than the last time."""

@@ -120,6 +120,7 @@ def rate(rehearsal: Rehearsal, size: int, clock: Clock) -> float:
     batch = worst_batch(
         images=size, imgsz=before.imgsz, boxes=rehearsal.boxes, classes=rehearsal.classes
     )
+    batch = dataclasses.replace(batch, images=batch.images.to(state.device))
     try:
         with rehearsal.unchanged():
             set_modes(state, rehearsal.config)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from hsrloop.errors import first_line
 from hsrloop.hardware.pressure import memory_use
 from hsrloop.ops.loss import LossSums, PaddedTargets
 from hsrloop.records import Batch, RawPredictions
@@ -114,10 +115,19 @@ class CudaRecorder:
     def _end_allocation(self) -> None:
         """Let the allocator leave the pool that it goes on with, in torch 2.11, after an error.
 
-        Else it would never again free what several streams use.
+        Else it would never again free what several streams use, nor the pool itself.
         """
+        index = self._device.index or 0
         with suppress(RuntimeError):  # it has left it
-            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why work could not be recorded: CUDA says at the end only that something failed."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return first_line(error)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

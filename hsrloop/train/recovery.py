@@ -6,7 +6,6 @@ Recovery happens outside the `except` block, when the exception, its frames and 
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.errors import ResourceError
+from hsrloop.errors import ResourceError, first_line
 from hsrloop.events import Climbed, Event, Recovered
-from hsrloop.hardware.memory import GIB, gpu_neighbours
+from hsrloop.hardware.memory import GIB, gpu_neighbours, release_gpu_memory
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.build import at
 from hsrloop.train.fits import Fits, at_most
@@ -92,7 +91,7 @@ def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
         first = error.__cause__ or error if rehearsal else error
         return _Failure(
             cause,
-            reason=_first_line(first),
+            reason=first_line(first),
             validating=_was_validating(error, state),
             rehearsed=rehearsal is not None,
             recorded=state.recorded_bytes > 0,
@@ -116,10 +115,8 @@ def _refused_allocations() -> int:
 
 def free_memory() -> None:
     """Give back what a failed attempt held, once its exception and its frames are gone."""
-    gc.collect()
+    release_gpu_memory()
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # recordings that are gone may still be running in that memory
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -233,7 +230,7 @@ def must_fit(info: DeviceInfo) -> Iterator[None]:
         cause = cause_of(error)
         if cause is None:
             raise
-        words = f"{cause.value} ran out before training began ({_first_line(error)})."
+        words = f"{cause.value} ran out before training began ({first_line(error)})."
         raise ResourceError(words + _advice(cause, info)) from error
 
 
@@ -252,10 +249,6 @@ def _advice(cause: Cause, info: DeviceInfo) -> str:
             f"{info.total_bytes / GIB:.1f} GiB of {info.name}; see nvidia-smi for who holds memory."
         )
     return f"{words} Use a smaller model (-m yolov8n.pt), or --device cpu."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sizes_trained(config: TrainConfig, state: TrainState) -> list[int]:

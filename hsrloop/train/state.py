@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsrloop.errors import CheckpointError
+from hsrloop.errors import CheckpointError, first_line
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.model.ema import Ema
 from hsrloop.ops.loss import GAINS, LossSums
@@ -247,7 +247,7 @@ def _fitting() -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"the checkpoint does not fit this model and optimizer ({reason}). "
             "Resume with the settings the run was started with."

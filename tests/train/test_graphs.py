@@ -485,7 +485,7 @@ def test_on_a_gpu_a_dropped_recording_gives_its_memory_back(card: torch.device) 
     recorded.drop()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < held / 4
-    assert held / 2 < parts[0].recorded_bytes < held
+    assert held / 4 < parts[0].recorded_bytes < held  # gradients lie beside
 
 
 @pytest.mark.gpu
