@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ class ValLoader:
         device: where the images go. On a GPU they are there when they are yielded: sent a batch
             ahead, on a stream of their own.
         prefetch: make one batch ahead in a thread; on a GPU always.
+        threads: that letterbox a batch's images, or read and resize them.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ValLoader:
         batch: int,
         device: torch.device = _HOST,
         prefetch: bool = True,
+        threads: int = 1,
     ) -> None:
         self.n_samples = len(refs)
         self.batch = batch
@@ -61,6 +65,7 @@ class ValLoader:
         self._store = store
         self._device = device
         self._prefetch = prefetch
+        self._threads = threads
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -72,28 +77,42 @@ class ValLoader:
     def head(self, count: int) -> ValLoader:
         """Return a loader of the first images alone."""
         refs, store = self._refs[:count], self._store
-        device, prefetch = self._device, self._prefetch
-        return ValLoader(refs, store, batch=self.batch, device=device, prefetch=prefetch)
+        return ValLoader(
+            refs,
+            store,
+            batch=self.batch,
+            device=self._device,
+            prefetch=self._prefetch,
+            threads=self._threads,
+        )
 
     def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
         """Iterate over some places in the split, in batches, in the order given."""
-        starts = range(0, len(indices), self.batch)
-        made = (self._make(indices[start : start + self.batch]) for start in starts)
+        made = self._made(indices)
         if self._device.type == "cuda":
             sent = arriving(((batch.images, batch) for batch in made), self._device)
             return (replace(batch, images=images) for images, batch in sent)
         return ahead(made) if self._prefetch and len(indices) else made
 
-    def _make(self, indices: Sequence[int]) -> ValBatch:
+    def _made(self, indices: Sequence[int]) -> Generator[ValBatch, None, None]:
+        starts = range(0, len(indices), self.batch)
+        with ThreadPoolExecutor(self._threads) as pool:
+            do_all = pool.map if self._threads > 1 else map
+            for start in starts:
+                yield self._make(indices[start : start + self.batch], do_all)
+
+    def _make(self, indices: Sequence[int], do_all: Callable[..., Iterable[Any]]) -> ValBatch:
         side = self._store.imgsz
         images = empty_images(len(indices), side, pinned=self._device.type == "cuda")
         frames = np.array([_frame(self._refs[i], side) for i in indices])
-        boxes = []
-        for image, index, (_, _, left, top) in zip(images.numpy(), indices, frames, strict=True):
+
+        def lay(image: np.ndarray, index: int, left: float, top: float) -> np.ndarray:
             pixels = self._store[index]
             height, width = pixels.shape[:2]
             _lay(image, pixels, int(left), int(top))
-            boxes.append(_letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top)))
+            return _letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top))
+
+        boxes = list(do_all(lay, images.numpy(), indices, *frames[:, 2:].T))
         counts = [len(self._refs[i].labels) for i in indices]
         return ValBatch(
             images=images.permute(0, 3, 1, 2),

@@ -26,20 +26,24 @@ _CONFS = np.linspace(0, 1, 1000)  # where precision and recall are read over con
 _SMOOTHING = 0.1  # width of the box filter over the mean F1, as a fraction of the confidences
 
 
-def average_precision(recall: Floats, precision: Floats) -> float:
+def average_precision(recall: Floats, precision: Floats) -> Floats:
     """Area under the precision envelope, read at 101 recalls.
 
     Args:
-        recall, precision: (n,) over detections by falling confidence; n at least 1.
+        recall, precision: (n, L) over detections by falling confidence, at L thresholds; n at
+            least 1.
 
     Returns:
-        In [0, 1].
+        (L,) in [0, 1].
     """
-    recall = np.concatenate(([0.0], recall, [recall[-1], 1.0]))
-    precision = np.concatenate(([1.0], precision, [0.0, 0.0]))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    read = np.interp(_RECALLS, recall, envelope)
-    return float((read[:-1] + read[1:]).mean() / 2)
+    levels, count = recall.T.shape
+    x, y = np.zeros((levels, count + 3)), np.ones((levels, count + 3))
+    x[:, 1:-2], x[:, -2], x[:, -1] = recall.T, recall[-1], 1.0
+    y[:, 1:-2], y[:, -2:] = precision.T, 0.0
+    envelope = np.maximum.accumulate(y[:, ::-1], axis=1)[:, ::-1]
+    read = np.stack([np.interp(_RECALLS, *points) for points in zip(x, envelope, strict=True)])
+    areas: Floats = (read[:, :-1] + read[:, 1:]).mean(axis=1) / 2
+    return areas
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,8 @@ def _curves(right: Bools, conf: Floats, boxes: int) -> _Curves:
     hits = right.cumsum(0)  # (n, 10)
     recall = hits / (boxes + _EPS)
     precision = hits / np.arange(1, len(conf) + 1)[:, None]
-    ap = [average_precision(recall[:, i], precision[:, i]) for i in range(len(IOUS))]
     return _Curves(
-        np.array(ap),
+        average_precision(recall, precision),
         np.interp(-_CONFS, -conf, precision[:, 0], left=1),
         np.interp(-_CONFS, -conf, recall[:, 0], left=0),
     )
@@ -207,10 +210,11 @@ class Evaluator:
         """Return the curves of each class in `present`."""
         right, conf = np.concatenate(self._right), np.concatenate(self._conf)
         predicted = np.concatenate(self._predicted)
-        order = np.lexsort((np.concatenate(self._image), -conf))  # equal ones by image
-        right, conf, predicted = right[order], conf[order].astype(np.float64), predicted[order]
-        curves = []
-        for label in present:
-            own = predicted == label
-            curves.append(_curves(right[own], conf[own], int(self._boxes[label])))
-        return curves
+        order = np.lexsort((np.concatenate(self._image), -conf, predicted))  # equal ones by image
+        right, predicted = right[order], predicted[order]
+        falling = conf[order].astype(np.float64)
+        firsts, ends = (np.searchsorted(predicted, present, side=s) for s in ("left", "right"))
+        return [
+            _curves(right[first:end], falling[first:end], int(self._boxes[label]))
+            for label, first, end in zip(present, firsts, ends, strict=True)
+        ]

@@ -46,6 +46,9 @@ Emit = Callable[[Event], None]
 KERNELS = (kernel.SOURCE, loss_gpu.SOURCE, nms.SUPPRESS, matching.MATCH)
 """Sources of a run's own CUDA kernels, in the order in which it needs them."""
 
+VAL_THREADS = 4
+"""At most, that letterbox for a GPU: one makes 4,000 images of 640 px a second (measured)."""
+
 SYNTHESIS_SETTINGS = (
     *("synthetic_ratio", "synthetic_images", "max_objects", "object_scale_min"),
     *("object_scale_max", "object_degrees", "max_occlusion", "negative_share"),
@@ -311,7 +314,8 @@ def build_loaders(
         cutouts=cutouts,
         renderer=made.renderer,
     )
-    val = ValLoader(spec.val, val_store, batch=rung.val_batch, device=device)
+    threads = min(VAL_THREADS, usable_cores()) if device.type == "cuda" else 1
+    val = ValLoader(spec.val, val_store, batch=rung.val_batch, device=device, threads=threads)
     return Loaders(train, val, (made.store, val_store), made.place)
 
 

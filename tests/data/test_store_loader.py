@@ -379,9 +379,9 @@ def test_validation_frames_map_back_to_the_original(spec: DatasetSpec) -> None:
     assert seen == list(range(4)) and len(loader) == 2
 
 
-@pytest.mark.parametrize("imgsz", [320, 640])
+@pytest.mark.parametrize(("imgsz", "threads"), [(320, 1), (640, 3)])
 def test_validation_batches_equal_the_peers(
-    real_data: Path, imgsz: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    real_data: Path, imgsz: int, threads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pixels equal, boxes to 0.001 px, on photographs of many sizes."""
     caplog.set_level(logging.ERROR)
@@ -400,7 +400,7 @@ def test_validation_batches_equal_the_peers(
     hyp = get_cfg(overrides={"imgsz": imgsz, "task": "detect", "rect": False})
     info = {"names": dict(enumerate(spec.names)), "nc": spec.nc, "channels": 3}
     theirs = build_yolo_dataset(hyp, str(tmp_path / "images"), 4, info, mode="val", rect=False)
-    mine = list(ValLoader(refs, store, batch=4))
+    mine = list(ValLoader(refs, store, batch=4, threads=threads))
     images = torch.cat([batch.images for batch in mine])
     for i, (ref, image) in enumerate(zip(refs, images, strict=True)):
         sample = theirs[i]

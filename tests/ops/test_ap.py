@@ -113,13 +113,20 @@ def test_match_by_hand() -> None:
 
 def test_ap_by_hand() -> None:
     # two boxes; hits at ranks 1 and 3: precision 1 to recall 0.5, then 2/3 to recall 1
-    recall, precision = np.array([0.5, 0.5, 1.0]), np.array([1.0, 0.5, 2 / 3])
-    # read at 0, 0.01, ... 1 and joined by lines: 1 up to recall 0.49, 2/3 from 0.5 to 0.99, then 0
+    first = [0.5, 0.5, 1.0], [1.0, 0.5, 2 / 3]
+    # at a higher threshold one hit, at rank 2: precision 1/2 to recall 0.5
+    second = [0.0, 0.5, 0.5], [0.0, 0.5, 1 / 3]
+    recall, precision = np.array([first, second]).transpose(1, 2, 0)
+    # read at 0, 0.01, ... 1 and joined by lines: 1 up to recall 0.49, 2/3 from 0.5 to 0.99, then 0;
+    # 1/2 up to 0.49, then 0
     assert average_precision(recall, precision) == pytest.approx(
-        0.49 + 0.01 * (1 + 2 / 3) / 2 + 0.49 * 2 / 3 + 0.01 * (2 / 3) / 2
+        [
+            0.49 + 0.01 * (1 + 2 / 3) / 2 + 0.49 * 2 / 3 + 0.01 * (2 / 3) / 2,
+            0.49 * 0.5 + 0.01 * 0.5 / 2,
+        ]
     )
-    assert average_precision(np.array([1.0]), np.array([1.0])) == pytest.approx(0.995)
-    assert average_precision(np.array([0.0]), np.array([0.0])) == pytest.approx(0.0, abs=6e-3)
+    assert average_precision(np.ones((1, 1)), np.ones((1, 1))) == pytest.approx(0.995)
+    assert average_precision(np.zeros((1, 1)), np.zeros((1, 1))) == pytest.approx(0.0, abs=6e-3)
 
 
 def test_perfect_detections_score_as_high_as_the_definition_allows() -> None:
