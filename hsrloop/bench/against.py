@@ -60,6 +60,7 @@ class Contest:
     device: str  # "cpu" or "cuda:N"
     threads: int
     judged: bool  # its validator looks at the weights too
+    limit_s: float | None = None  # of one training
 
     def ours(self, *, epochs: int, seed: int) -> dict[str, Any]:
         """Train with our command line and return its times and metrics."""
@@ -70,7 +71,7 @@ class Contest:
             command += ["-m", self.config.model, "-o", output, "--device", self.device]
             command += ["--no-tensorboard", "--no-dynamic-synthetic", "--set", "patience=0"]
             command += [a for k, v in given.items() for a in ("--set", f"{k}={_spelled(v)}")]
-            _run(command)
+            _run(command, self.limit_s)
             (run_dir,) = Path(output).iterdir()
             lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
             epochs_done = [e for e in map(json.loads, lines) if e["event"] == "EpochDone"]
@@ -96,7 +97,7 @@ class Contest:
         """Ask `hsrloop.bench.peer`."""
         device = self.device.removeprefix("cuda:")
         whole = {"data": str(self.data), "device": device, **request}
-        said = _run([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(whole)])
+        said = _run([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(whole)], self.limit_s)
         if "NMS time limit" in said:
             raise DependencyError("Ultralytics' NMS ran into its time limit: its metrics are void.")
         lines = [line for line in said.splitlines() if line.startswith(ROW)]
@@ -111,15 +112,17 @@ def against_ultralytics(
     device: str,
     emit: Callable[[Event], None],
     judged: bool = True,
+    limit_s: float | None = None,
 ) -> list[Row]:
     """Run the contest; return a row for ours, for the peer, and for ours in the peer's time.
 
     Args:
         judged: with mAP, and the third row; without it only times and memory are compared, in less
             than half the time.
+        limit_s: that one training may take.
 
     Raises:
-        DependencyError: a process failed, with its last words.
+        DependencyError: a process failed, with its last words, or took too long.
         ConfigError: bf16 is asked for.
         HsrloopError: as a run would raise.
     """
@@ -138,7 +141,7 @@ def against_ultralytics(
 
     with tempfile.TemporaryDirectory(prefix="hsrloop-against-") as scratch:
         data, images = copy_set(dataset_of(resolved), Path(scratch), seed=config.seed)
-        contest = Contest(config, data, device, usable_cores(), judged)
+        contest = Contest(config, data, device, usable_cores(), judged, limit_s)
         mine: list[Cell] = []
         peers: list[Cell] = []
         tell(0)
@@ -219,14 +222,20 @@ def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:
     return path, len(spec.train)
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], limit_s: float | None) -> str:
     """Run a process and return all it said."""
     env = as_found(os.environ)
     env.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    what = " ".join(command[1:4])
+    try:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DependencyError(f"{what} took more than {limit_s:.0f} s.") from error
     said = done.stdout + done.stderr
     if done.returncode:
-        raise DependencyError(f"{' '.join(command[1:4])} failed: {said[-_LAST_WORDS:]}")
+        raise DependencyError(f"{what} failed: {said[-_LAST_WORDS:]}")
     return said
 
 

@@ -43,6 +43,7 @@ TIGHT = replace(tier_named("medium"), name="too small a card", from_gib=2)  # mu
 # others are guesses.
 SCALE_S = 18.0
 COMPILED_S = 90.0
+MOST_TIMES = 3.0  # what was expected may a training last that could hang the visit
 AGAINST_S = {"n": 40.0, "s": 40.0, "m": 40.0, "l": 45.0, "x": 45.0}
 TIER_S = {"low": 10.0, "medium": 10.0, "high": 12.0, "workstation": 15.0, "cpu": 15.0}
 
@@ -173,8 +174,10 @@ class _Parts:
     def against(self, scale: str) -> Cell:
         """Train side by side with Ultralytics."""
         name = f"against Ultralytics, {scale}"
-        run = partial(_against, name, self._of(scale), self.scope, self.emit)
-        return Cell(name, AGAINST_S[scale], run)
+        seconds = AGAINST_S[scale]
+        limit_s = MOST_TIMES * seconds
+        run = partial(_against, name, self._of(scale), self.scope, self.emit, limit_s)
+        return Cell(name, seconds, run)
 
     def recovery(self, scale: str) -> Cell:
         """Run out of memory for real."""
@@ -250,8 +253,8 @@ def _tier(name: str, tier: Tier, settings: Resolved, scope: Scope, emit: Emit) -
         yield replace(row, name=name)
 
 
-def _against(name: str, settings: Resolved, scope: Scope, emit: Emit) -> list[Row]:
-    """Train one short pair.
+def _against(name: str, settings: Resolved, scope: Scope, emit: Emit, limit_s: float) -> list[Row]:
+    """Train one short pair, each in so many seconds at most.
 
     Raises:
         DependencyError: Ultralytics is not installed.
@@ -264,7 +267,9 @@ def _against(name: str, settings: Resolved, scope: Scope, emit: Emit) -> list[Ro
     short = _changed(settings, epochs=scope.epochs)
     device = torch_device(probe(settings.config.device))
     try:
-        rows = against_ultralytics(short, pairs=1, device=device, emit=emit, judged=False)
+        rows = against_ultralytics(
+            short, pairs=1, device=device, emit=emit, judged=False, limit_s=limit_s
+        )
     except DependencyError as error:  # here: a process that broke off, with its last words
         raise RuntimeError(str(error).strip().splitlines()[-1]) from error
     return [replace(row, name=f"{name}: {row.name}") for row in rows]

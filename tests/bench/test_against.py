@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,14 @@ def test_a_failed_process_is_an_error_with_its_last_words(
     processes.failing = True
     with pytest.raises(DependencyError, match="failed: last words"):
         against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None)
+
+
+def test_a_process_that_hangs_is_ended(asked: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real(sleeps, **options))
+    with pytest.raises(DependencyError, match="-m hsrloop train took more than 0 s"):
+        against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None, limit_s=0.2)
 
 
 def test_the_peer_is_given_a_copy_that_reads_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
