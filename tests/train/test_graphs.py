@@ -18,6 +18,7 @@ from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.base import load_base
 from hsrloop.ops import loss
 from hsrloop.ops.loss_gpu import SOURCE
+from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train import checkpoint, graphs
 from hsrloop.train import step as step_module
 from hsrloop.train.build import build_state
@@ -185,6 +186,26 @@ def test_recorded_steps_train_as_others_do(
         ends.append(contents(parts[0]))
     assert rerun.replays > 0
     assert start is not None and not same(start, ends[0])
+    assert same(*ends)
+
+
+@pytest.mark.usefixtures("criterion")
+def test_nothing_reads_memory_that_nothing_wrote(rerun: Rerun) -> None:
+    """So that deterministic runs need not fill it first, which torch does unless told."""
+    ends = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for fill in (False, True):
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            with as_on_a_gpu():
+                parts = make()
+                recorded = prepared(*parts)[0]
+                take(*parts, WHOLE, recorded=recorded)
+                kept = KeptDetector().of(parts[0].ema.module, CPU, half=False)
+                found = kept.find(make_batches([8])[0].images)
+            ends.append([*contents(parts[0]), found.rows, found.settled])
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert same(*ends)
 
 
