@@ -58,6 +58,11 @@ class DependencyError(HsrloopError):
     """An optional library that a requested feature needs is not installed."""
 
 
+def raised_from(error: BaseException) -> BaseException | None:
+    """Return the error that one was raised from, or while handling; None: it was the first."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says first; its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

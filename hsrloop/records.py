@@ -60,7 +60,7 @@ class Rung:
     workers: int
     val_batch: int
     bank: str  # where a GPU renders images from: "device", "pinned" (RAM), or "cv2": not at all
-    cuda_graphs: bool  # steps are recorded where there is room for that
+    cuda_graphs: bool = True  # steps are recorded where there is room for that
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,13 +226,15 @@ def _run(command: Sequence[str], limit_s: float | None) -> str:
     """Run a process and return all it said."""
     env = as_found(os.environ)
     env.pop("OMP_NUM_THREADS", None)
-    what = " ".join(command[1:4])
+    what = " ".join(word for word in command[1:4] if not word.startswith("{"))
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, check=False, timeout=limit_s
         )
     except subprocess.TimeoutExpired as error:
-        raise DependencyError(f"{what} took more than {limit_s:.0f} s.") from error
+        spoken = b"".join(part for part in (error.stdout, error.stderr) if part)
+        last = spoken.decode(errors="replace")[-_LAST_WORDS:]
+        raise DependencyError(f"{what} took more than {limit_s:.0f} s: {last}") from error
     said = done.stdout + done.stderr
     if done.returncode:
         raise DependencyError(f"{what} failed: {said[-_LAST_WORDS:]}")

@@ -43,7 +43,7 @@ TIGHT = replace(tier_named("medium"), name="too small a card", from_gib=2)  # mu
 # others are guesses.
 SCALE_S = 18.0
 COMPILED_S = 90.0
-MOST_TIMES = 3.0  # what was expected may a training last that could hang the visit
+MOST_TIMES = 6.0  # what a pair is expected to take may one training last: a slow card is slower
 AGAINST_S = {"n": 40.0, "s": 40.0, "m": 40.0, "l": 45.0, "x": 45.0}
 TIER_S = {"low": 10.0, "medium": 10.0, "high": 12.0, "workstation": 15.0, "cpu": 15.0}
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 _BEFORE = Path(__file__).with_name("device.cuh")  # each source
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
+_EMBEDDED = (53, 62, 72, 87, 101)  # Jetson and Thor: their code runs on nothing else
 _OUT_OF_MEMORY = 2  # of the driver's errors
 Argument = Tensor | int | float | ctypes.Structure | None
 _LOG = logging.getLogger(__name__)
@@ -197,7 +198,12 @@ def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
     _check_nvrtc(nvrtc.nvrtcGetSupportedArchs(known))
     major, minor = capability
     own = 10 * major + minor
-    return max((one for one in known if one // 10 == major and one <= own), default=own)
+    others = set(known) - set(_EMBEDDED)
+    return (
+        own
+        if own in known
+        else max((x for x in others if x // 10 == major and x < own), default=own)
+    )
 
 
 def _read(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:

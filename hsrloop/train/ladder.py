@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from hsrloop.config import TrainConfig
 from hsrloop.data.loader import WorkerDied
+from hsrloop.errors import raised_from
 from hsrloop.hardware.pressure import MemoryUse
 from hsrloop.records import Rung
 
@@ -101,7 +103,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        link = raised_from(link)
 
 
 def _by_text(text: str, allocation_failed: bool) -> Cause | None:
@@ -195,3 +197,8 @@ def describe_change(before: Rung, after: Rung) -> str:
     """Return what a step down changes, in words: "micro_batch 8 -> 4"."""
     old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key])
+
+
+def gave_up_recordings(recovery: Mapping[str, Any]) -> bool:
+    """Return whether a step down, an `events.Recovered` as a dict, was that of recorded steps."""
+    return str(recovery.get("change", "")).startswith("cuda_graphs ")

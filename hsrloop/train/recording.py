@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hsrloop.errors import first_line
+from hsrloop.errors import first_line, raised_from
 from hsrloop.hardware.pressure import memory_use
 from hsrloop.ops.loss import LossSums, PaddedTargets
 from hsrloop.records import Batch, RawPredictions
@@ -125,7 +125,7 @@ class CudaRecorder:
 
 def reason_of(error: BaseException) -> str:
     """Return why work could not be recorded: CUDA says at the end only that something failed."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
+    while isinstance(earlier := raised_from(error), RuntimeError | AssertionError):
         error = earlier
     return first_line(error)
 
@@ -250,6 +250,8 @@ def record(
     sizes: Collection[int],
 ) -> Recorded | None:
     """Record a step; None: there is no room for that. What is done on the way is undone."""
+    if not recorder.has_room():
+        return None
     transaction.begin()
     device = settings.device
     gradients = [torch.zeros_like(p) for p in trained_parameters(state)]

@@ -21,6 +21,7 @@ from hsrloop.hardware.memory import GIB
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import Detector
 from hsrloop.train.fits import Fits
+from hsrloop.train.ladder import gave_up_recordings
 from hsrloop.train.loop import set_modes
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
@@ -96,7 +97,9 @@ class Rehearsal:
         """
         if not self.wanted:
             return
-        foretold = all(row.get("rehearsed") for row in self.state.recoveries)
+        # Recorded steps are no part of a rehearsal: that they did not fit says nothing of it.
+        steps = [row for row in self.state.recoveries if not gave_up_recordings(row)]
+        foretold = all(row.get("rehearsed") for row in steps)
         if not foretold:
             self.fits.forget()  # what had fitted ran out of memory in training
         elif self.fits.covers(self.state.rung):

@@ -33,6 +33,8 @@ _COUNTERS = (
     "epoch_s",
     "val_s_per_epoch",
 )
+# Earlier versions wrote no such fields of a rung.
+_LATER = [f.name for f in dataclasses.fields(Rung) if f.default is not dataclasses.MISSING]
 LOSS_NAMES = ("box_loss", "cls_loss", "dfl_loss")
 METRIC_NAMES = ("ap50", "ap50_95", "precision", "recall")
 # What is asked of the rows of lists that begin empty.
@@ -216,7 +218,7 @@ class TrainState:
     def _check(self, payload: Mapping[str, Any]) -> None:
         """Raise ValueError where a part is of another kind than this state's own."""
         like = {name: value for name, value in self.to_payload().items() if name not in _ROWS}
-        like["rung"]["cache"] = None
+        like["rung"] = _known_of(payload["rung"], {**like["rung"], "cache": None})
         like |= {"optimizer": {}, "scaler": {}, "cuda_rng": None, "position": [0]}
         if payload["scaler"]:
             like["scaler"] = torch.amp.GradScaler("cpu").state_dict()
@@ -233,7 +235,9 @@ class TrainState:
             _must_fit(misfit(rows, [{}], name))
             for i, given in enumerate(rows):
                 known = {key: given.get(key) for key in row}
-                examples = {key: like["rung"] if key == "rung" else row[key] for key in row}
+                examples = dict(row)
+                if "rung" in row:
+                    examples["rung"] = _known_of(given.get("rung"), like["rung"])
                 _must_fit(misfit(known, examples, f"{name}[{i}]"))
         if min(*payload["position"], payload["steps"], payload["best_epoch"]) < 0:
             raise ValueError("a negative count")
@@ -252,6 +256,12 @@ def _fitting() -> Iterator[None]:
             f"the checkpoint does not fit this model and optimizer ({reason}). "
             "Resume with the settings the run was started with."
         ) from error
+
+
+def _known_of(found: Any, rung: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an example of a rung, without what an earlier version did not write."""
+    missing = _LATER if not isinstance(found, Mapping) else set(_LATER) - found.keys()
+    return {name: value for name, value in rung.items() if name not in missing}
 
 
 def _must_fit(problem: str | None) -> None:

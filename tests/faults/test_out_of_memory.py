@@ -221,3 +221,16 @@ def test_a_recovered_run_is_resumed_on_its_rung(
         [],
         [".recoveries[0].time"],
     )
+
+
+@pytest.mark.parametrize("wanted", [None, False])
+def test_a_recovered_run_records_steps_as_it_did_unless_told_otherwise(
+    wanted: bool | None, settings: Settings, fault: Arm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault("forward", 0)
+    stopped = train(settings(), stop=StopAfter(1))
+    monkeypatch.undo()
+    told = [] if wanted is None else [("command line", {"cuda_graphs": wanted})]
+    resumed = train(resolve(told), resume=stopped.run_dir / "weights" / "last.pt")
+    assert resumed.rung.micro_batch == 4
+    assert resumed.rung.cuda_graphs is (wanted is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_a_card_newer_than_the_compiler_runs_the_newest_code_of_its_kind(
     if torch.version.cuda is None:
         pytest.skip("this torch is made without CUDA")
     assert nvrtc._architecture(nvrtc._library(tuple(nvrtc._nvrtc_files())), card) == code
+
+
+@pytest.mark.parametrize(("card", "code"), [((10, 3), 100), ((10, 1), 101), ((12, 1), 120)])
+def test_code_of_an_embedded_card_is_for_that_alone(card: tuple[int, int], code: int) -> None:
+    known = (90, 100, 101, 120)
+
+    def count(place: Any) -> int:
+        place._obj.value = len(known)
+        return 0
+
+    def fill(places: Any) -> int:
+        places[:] = known
+        return 0
+
+    library: Any = SimpleNamespace(nvrtcGetNumSupportedArchs=count, nvrtcGetSupportedArchs=fill)
+    assert nvrtc._architecture(library, card) == code
 
 
 @pytest.mark.parametrize("module", [nms, matching], ids=["suppress", "match"])

@@ -25,7 +25,7 @@ from hsrloop.train.build import build_state
 from hsrloop.train.detector import KeptDetector
 from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.precision import set_kernels
-from hsrloop.train.recording import CudaRecorder
+from hsrloop.train.recording import CudaRecorder, reason_of
 from hsrloop.train.run import train
 from hsrloop.train.snapshot import Snapshot
 from hsrloop.train.state import TrainState
@@ -206,6 +206,7 @@ def test_nothing_reads_memory_that_nothing_wrote(rerun: Rerun) -> None:
             ends.append([*contents(parts[0]), found.rows, found.settled])
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert same(*ends)
 
 
@@ -431,6 +432,24 @@ def test_smaller_steps_are_recorded_where_memory_ran_out_for_larger_ones(
     outcome = train(settings(epochs=1, batch=8), sinks=[recorder])
     assert [event.change for event in recorder.of(Recovered)] == ["micro_batch 8 -> 4"]
     assert outcome.rung.cuda_graphs and rerun.replays
+
+
+def test_why_work_cannot_be_recorded_is_what_failed_first() -> None:
+    found: list[BaseException] = []
+    try:
+        try:
+            try:
+                raise KeyError("a place where it is handled")
+            except KeyError:
+                raise RuntimeError("operation not permitted\nmore") from ValueError("by hand")
+        except RuntimeError:
+            raise RuntimeError("a previous error during capture") from None
+    except RuntimeError as error:
+        found.append(error)
+    assert reason_of(found[0]) == "a previous error during capture"  # told to leave it at that
+    found[0].__suppress_context__ = False
+    assert reason_of(found[0]) == "operation not permitted"
+    assert reason_of(RuntimeError()) == "RuntimeError"
 
 
 @pytest.fixture

@@ -95,6 +95,17 @@ def test_a_result_that_turned_out_wrong_is_dropped(made: Rehearsal) -> None:
     assert made.fits.known() is None
 
 
+def test_recorded_steps_that_did_not_fit_say_nothing_of_it(
+    made: Rehearsal, passes: list[int]
+) -> None:
+    made.run()
+    known, tried = made.fits.known(), len(passes)
+    made.state.rung = dataclasses.replace(made.state.rung, cuda_graphs=False)
+    made.state.recoveries.append({"rehearsed": False, "change": "cuda_graphs True -> False"})
+    made.run()
+    assert made.fits.known() == known and len(passes) == tried
+
+
 def test_the_validating_part_says_so(made: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError

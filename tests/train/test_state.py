@@ -88,6 +88,19 @@ def test_a_payload_without_any_one_of_its_parts_is_refused() -> None:
             state.load_file({k: v for k, v in whole.items() if k != key})
 
 
+def test_a_rung_of_an_earlier_version_is_read() -> None:
+    state, _ = make_state()
+    state.recoveries = [recovery(state)]
+    payload = copy.deepcopy(state.to_payload())
+    for rung in (payload["rung"], payload["recoveries"][0]["rung"]):
+        del rung["cuda_graphs"]
+    state.load_file(payload)
+    assert state.rung.cuda_graphs
+    del payload["rung"]["imgsz"]
+    with pytest.raises(CheckpointError, match="imgsz"):
+        state.load_file(payload)
+
+
 def test_the_scaler_of_fp16_comes_back() -> None:
     state, _ = make_state()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
