@@ -207,15 +207,7 @@ def users_file(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = cache_folder() / fits.FILE
     if request.param == "present":
-        rung = Rung(
-            micro_batch=2,
-            imgsz=64,
-            cache=False,
-            workers=0,
-            val_batch=2,
-            bank="cv2",
-            cuda_graphs=True,
-        )
+        rung = Rung(micro_batch=2, imgsz=64, cache=False, workers=0, val_batch=2, bank="cv2")
         fits.Fits.of("a key").remember(rung)
     before = path.read_bytes() if path.exists() else None
     yield

@@ -19,9 +19,7 @@ from hsrloop.train import run as train_run
 from hsrloop.train import validation
 
 Invoke = Callable[..., Result]
-RUNG = Rung(
-    micro_batch=4, imgsz=64, cache=False, workers=0, val_batch=4, bank="cv2", cuda_graphs=True
-)
+RUNG = Rung(micro_batch=4, imgsz=64, cache=False, workers=0, val_batch=4, bank="cv2")
 
 
 @pytest.fixture

@@ -70,15 +70,7 @@ def test_a_thrashing_run_steps_down_and_ends_as_planned(
 
 
 def rung(micro_batch: int) -> Rung:
-    return Rung(
-        micro_batch=micro_batch,
-        imgsz=64,
-        cache=False,
-        workers=0,
-        val_batch=2,
-        bank="cv2",
-        cuda_graphs=True,
-    )
+    return Rung(micro_batch=micro_batch, imgsz=64, cache=False, workers=0, val_batch=2, bank="cv2")
 
 
 @pytest.mark.parametrize(

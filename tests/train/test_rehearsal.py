@@ -21,9 +21,7 @@ from hsrloop.train.rehearsal import Rehearsal, RehearsalFailed, most_boxes, wors
 from tests.train.conftest import make_rehearsal
 from tests.train.test_resume import differences
 
-RUNG = Rung(
-    micro_batch=4, imgsz=64, cache="ram", workers=0, val_batch=4, bank="cv2", cuda_graphs=True
-)
+RUNG = Rung(micro_batch=4, imgsz=64, cache="ram", workers=0, val_batch=4, bank="cv2")
 
 
 @pytest.fixture
