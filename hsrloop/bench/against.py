@@ -232,13 +232,18 @@ def _run(command: Sequence[str], limit_s: float | None) -> str:
             command, env=env, capture_output=True, text=True, check=False, timeout=limit_s
         )
     except subprocess.TimeoutExpired as error:
-        spoken = b"".join(part for part in (error.stdout, error.stderr) if part)
-        last = spoken.decode(errors="replace")[-_LAST_WORDS:]
-        raise DependencyError(f"{what} took more than {limit_s:.0f} s: {last}") from error
+        said = "".join(_text(part) for part in (error.stdout, error.stderr))
+        text = f"{what} took more than {limit_s:.0f} s: {said[-_LAST_WORDS:]}"
+        raise DependencyError(text) from error
     said = done.stdout + done.stderr
     if done.returncode:
         raise DependencyError(f"{what} failed: {said[-_LAST_WORDS:]}")
     return said
+
+
+def _text(said: bytes | str | None) -> str:
+    """Return what a process that was ended had said: bytes on some systems, whatever is asked."""
+    return said.decode(errors="replace") if isinstance(said, bytes) else said or ""
 
 
 def _spelled(value: Any) -> str:

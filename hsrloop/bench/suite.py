@@ -174,10 +174,9 @@ class _Parts:
     def against(self, scale: str) -> Cell:
         """Train side by side with Ultralytics."""
         name = f"against Ultralytics, {scale}"
-        seconds = AGAINST_S[scale]
-        limit_s = MOST_TIMES * seconds
+        limit_s = MOST_TIMES * AGAINST_S[scale]
         run = partial(_against, name, self._of(scale), self.scope, self.emit, limit_s)
-        return Cell(name, seconds, run)
+        return Cell(name, AGAINST_S[scale], run)
 
     def recovery(self, scale: str) -> Cell:
         """Run out of memory for real."""

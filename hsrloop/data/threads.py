@@ -18,9 +18,12 @@ def in_threads(
     What has not begun when the consumer leaves, by Ctrl-C for one, is never begun.
 
     Args:
-        threads: at least 1 is used.
+        threads: 1, or less, is the caller's own.
     """
-    pool = ThreadPoolExecutor(max(1, threads))
+    if threads <= 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads)
     try:
         yield from pool.map(work, items)
     finally:

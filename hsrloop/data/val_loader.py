@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from hsrloop.data.ahead import ahead, arriving
 from hsrloop.data.loader import empty_images
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
 from hsrloop.data.sets.dataset import ImageRef
+from hsrloop.data.threads import in_threads
 
 _HOST = torch.device("cpu")
 
@@ -88,31 +87,26 @@ class ValLoader:
 
     def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
         """Iterate over some places in the split, in batches, in the order given."""
-        made = self._made(indices)
+        starts = range(0, len(indices), self.batch)
+        made = (self._make(indices[start : start + self.batch]) for start in starts)
         if self._device.type == "cuda":
             sent = arriving(((batch.images, batch) for batch in made), self._device)
             return (replace(batch, images=images) for images, batch in sent)
         return ahead(made) if self._prefetch and len(indices) else made
 
-    def _made(self, indices: Sequence[int]) -> Generator[ValBatch, None, None]:
-        starts = range(0, len(indices), self.batch)
-        with ThreadPoolExecutor(self._threads) as pool:
-            do_all = pool.map if self._threads > 1 else map
-            for start in starts:
-                yield self._make(indices[start : start + self.batch], do_all)
-
-    def _make(self, indices: Sequence[int], do_all: Callable[..., Iterable[Any]]) -> ValBatch:
+    def _make(self, indices: Sequence[int]) -> ValBatch:
         side = self._store.imgsz
         images = empty_images(len(indices), side, pinned=self._device.type == "cuda")
         frames = np.array([_frame(self._refs[i], side) for i in indices])
 
-        def lay(image: np.ndarray, index: int, left: float, top: float) -> np.ndarray:
+        def lay(place: int) -> np.ndarray:
+            index, (_, _, left, top) = indices[place], frames[place]
             pixels = self._store[index]
             height, width = pixels.shape[:2]
-            _lay(image, pixels, int(left), int(top))
+            _lay(images.numpy()[place], pixels, int(left), int(top))
             return _letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top))
 
-        boxes = list(do_all(lay, images.numpy(), indices, *frames[:, 2:].T))
+        boxes = list(in_threads(lay, range(len(indices)), threads=self._threads))
         counts = [len(self._refs[i].labels) for i in indices]
         return ValBatch(
             images=images.permute(0, 3, 1, 2),

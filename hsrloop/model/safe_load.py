@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hsrloop.errors import WeightsError
+from hsrloop.errors import WeightsError, first_line
 from hsrloop.model.archive import is_archive, pickle_of, plain, wrong_archive
 from hsrloop.model.extent import check_extent
 from hsrloop.paths import is_file
@@ -218,8 +218,7 @@ def _explain(path: Path, error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):
         return f"{path} is damaged, or no PyTorch checkpoint. Get it again, or give another file."
-    reason = plain(text.splitlines()[0]) if text else type(error).__name__
-    return f"{path} is damaged ({reason}). Get it again."
+    return f"{path} is damaged ({plain(first_line(error))}). Get it again."
 
 
 def check_file(path: Path) -> None:

@@ -10,7 +10,8 @@
 #define TOPK 10
 #define LANES 128
 #define MOST_LEVELS 8
-#define MANY 16  // numbers that a thread reads before it works on any; and most bins of a side
+// Numbers that a thread reads before it works on any; and most bins of a side.
+#define MANY 16
 #define ROW_BITS 28
 #define ROWS ((1 << ROW_BITS) - 1)
 #define LAST 0xFFFFFFFFu

@@ -198,12 +198,10 @@ def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
     _check_nvrtc(nvrtc.nvrtcGetSupportedArchs(known))
     major, minor = capability
     own = 10 * major + minor
-    others = set(known) - set(_EMBEDDED)
-    return (
-        own
-        if own in known
-        else max((x for x in others if x // 10 == major and x < own), default=own)
-    )
+    if own in known:
+        return own
+    alike = (one for one in known if one // 10 == major and one not in _EMBEDDED)
+    return max((one for one in alike if one < own), default=own)
 
 
 def _read(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:

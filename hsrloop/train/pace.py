@@ -14,10 +14,9 @@ from hsrloop.data.pixels.bank import BANK_SHARE, BYTES_PER_PIXEL
 from hsrloop.data.pixels.store import stored_size
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Note, Progress
-from hsrloop.hardware.memory import gpu_memory
+from hsrloop.hardware.memory import gpu_memory, release_gpu_memory
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, cause_of
 from hsrloop.train.loop import set_modes
-from hsrloop.train.recovery import free_memory
 from hsrloop.train.rehearsal import Rehearsal, worst_batch
 from hsrloop.train.step import forward_backward
 
@@ -67,7 +66,7 @@ def measure(sizes: Sequence[int], rate_of: Callable[[int], float]) -> Pace:
     rates: dict[int, float | None] = {}
     for size in sizes:
         rates[size] = _rate_or_none(size, rate_of)
-        free_memory()
+        release_gpu_memory()
         if rates[size] is None:
             break
     return Pace(rates)
@@ -106,6 +105,7 @@ def choose_micro_batch(
             return rate(rehearsal, size, clock)
 
         pace = measure(sizes, tried)
+        state.forget_peak()
         del taken
         rehearsal.emit(Progress(task=TASK, done=len(sizes), total=len(sizes)))
         chosen, text = pace.best, str(pace)

@@ -67,12 +67,12 @@ def with_recovery(
         outcome = _outcome(attempt, state)
         if outcome == ROOM:
             _climb(state, config, emit)
-            free_memory()
+            release_gpu_memory()
             state.forget_peak()
             continue
         if isinstance(outcome, str):
             return outcome
-        free_memory()
+        release_gpu_memory()
         state.forget_peak()
         if state.commit is not None:
             finish_commit(state, transaction)
@@ -111,13 +111,6 @@ def _refused_allocations() -> int:
         return 0
     stats = torch.cuda.memory_stats()
     return int(stats.get("num_ooms", 0)) + int(stats.get("num_alloc_retries", 0))
-
-
-def free_memory() -> None:
-    """Give back what a failed attempt held, once its exception and its frames are gone."""
-    release_gpu_memory()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _step_down(

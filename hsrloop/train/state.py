@@ -260,8 +260,8 @@ def _fitting() -> Iterator[None]:
 
 def _known_of(found: Any, rung: Mapping[str, Any]) -> dict[str, Any]:
     """Return an example of a rung, without what an earlier version did not write."""
-    missing = _LATER if not isinstance(found, Mapping) else set(_LATER) - found.keys()
-    return {name: value for name, value in rung.items() if name not in missing}
+    written = found if isinstance(found, Mapping) else rung
+    return {name: rung[name] for name in rung if name in written or name not in _LATER}
 
 
 def _must_fit(problem: str | None) -> None:

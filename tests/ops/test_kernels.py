@@ -136,6 +136,10 @@ def test_a_card_newer_than_the_compiler_runs_the_newest_code_of_its_kind(
     assert nvrtc._architecture(nvrtc._library(tuple(nvrtc._nvrtc_files())), card) == code
 
 
+def test_a_warp_is_as_wide_as_the_source_says() -> None:
+    assert f"#define WARP {matching._WARP}\n" in nvrtc._BEFORE.read_text()
+
+
 @pytest.mark.parametrize(("card", "code"), [((10, 3), 100), ((10, 1), 101), ((12, 1), 120)])
 def test_code_of_an_embedded_card_is_for_that_alone(card: tuple[int, int], code: int) -> None:
     known = (90, 100, 101, 120)

@@ -197,7 +197,13 @@ def test_it_compiles_for_cards_that_are_not_here(capability: tuple[int, int]) ->
 
 def test_constants_are_those_of_the_source() -> None:
     text = SOURCE.read_text()
-    for name, value in (("TOPK", loss_gpu.TOPK), ("LANES", loss_gpu._LANES)):
+    constants = {
+        "TOPK": loss_gpu.TOPK,
+        "LANES": loss_gpu._LANES,
+        "MANY": loss_gpu._MANY,
+        "MOST_LEVELS": loss_gpu._MOST_LEVELS,
+    }
+    for name, value in constants.items():
         assert f"#define {name} {value}\n" in text
     fields = text[text.index("struct Pass {") : text.index("};\n")]
     words = [

@@ -69,7 +69,7 @@ class Sources:
         count = LEVELS * len(cutouts) if cutouts else 0
         shapes = [self._cutout(place).shape[:2] for place in range(count)]
         pasted = np.array(shapes, np.int64).reshape(-1, 2) + 2 * RING
-        self.sizes = np.concatenate((images.sizes, pasted.repeat(len(_PARTS), 0)))  # height, width
+        self.sizes = np.concatenate((images.sizes, pasted.repeat(PARTS, axis=0)))  # height, width
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -89,7 +89,7 @@ class Sources:
         if index < len(self.images):
             np.copyto(out, self.images[index][y0:y1, x0:x1])
             return
-        place, part_of_it = divmod(index - len(self.images), len(_PARTS))
+        place, part_of_it = divmod(index - len(self.images), PARTS)
         pixels = self._cutout(place)
         height, width = pixels.shape[:2]
         out.fill(0)
