@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from criterion import OBJECTS
 from gpu_figures import ABSENT, gpu_rows
 from vs_ultralytics import PEER_SETTINGS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
+CRITERION_CLASSES = 80
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
 
 
@@ -187,15 +189,28 @@ def _found(file: Path, rows: Figures, hosts: Hosts, words: str) -> Iterator[Sequ
 
 
 def _criterion(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:
+    where = hosts.letter_of(found["host"])
+    times: dict[int, tuple[list[float], list[float]]] = {}
     for row in found["rows"]:
+        if row["classes"] != CRITERION_CLASSES:
+            continue
+        threads = f"{row['threads']} thread" + "s" * (row["threads"] > 1)
         ours, theirs = ([1000 * s for s in row["s"][name]] for name in ("ours", "theirs"))
+        pairs = f"{len(ours)} pairs"
         yield (
             f"loss and gradient of {found['images']} images of {found['imgsz']} px with "
-            f"{row['objects']} objects each, ms of one core",
+            f"{row['objects']} objects each, {threads}, ms",
             f"{statistics.median(ours):.0f}", f"{statistics.median(theirs):.0f}",
-            _times([b / a for a, b in zip(ours, theirs, strict=True)]), f"{len(ours)} pairs",
-            hosts.letter_of(found["host"]),
+            _times([b / a for a, b in zip(ours, theirs, strict=True)]), pairs, where,
         )  # fmt: skip
+        times[row["objects"]] = ours, theirs
+        if row["objects"] == OBJECTS[-1]:
+            grown = (
+                [b / a for a, b in zip(*both, strict=True)]
+                for both in zip(times[OBJECTS[0]], times[OBJECTS[-1]], strict=True)
+            )
+            words = f"time with {OBJECTS[-1]} objects as a multiple of that with {OBJECTS[0]}"
+            yield f"{words}, {threads}", *map(_spread, grown), "", pairs, where
 
 
 def _shares(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]]:

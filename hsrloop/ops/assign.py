@@ -120,14 +120,14 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         places=places,
     )
     if on_cpu(boxes.device) and boxes.dtype == torch.float32:
-        return _scored(scene, *_chosen_on_cpu(scene, segments, len(targets.shapes)))
+        return _scored(scene, *_chosen_on_cpu(scene, segments))
     # (N, 10), (N, 10), (B * A,)
     metric, anchor, ranking = _candidates(scene, segments, len(targets.shapes))
     own = segments.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
     return _scored(scene, *_resolve(scene, metric.view(-1) > 0, anchor.view(-1), own, ranking))
 
 
-def _chosen_on_cpu(scene: _Scene, segments: Segments, levels: int) -> _Slots:
+def _chosen_on_cpu(scene: _Scene, segments: Segments) -> _Slots:
     from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
 
     labels = segments.table[SEGMENT.index("label")].numpy()
@@ -135,11 +135,8 @@ def _chosen_on_cpu(scene: _Scene, segments: Segments, levels: int) -> _Slots:
         raise ValueError(f"a label is none of {scene.classes} classes")
     logits = scene.logits.float()
     found = settled_pairs(
-        *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table)),
-        *(t.numpy() for t in (segments.table, segments.rows)),
-        levels=levels,
+        *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table, segments.table)),
         images=scene.images,
-        classes=scene.classes,
         topk=TOPK,
         threads=torch.get_num_threads(),
     )
@@ -232,10 +229,10 @@ def _scored(scene: _Scene, image: Tensor, anchor: Tensor, box: Tensor, used: Ten
     pairs = scene.pairs(torch.add(anchor, image, alpha=scene.anchors), box)
     ciou = pairs.ciou()
     overlap = ciou.clamp(min=0).mul_(used)
-    logit = scene.logit(image, anchor, scene.labels[box])
+    logit = scene.logit(image, anchor, scene.labels.index_select(0, box))
     metric = scene.metric(logit, overlap)  # 0 where unused, as the overlap is
     highest = torch.zeros((2, len(scene.labels)), device=box.device, dtype=metric.dtype)
     highest[0].scatter_reduce_(0, box, metric, "amax")
     highest[1].scatter_reduce_(0, box, overlap, "amax")
-    weight = metric * (highest[1] / (highest[0] + _EPS))[box]
+    weight = metric * (highest[1] / (highest[0] + _EPS)).index_select(0, box)
     return Assignment(image, anchor, box, logit, weight, pairs, ciou)

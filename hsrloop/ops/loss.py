@@ -165,42 +165,39 @@ def _box_terms(
     aim = torch.cat((point - truth.low, truth.high - point)).div_(size)  # (4, T) in cells
     slope = chosen.pairs.by_sides().mul_(size * chosen.weight)
     aim = aim.clamp_(0, reg_max - 1 - _DFL_MARGIN)
-    index = None
-    if not on_cpu(box_logits.device) or box_logits.dtype != torch.float32:
-        _, channels, anchors = box_logits.shape
-        first = torch.add(chosen.anchor, chosen.image, alpha=channels * anchors)  # (T,)
-        steps = torch.arange(0, channels * anchors, anchors, device=first.device)
-        index = (first + steps[:, None]).view(-1)  # (4R * T,)
-    slots = chosen.image, chosen.anchor, index, aim, chosen.weight, chosen.ciou, slope
-    box, dfl = _BoxTerms.apply(box_logits.contiguous(), *slots)
+    logits = box_logits.contiguous()
+    found = aim, chosen.weight, chosen.ciou, slope
+    if on_cpu(logits.device) and logits.dtype == torch.float32:
+        from hsrloop.ops.loss_cpu import BoxTerms  # compiles, which a GPU need not wait for
+
+        box, dfl = BoxTerms.apply(logits, chosen.image, chosen.anchor, *found)
+        return box, dfl
+    _, channels, anchors = logits.shape
+    first = torch.add(chosen.anchor, chosen.image, alpha=channels * anchors)  # (T,)
+    steps = torch.arange(0, channels * anchors, anchors, device=first.device)
+    box, dfl = _BoxTerms.apply(logits, (first + steps[:, None]).view(-1), *found)
     return box, dfl
 
 
 class _BoxTerms(torch.autograd.Function):
     """Both terms of T slots of box logits.
 
-    Takes image and anchor of each, (T,); where its logits lie among all, (4R * T,), or None: no two
-    slots are of one point, and loops find them; what sides should say, (4, T), in bins; weight and
-    CIoU, (T,); the derivative of weighted CIoU by distances, (4, T).
+    Takes where the logits of each lie among all, (4R * T,); what sides should say, (4, T), in bins;
+    weight and CIoU, (T,); the derivative of weighted CIoU by distances, (4, T).
     """
 
     @staticmethod
-    def forward(ctx: Any, box_logits: Tensor, *slots: Any) -> tuple[Tensor, Tensor]:
-        image, anchor, index, aim, weight, overlap, slope = slots
-        if index is None:
-            from hsrloop.ops.loss_cpu import gather  # compiles, which a GPU need not wait for
-
-            logits = gather(box_logits, image, anchor)
-        else:
-            logits = at_least_float32(box_logits.view(-1).index_select(0, index))
-        shape = 4, box_logits.shape[1] // 4, len(anchor)
+    def forward(ctx: Any, box_logits: Tensor, *slots: Tensor) -> tuple[Tensor, Tensor]:
+        index, aim, weight, overlap, slope = slots
+        logits = at_least_float32(box_logits.view(-1).index_select(0, index))
+        shape = 4, box_logits.shape[1] // 4, len(weight)
         log_p = F.log_softmax(logits.view(shape), 1)
         below = aim[:, None].long()  # (4, 1, T)
         share = aim[:, None] - below
         above = below + 1
         nearest = log_p.gather(1, below).lerp_(log_p.gather(1, above), share)
         bins = torch.arange(shape[1], device=log_p.device, dtype=log_p.dtype)[:, None]
-        ctx.save_for_backward(log_p, bins, below, above, share, weight, slope, image, anchor, index)
+        ctx.save_for_backward(log_p, bins, below, above, share, weight, slope, index)
         ctx.like = box_logits.new_empty(0), box_logits.shape
         dfl = torch.mv(nearest.view_as(aim), weight).mean()
         return torch.dot(1 - overlap, weight), -dfl
@@ -208,25 +205,19 @@ class _BoxTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        log_p, bins, below, above, share, *slots = ctx.saved_tensors
-        weight, slope, image, anchor, index = slots
+        log_p, bins, below, above, share, weight, slope, index = ctx.saved_tensors
         by_box, by_dfl = grads
         like, shape = ctx.like
         out = like.new_zeros(shape)
         p = log_p.exp()  # (4, R, T)
         slope, quarter = slope * by_box, weight * (by_dfl / 4)  # (4, T), (T,)
-        if index is None:
-            from hsrloop.ops.loss_cpu import box_gradient
-
-            box_gradient(p, below[:, 0], share[:, 0], slope, quarter, image, anchor, out)
-        else:
-            distance = torch.matmul(bins.t(), p)  # (4, 1, T)
-            grad = (distance - bins).mul_(slope[:, None]).add_(quarter).mul_(p)
-            part = share * quarter
-            grad.scatter_add_(1, below, part - quarter)
-            grad.scatter_add_(1, above, part.neg_())
-            out.view(-1).index_add_(0, index, grad.view(-1).to(out.dtype))
-        return (out, *[None] * 7)
+        distance = torch.matmul(bins.t(), p)  # (4, 1, T)
+        grad = (distance - bins).mul_(slope[:, None]).add_(quarter).mul_(p)
+        part = share * quarter
+        grad.scatter_add_(1, below, part - quarter)
+        grad.scatter_add_(1, above, part.neg_())
+        out.view(-1).index_add_(0, index, grad.view(-1).to(out.dtype))
+        return (out, *[None] * 5)
 
 
 def sparse_bce_sum(logits: Tensor, index: Tensor, target: Tensor) -> Tensor:
@@ -257,7 +248,7 @@ class _SparseBce(torch.autograd.Function):
         chunk = _CHUNK_CPU if on_cpu(flat.device) else max(flat.numel(), 1)
         parts = [F.softplus(at_least_float32(part)).sum() for part in torch.split(flat, chunk)]
         total = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
-        return total - torch.dot(at_least_float32(flat[index]), target)
+        return total - torch.dot(at_least_float32(flat.index_select(0, index)), target)
 
     @staticmethod
     @once_differentiable

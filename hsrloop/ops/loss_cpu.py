@@ -1,83 +1,174 @@
-"""Box logits at the points that boxes were given, and their gradient, for the CPU in float32.
+"""Box terms of the loss at the points that boxes were given, for the CPU in float32.
 
-Tables of where each number lies would take longer to make and to read than the numbers themselves.
-Two threads are no faster: it is memory that is waited for (measured).
+An image after the other, so that what is computed of its points stays in cache. Tables of where
+each number lies, as a GPU has them, would take longer to make and to read than the numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hsrloop.ops.native import compiled
+from hsrloop.ops.native import compiled, exp, share
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_NUMBERS_OF_A_THREAD = 200_000  # 0.4 ms of work, five times what a thread costs (measured)
+_TO_ZERO = 8  # numbers that are set to 0 while one is computed
 
 
-def _gather(
+def _distributions(
     logits: np.ndarray,
-    image: np.ndarray,
+    ends: np.ndarray,
     anchor: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Write logits (B, C, A) of T points to (C, T)."""
-    for channel in range(logits.shape[1]):
-        for t in range(len(image)):
-            out[channel, t] = logits[image[t], channel, anchor[t]]
-
-
-def _box_gradient(
+    aim: np.ndarray,
     p: np.ndarray,
-    below: np.ndarray,
-    share: np.ndarray,
-    slope: np.ndarray,
-    quarter: np.ndarray,
-    image: np.ndarray,
-    anchor: np.ndarray,
-    out: np.ndarray,
+    likely: np.ndarray,
+    images: np.ndarray,
 ) -> None:
-    """Write the gradient of both terms of T points, no two of them the same, to (B, 4 R, A).
+    """Write probabilities of T points, and how likely they make what sides should say.
 
     Args:
-        p: (4, R, T) probabilities.
-        below, share: (4, T) the bin below what a side should say, and how far it is from it.
+        logits: (B, 4 R, A).
+        ends: (B,) of each image's points, which begin where those of the one before end.
+        anchor: (T,).
+        aim: (4, T) what sides should say, in bins, below R - 1.
+        p: (4, R, T).
+        likely: (T,) sum over the sides of the logarithm.
+        images: (2,) from one to another, without the latter. Others' points are left alone.
+    """
+    sides, bins, _ = p.shape
+    for image in range(images[0], images[1]):
+        start, stop = ends[image - 1] if image else 0, ends[image]
+        at, near = anchor[start:stop], likely[start:stop]
+        x = np.empty((bins, len(at)), np.float32)
+        top, total = np.empty((2, len(at)), np.float32)
+        product = np.ones(len(at), np.float32)  # of four totals of at most R
+        near[:] = _ZERO
+        for side in range(sides):
+            top[:], total[:] = -np.inf, _ZERO
+            for k in range(bins):
+                row, own = logits[image, side * bins + k], x[k]
+                for t in range(len(at)):
+                    own[t] = row[at[t]]
+                for t in range(len(at)):  # by itself, as others below, so that it is vectorised
+                    top[t] = max(top[t], own[t])
+            for k in range(bins):
+                own, chance = x[k], p[side, k, start:stop]
+                for t in range(len(at)):
+                    chance[t] = exp(own[t] - top[t])
+                    total[t] += chance[t]
+            said = aim[side, start:stop]
+            for t in range(len(at)):
+                below = np.int64(said[t])
+                less, more = x[below, t], x[below + 1, t]
+                near[t] += less - top[t] + (said[t] - np.float32(below)) * (more - less)
+                product[t] *= total[t]
+                total[t] = _ONE / total[t]
+            for k in range(bins):
+                chance = p[side, k, start:stop]
+                for t in range(len(at)):
+                    chance[t] *= total[t]
+        for t in range(len(at)):
+            near[t] -= np.log(product[t])
+
+
+def _gradient(
+    p: np.ndarray,
+    ends: np.ndarray,
+    anchor: np.ndarray,
+    aim: np.ndarray,
+    slope: np.ndarray,
+    quarter: np.ndarray,
+    out: np.ndarray,
+    images: np.ndarray,
+) -> None:
+    """Write the gradient of both terms, 0 where no point is; see `_distributions`.
+
+    Args:
         slope: (4, T) gradient of a side's distance.
         quarter: (T,) a quarter of a point's gradient of the focal loss.
-        out: 0 elsewhere.
+        out: (B, 4 R, A).
     """
-    sides, bins, count = p.shape
-    mean, row = np.empty(count, np.float32), np.empty(count, np.float32)
-    for side in range(sides):
-        mean[:] = 0
-        for k in range(1, bins):
-            for t in range(count):
-                mean[t] += np.float32(k) * p[side, k, t]
-        for k in range(bins):
-            for t in range(count):  # by itself, so that it is vectorised
-                pull = (mean[t] - np.float32(k)) * slope[side, t] + quarter[t]
-                row[t] = pull * p[side, k, t]
-            for t in range(count):
-                out[image[t], side * bins + k, anchor[t]] = row[t]
-        for t in range(count):
-            first = side * bins + below[side, t]
-            part = share[side, t] * quarter[t]
-            out[image[t], first, anchor[t]] += part - quarter[t]
-            out[image[t], first + 1, anchor[t]] -= part
+    sides, bins, _ = p.shape
+    for image in range(images[0], images[1]):
+        start, stop = ends[image - 1] if image else 0, ends[image]
+        at, pull = anchor[start:stop], quarter[start:stop]
+        mean, value = np.empty((2, len(at)), np.float32)
+        for side in range(sides):
+            steep, said = slope[side, start:stop], aim[side, start:stop]
+            mean[:] = _ZERO
+            for k in range(1, bins):
+                chance = p[side, k, start:stop]
+                for t in range(len(at)):
+                    mean[t] += np.float32(k) * chance[t]
+            for k in range(bins):
+                row, chance = out[image, side * bins + k], p[side, k, start:stop]
+                row[:] = _ZERO  # just before it is written to, so that it is in cache
+                for t in range(len(at)):
+                    value[t] = ((mean[t] - np.float32(k)) * steep[t] + pull[t]) * chance[t]
+                for t in range(len(at)):
+                    row[at[t]] = value[t]
+            for t in range(len(at)):
+                below = np.int64(said[t])
+                first, part = side * bins + below, (said[t] - np.float32(below)) * pull[t]
+                out[image, first, at[t]] += part - pull[t]
+                out[image, first + 1, at[t]] -= part
 
 
-_compiled_gather = compiled(_gather, "void(f4[:,:,::1], i8[::1], i8[::1], f4[:,::1])")
+_POINTS = "i8[::1], i8[::1], f4[:,::1]"
+_compiled_distributions = compiled(
+    _distributions, f"void(f4[:,:,::1], {_POINTS}, f4[:,:,::1], f4[::1], i8[::1])"
+)
 _compiled_gradient = compiled(
-    _box_gradient,
-    "void(f4[:,:,::1], i8[:,::1], f4[:,::1], f4[:,::1], f4[::1], i8[::1], i8[::1], f4[:,:,::1])",
+    _gradient, f"void(f4[:,:,::1], {_POINTS}, f4[:,::1], f4[::1], f4[:,:,::1], i8[::1])"
 )
 
 
-def gather(logits: Tensor, image: Tensor, anchor: Tensor) -> Tensor:
-    """Return logits (B, C, A) of T points as (C, T)."""
-    out = torch.empty((logits.shape[1], len(anchor)))
-    _compiled_gather(*(part.numpy() for part in (logits, image, anchor, out)))
-    return out
+class BoxTerms(torch.autograd.Function):
+    """Weighted 1 - CIoU and the distribution focal loss, summed over T points.
+
+    Takes box logits, (B, 4 R, A) float32, contiguous; image and anchor of each point, (T,), images
+    rising and no point twice; what sides should say, (4, T), in bins; weight and CIoU, (T,); the
+    derivative of weighted CIoU by distances, (4, T). Returns two 0-dim sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box_logits: Tensor, *points: Tensor) -> tuple[Tensor, Tensor]:
+        image, anchor, aim, weight, overlap, slope = (part.contiguous() for part in points)
+        images, channels, _ = ctx.shape = box_logits.shape
+        last = np.searchsorted(image.numpy(), np.arange(images), side="right")
+        ends, likely = torch.from_numpy(last), torch.empty_like(weight)
+        p = torch.empty(4, channels // 4, len(anchor))
+        given = box_logits.detach(), ends, anchor, aim, p, likely
+        _by_images(_compiled_distributions, given, images, numbers=p.numel())
+        ctx.save_for_backward(p, ends, anchor, aim, slope, weight)
+        return torch.dot(1 - overlap, weight), torch.dot(likely, weight) / -4
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        p, ends, anchor, aim, slope, weight = ctx.saved_tensors
+        by_box, by_dfl = grads
+        out = torch.empty(ctx.shape)
+        found = p, ends, anchor, aim, slope * by_box, weight * (by_dfl / 4), out
+        numbers = p.numel() + out.numel() // _TO_ZERO
+        _by_images(_compiled_gradient, found, len(out), numbers=numbers)
+        return (out, *[None] * 6)
 
 
-def box_gradient(*given: Tensor) -> None:
-    """Write the gradient of box logits to the last argument; see `_box_gradient`."""
-    _compiled_gradient(*(part.numpy() for part in given))
+def _by_images(
+    loop: Callable[..., None], tensors: Sequence[Tensor], images: int, *, numbers: int
+) -> None:
+    """Run a loop over images by threads, where there are enough numbers to compute."""
+    given = [tensor.numpy() for tensor in tensors]
+
+    def some(start: int, stop: int) -> None:
+        loop(*given, np.array((start, stop)))
+
+    threads = min(torch.get_num_threads(), numbers // _NUMBERS_OF_A_THREAD)
+    share(some, images, threads=threads)

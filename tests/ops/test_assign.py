@@ -100,7 +100,6 @@ def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_
 ) -> None:
     """Counted in Python, where NumPy's memory is seen, with loops that are not compiled."""
     monkeypatch.setattr(assign_cpu, "search", assign_cpu._search)
-    monkeypatch.setattr(assign_cpu, "owned", assign_cpu._owned)
     most = {}
     for boxes in (1, 20, 400):  # the first compiles what the loop calls
         s = scene([boxes], size=0.01, imgsz=320, seed=2)
@@ -112,10 +111,7 @@ def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_
         assign_cpu.settled_pairs(
             *given,
             targets.segments.table.numpy(),
-            targets.segments.rows.numpy(),
-            levels=3,
             images=1,
-            classes=5,
             topk=TOPK,
             threads=1,
         )
@@ -134,7 +130,7 @@ def test_threads_share_the_images_and_change_nothing(
     search = assign_cpu.search
 
     def spy(*args: Any) -> None:
-        looked.append(tuple(args[4][3:].tolist()))
+        looked.append(tuple(args[4][1:].tolist()))
         search(*args)
 
     alone = assigned(s)
