@@ -2,11 +2,11 @@
 
     python benchmarks/criterion.py
 
-Claims, for 16 images of 640 px with 80 classes, in float32, at the same loss: with 100 objects each,
-forward and backward take less than a third of the peer's time; 300 objects take at most 1.5 times
-as long as 10. In turn, with freed memory kept, as a training keeps it; processor time of one thread,
-and the clock's where there are several. On a GPU `gpu_suite.py` measures both. Operators are counted
-with the work cut as for a GPU without `loss.cu`.
+Claims, for 16 images of 640 px with 80 classes, in float32, at the same loss: with 100 objects
+each, forward and backward take less than a third of the peer's time; with 300 they take at most
+1.5 times as long as with 10. In turn, with freed memory kept, as a training keeps it; processor
+time of one thread, and the clock's where there are several. On a GPU `gpu_suite.py` measures both.
+Operators are counted with the work cut as for a GPU without `loss.cu`.
 """
 
 from __future__ import annotations
