@@ -54,9 +54,9 @@ def _table_rows(
 ) -> Iterator[Sequence[str]]:
     for host, f in found:
         cells = (cell.replace("|", "/") for cell in (f.ours, f.theirs, f.ratio, f.n))
-        yield f"on a GPU: {words}", *cells, letter(host)
+        yield words, *cells, letter(host)
     if not found:
-        yield f"on a GPU: {words}", ABSENT, "", "", "", ""
+        yield words, ABSENT, "", "", "", ""
 
 
 def _training(rows: Rows) -> Figures:

@@ -25,7 +25,7 @@ def readme(monkeypatch: pytest.MonkeyPatch) -> Any:
     import readme as module
 
     yield module
-    for name in ("readme", "gpu_figures", "vs_ultralytics", "reporting"):
+    for name in ("readme", "criterion", "gpu_figures", "vs_ultralytics", "reporting"):
         sys.modules.pop(name, None)
 
 
@@ -36,8 +36,10 @@ def test_the_readme_says_what_the_results_say(readme: Any) -> None:
 
 def gpu_lines(readme: Any, results: Path) -> dict[str, list[str]]:
     """Return the rows of a GPU's figures, their cells by the words they begin with."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.block(results)]
-    return {row[0].removeprefix("on a GPU: "): row[1:] for row in rows if row and "GPU:" in row[0]}
+    lines = readme.block(results)
+    start = lines.index("### Speed on a GPU") + 4  # below the table's head
+    rows = [line.split("|")[1:-1] for line in lines[start : lines.index("", start)]]
+    return {words.strip(): [cell.strip() for cell in cells] for words, *cells in rows}
 
 
 @pytest.fixture
