@@ -89,9 +89,9 @@ def block(results: Path = RESULTS) -> list[str]:
     }
     lines: list[str] = []
     for title, rows in tables.items():
-        lines += [title, "", COLUMNS, re.sub("[^|]+", "---", COLUMNS)]
+        lines += [*title.splitlines(), "", COLUMNS, re.sub("[^|]+", "---", COLUMNS)]
         lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
-    return [*lines, WHERE, "", *hosts.lines()]
+    return [*lines, *WHERE.splitlines(), "", *hosts.lines()]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

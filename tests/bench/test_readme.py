@@ -37,7 +37,7 @@ def test_the_readme_says_what_the_results_say(readme: Any) -> None:
 def gpu_lines(readme: Any, results: Path) -> dict[str, list[str]]:
     """Return the rows of a GPU's figures, their cells by the words they begin with."""
     lines = readme.block(results)
-    start = lines.index("### Speed on a GPU") + 4  # below the table's head
+    start = lines.index(readme.COLUMNS, lines.index("### Speed on a GPU")) + 2
     rows = [line.split("|")[1:-1] for line in lines[start : lines.index("", start)]]
     return {words.strip(): [cell.strip() for cell in cells] for words, *cells in rows}
 
