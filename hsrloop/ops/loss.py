@@ -256,6 +256,6 @@ class _SparseBce(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         logits, index, target = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = at_least_float32(logits).sigmoid()
+        grad = at_least_float32(logits).contiguous().sigmoid()
         grad.view(-1).index_add_(0, index, -target)
         return grad.mul_(grads[0]).to(logits.dtype), None, None

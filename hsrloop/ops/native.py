@@ -10,26 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import numba
-import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
-_LOG2_E, _HALF, _ONE = (np.float32(number) for number in (1.4426950408889634, 0.5, 1))
-_LN2 = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has few bits
-# 1 / 7!, 1 / 6!, ... 1 / 2!, but for what comes after them.
-_TERMS = tuple(
-    np.float32(term)
-    for term in (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
-)
-_LOWEST, _LOWEST_POWER = np.float32(-87), np.float32(-126)
+_AS_TORCH = 0  # threads: as many as operators have
 
 
 def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
@@ -50,41 +32,12 @@ def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]
     raise AssertionError("not reached")
 
 
-def _bitcast(_: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
-    """Tell numba how to turn the bits of an int32 into the float32 that is written with them."""
-
-    def build(_: Any, builder: Any, __: Any, given: Any) -> Any:
-        return builder.bitcast(given[0], ir.FloatType())
-
-    return types.float32(types.int32), build
-
-
-_float_of_bits: Any = intrinsic(_bitcast)
-
-
-@numba.njit(inline="always", error_model="numpy")
-def exp(x: Any) -> Any:
-    """Return the exponential of a float32 of at most 88, to 1e-7 of it; of less than -87: of that.
-
-    `np.exp` is called for one number after another; a loop of this is vectorised.
-
-    Source: Moshier, Cephes 2.8, expf.
-    """
-    x = _LOWEST if x < _LOWEST else x
-    power = np.floor(x * _LOG2_E + _HALF)
-    x = x - power * _LN2[0]
-    x = x - power * _LN2[1]
-    a, b, c, d, e, f = _TERMS
-    y = ((((a * x + b) * x + c) * x + d) * x + e) * x + f
-    bits = (np.int32(max(_LOWEST_POWER, power)) + 127) << 23
-    return (y * (x * x) + x + _ONE) * _float_of_bits(bits)
-
-
 def share(work: Callable[[int, int], None], count: int, *, threads: int) -> None:
     """Do work on the things from one number to another, without the latter, for all `count`.
 
-    Threads are OpenMP's, where torch has them. Others would compete with them for the cores, since
-    between two operators they wait busily: two threads of our own were no faster than one.
+    They are done by the threads that torch's operators use, where these are OpenMP's. Others would
+    compete with them for the cores, since between two operators they wait busily: two threads of
+    our own were no faster than one.
 
     Args:
         threads: at most so many do a part each, at the same time.
@@ -114,7 +67,11 @@ def _threads(parts: list[Callable[[], None]]) -> None:
 def _openmp() -> _Team | None:
     """Return what does parts by the threads that torch's operators use; None: they are others.
 
-    Source: libgomp's ABI, GOMP_parallel, which LLVM's OpenMP has too.
+    As many are asked for as operators have: for another number libgomp would end threads and make
+    new ones, each time.
+
+    Source: libgomp's ABI, GOMP_parallel, which LLVM's OpenMP has too; torch@2.15,
+    ParallelOpenMP.h, for why no other number.
     """
     made_by = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     try:
@@ -128,15 +85,17 @@ def _openmp() -> _Team | None:
         left, failures = iter(parts), list[BaseException]()
 
         def take(_: object) -> None:
-            """Do parts while there are any: fewer threads may come than were asked for."""
+            """Do parts while there are any: more or fewer threads may come than there are parts."""
             try:
                 for part in left:
                     part()
             except BaseException as error:  # raised below: C code has no use for it
                 failures.append(error)
 
-        begin(made_by(take), None, len(parts), 0)
+        begin(made_by(take), None, _AS_TORCH, 0)
         if failures:
             raise failures[0]
+        for part in left:  # an interrupt may have kept a thread from beginning
+            part()
 
     return team

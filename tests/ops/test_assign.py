@@ -52,6 +52,12 @@ def test_both_ways_choose_the_same_points(size: float, seed: int) -> None:
     assert assert_same(scene(counts, size=size, imgsz=320, nc=1 + 7 * seed, seed=seed)) > 10
 
 
+@pytest.mark.parametrize("shift", [-30.0, 20.0])
+def test_scores_may_be_nearly_0_and_nearly_1(shift: float) -> None:
+    s = scene([30, 40], size=0.3, imgsz=320, seed=9)
+    assert assert_same(replace(s, class_logits=s.class_logits + shift)) > 50
+
+
 def test_nothing_to_assign() -> None:
     assert assert_same(scene([0, 0])) == 0
 
@@ -111,6 +117,8 @@ def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_
         assign_cpu.settled_pairs(
             *given,
             targets.segments.table.numpy(),
+            classes=5,
+            places=boxes,
             images=1,
             topk=TOPK,
             threads=1,
@@ -130,7 +138,7 @@ def test_threads_share_the_images_and_change_nothing(
     search = assign_cpu.search
 
     def spy(*args: Any) -> None:
-        looked.append(tuple(args[4][1:].tolist()))
+        looked.append(tuple(args[4][3:].tolist()))
         search(*args)
 
     alone = assigned(s)
