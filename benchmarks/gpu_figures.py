@@ -200,7 +200,9 @@ def _host_waits(row: Row) -> str:
 
 
 def _validation_ratio(row: Row) -> str:
-    """Find it in the note: no figure of a row is for it."""
+    """Find it among the ratios, or, in older results, in the note."""
+    if "validation" in row.get("ratios", {}):
+        return f"{row['ratios']['validation']['median']:.2f}x"
     match = re.search(r"validation (\d+\.\d+)", row.get("note", ""))
     return f"{match[1]}x" if match else ""
 

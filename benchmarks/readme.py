@@ -30,11 +30,14 @@ COLUMNS = "| measured | hsrloop | Ultralytics | ratio | n | where |"
 ON_A_GPU = """### Speed on a GPU
 
 By `scripts/bench gpu_suite`: 640 px, batch 16, untrained networks, painted images; the last row by
-`scripts/bench first_step`. Medians; what nobody has measured says so."""
+`scripts/bench first_step`. Medians; what nobody has measured says so. Where memory is short, images
+move from GPU memory to RAM (`bank device -> pinned`), the CPU augments (`cv2`), and a batch is
+computed in smaller steps (`micro_batch`)."""
 ON_THE_CPU = """### Speed on two CPU cores
 
-yolov8n pretrained on COCO, 320 px, where nothing else is said. "As installed" Ultralytics computes
-with one thread; with two, the network, the same for both, is nearly all of a training step."""
+yolov8n pretrained on COCO; side by side: three epochs of ycb_household at 320 px, batch 8. "As
+installed" Ultralytics computes with one thread; with two, the network, the same for both, is nearly
+all of a training step."""
 ACCURACY = """### Accuracy
 
 mAP50-95 of `best.pt`, yolov8n pretrained on COCO, 320 px, judged by Ultralytics' own validator;
@@ -136,6 +139,7 @@ def _speed(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
     kinds = {"train_s": "training, s an epoch", "val_s": "validation, s", "wall_s": "whole run, s"}
     for file in sorted(results.glob("vs_ultralytics_speed*.jsonl")):
         rows, where = _rows(file), hosts.letter(file.with_suffix(".md"))
+        processor = file.stem.rpartition("_")[2].replace("zen", "Zen ")
         ours = {row["pair"]: row for row in rows if row["trainer"] == "ours"}
         for trainer in sorted({row["trainer"] for row in rows} - {"ours"}, reverse=True):
             theirs = {row["pair"]: row for row in rows if row["trainer"] == trainer}
@@ -144,7 +148,7 @@ def _speed(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
                 a, b = ([_seconds(side[i], kind) for i in pairs] for side in (ours, theirs))
                 ratios = [y / x for x, y in zip(a, b, strict=True)]
                 yield (
-                    f"{words}; {trainer.replace('peer', 'Ultralytics')}",
+                    f"{words}; {trainer.replace('peer', 'Ultralytics')}; {processor}",
                     f"{statistics.median(a):.2f}", f"{statistics.median(b):.2f}", _times(ratios),
                     f"{len(pairs)} pairs", where,
                 )  # fmt: skip

@@ -15,7 +15,7 @@ import hsrloop
 ROOT = Path(hsrloop.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "rules", "config", "records", "events", "paths"},
+    {"errors", "rules", "config", "records", "events", "paths", "words"},
     {"ops"},
     {"hardware", "data", "model", "report"},
     {"train"},

@@ -37,6 +37,7 @@ from hsrloop.hardware.threads import as_found
 from hsrloop.model.weights import find_weights
 from hsrloop.train.build import dataset_of
 from hsrloop.train.loop import tail_epochs
+from hsrloop.words import counted
 
 Cell = Mapping[str, Any]
 _LAST_WORDS = 2000  # characters of a failed process' output that are shown
@@ -173,35 +174,29 @@ def rows_of(
         images: in an epoch.
         epochs: of both, and of ours in the peer's time.
     """
-    said = {
-        part: Spread.of(_ratios(peers, mine, seconds)).text(2)
-        for part, seconds in (("training", _training), ("validation", _validation))
-    }
-    whole = Spread.of(_ratios(peers, mine, _whole)).text(2)
-    ratio = f"training {said['training']}x, validation {said['validation']}x, whole {whole}x"
-    ratio += f", n = {len(mine)}"
+    parts = {"training": _training, "validation": _validation, "whole": _whole}
+    ratios = {part: Spread.of(_ratios(peers, mine, seconds)) for part, seconds in parts.items()}
 
-    def row(name: str, cells: Sequence[Cell], note: str) -> Row:
-        speeds = [images / statistics.median(_counted(cell["train_s"])) for cell in cells]
-        if longer is not None:
-            scores = Spread.of([float(cell["mAP50-95"]) for cell in cells]).text(3)
-            note = f"mAP50-95 {scores}; {note}"
+    def row(name: str, cells: Sequence[Cell], **more: Any) -> Row:
+        speeds = [images * len(_counted(cell["train_s"])) / _training(cell) for cell in cells]
+        scores = [float(cell["mAP50-95"]) for cell in cells] if longer is not None else []
         return Row(
             name=name,
             images_per_s=Spread.of(speeds),
             peak_memory_bytes=max(cell["peak_memory_bytes"] for cell in cells),
-            note=note,
+            mean_ap=Spread.of(scores) if scores else None,
+            **more,
         )
 
     rows = [
-        row("hsrloop", mine, ratio),
-        row("Ultralytics", peers, f"{epochs[0]} epochs each"),
+        row("hsrloop", mine, ratios=ratios, note=counted(len(mine), "pair")),
+        row("Ultralytics", peers, note=f"{counted(epochs[0], 'epoch')} each"),
     ]
     if longer is None:
         return rows
     taken = _whole(longer), statistics.median(map(_whole, peers))
-    equal = f"{epochs[1]} epochs in {taken[0]:.0f} s, the peer {taken[1]:.0f} s"
-    return [*rows, row("hsrloop, equal time", [longer], equal)]
+    equal = f"{counted(epochs[1], 'epoch')} in {taken[0]:.0f} s, the peer {taken[1]:.0f} s"
+    return [*rows, row("hsrloop, in the peer's time", [longer], note=equal)]
 
 
 def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:

@@ -54,6 +54,8 @@ class Row:
     watts: float | None = None
     utilisation: float | None = None  # share of time with work on the GPU
     note: str = ""  # such as "skipped: no GPU"
+    ratios: Mapping[str, Spread] = field(default_factory=dict)  # times as fast as a peer, by part
+    mean_ap: Spread | None = None  # mAP50-95
     settings: Mapping[str, Any] = field(default_factory=dict)  # shown before the figures
 
     @property
@@ -82,7 +84,7 @@ class Report:
 
 _TITLES = (
     *("images/s", "bare step", "efficiency", "s per 1,000 images", "peak memory, GiB"),
-    *("host waits", "data wait", "watts", "GPU busy", ""),
+    *("host waits", "data wait", "watts", "GPU busy", "mAP50-95", "times as fast", ""),
 )
 
 
@@ -98,6 +100,8 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.data_wait.median:.0%}" if row.data_wait else "",
         f"{row.watts:.0f}" if row.watts is not None else "",
         f"{row.utilisation:.0%}" if row.utilisation is not None else "",
+        row.mean_ap.text(3) if row.mean_ap else "",
+        ", ".join(f"{part} {ratio.text(2)}x" for part, ratio in row.ratios.items()),
         row.note,
     )
 

@@ -14,6 +14,7 @@ from hsrloop.cli.layers import Request, add_machine, resolve_explicit
 from hsrloop.cli.run import check_file_place, from_anywhere, prepare
 from hsrloop.config import Resolved
 from hsrloop.errors import ConfigError, OutputError
+from hsrloop.events import Note
 
 if TYPE_CHECKING:
     from hsrloop.bench.results import Row
@@ -23,7 +24,9 @@ TIERS = "tiers"
 _SCENES = {"train": 128, "val": 32}  # of the set that is painted when none is given
 _TIER_STEPS = 6
 _LEFT_TO_TIERS = ("gpu_tier", "model", "batch", "imgsz")
-_EPOCHS_AGAINST = 5
+_EPOCHS_AGAINST, _PAIRS_AGAINST = 5, 3
+_EVEN = 1.25  # between columns, a bare step's highest speed over its lowest
+_SECONDS = 2.0  # of each part of a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Wanted:
     parts: Sequence[str] = ()
     against: bool = False
     rounds: int | None = None
-    seconds: float = 2.0
+    seconds: float | None = None
     profile: Path | None = None  # folder for a recording of a few steps
 
     def __post_init__(self) -> None:
@@ -44,6 +47,11 @@ class Wanted:
         """
         if self.against and self.parts:
             raise ConfigError("--against measures whole trainings; name no part with it.")
+        if self.against and self.seconds is not None:
+            raise ConfigError(
+                "--seconds is nothing to --against, which trains whole epochs. Use --rounds, "
+                "--epochs or --imgsz to make it shorter."
+            )
         if self.profile is not None and (self.against or set(self.parts) == {TIERS}):
             raise ConfigError("--profile records steps of this machine's own settings.")
 
@@ -79,6 +87,8 @@ def run_bench(
             rows, settings = _measured(given, wanted, sink)
     finally:
         sink.close()
+    if (uneven := unevenness(rows)) is not None:
+        sink.handle(Note(text=uneven, level="warning"))
     report = Report(host=describe_host(), rows=rows, settings=settings)
     console.print(report.host, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), soft_wrap=True)
@@ -92,6 +102,18 @@ def run_bench(
         save_bars(report, plot)
         console.print(f"Written: {plot}", soft_wrap=True)
     return 0
+
+
+def unevenness(rows: Sequence[Row]) -> str | None:
+    """Return a warning where the same bare step was not equally fast beside two things measured."""
+    same = [row.bare_images_per_s for row in rows if row.name in ("step", "train")]
+    speeds = [bare.median for bare in same if bare is not None]
+    if not speeds or max(speeds) <= _EVEN * min(speeds):
+        return None
+    return (
+        f"the same bare step made {min(speeds):.1f} and {max(speeds):.1f} images/s: the machine "
+        "was busy with something else. Compare within a column, or measure again."
+    )
 
 
 def _check_left_to_tiers(asked: Resolved) -> None:
@@ -114,23 +136,31 @@ def _measured(
     resolved: Resolved, wanted: Wanted, sink: ConsoleSink
 ) -> tuple[list[Row], dict[str, Any]]:
     from hsrloop.bench.against import against_ultralytics
+    from hsrloop.bench.machine import load_average
     from hsrloop.bench.measures import MEASURES, Effort, measure
     from hsrloop.bench.tiers import measure_tiers
+    from hsrloop.bench.workbench import at_hand
+    from hsrloop.hardware.memory import usable_cores
     from hsrloop.hardware.probe import probe, torch_device
 
     if wanted.against:
         if resolved.sources["epochs"] == "default":
             resolved = with_settings(resolved, epochs=_EPOCHS_AGAINST)
-        config = resolved.config
-        device = torch_device(probe(config.device))
-        pairs = wanted.rounds or 3
-        rows = against_ultralytics(resolved, pairs=pairs, device=device, emit=sink.handle)
-        names = ("model", "imgsz", "batch", "epochs")
-        return rows, {name: getattr(config, name) for name in names}
+        resolved = at_hand(resolved, sink.handle)
+        config, info = resolved.config, probe(resolved.config.device)
+        rows = against_ultralytics(
+            resolved,
+            pairs=wanted.rounds or _PAIRS_AGAINST,
+            device=torch_device(info),
+            emit=sink.handle,
+        )
+        given = {name: getattr(config, name) for name in ("imgsz", "batch", "epochs", "seed")}
+        said = {"device": info.name, "model": Path(config.model).name, **given}
+        return rows, {**said, "threads": f"{usable_cores()} each", "load": round(load_average(), 1)}
     parts = [part for part in wanted.parts or MEASURES if part != TIERS]
     rows, settings = [], dict[str, Any]()
     if parts:
-        effort = Effort(wanted.rounds or 7, wanted.seconds)
+        effort = Effort(wanted.rounds or 7, wanted.seconds or _SECONDS)
         rows, settings = measure(resolved, parts, effort, sink.handle, profile=wanted.profile)
     if TIERS in wanted.parts:
         rows += measure_tiers(resolved, steps=_TIER_STEPS, emit=sink.handle)

@@ -253,15 +253,14 @@ def preview(
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 600, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Length of each part of a round, but at least three steps.",
+    help="Length of each part of a round, but at least three steps.  [default: 2]",
 )
 @click.option(
     "--against",
     type=click.Choice(["ultralytics"]),
     help="Train side by side with Ultralytics' own trainer instead: speed, and mAP at equal "
-    "epochs and in equal time.",
+    "epochs and in equal time. Seven trainings of five epochs; less with --rounds 1, --epochs or "
+    "--imgsz.",
 )
 @click.option("--json", "json_file", type=_file, metavar="FILE", help="Also write JSON.")
 @click.option("--plot", type=_file, metavar="FILE", help="Also draw bars as one PNG.")
@@ -272,7 +271,7 @@ def preview(
 def bench(
     parts: tuple[str, ...],
     rounds: int | None,
-    seconds: float,
+    seconds: float | None,
     against: str | None,
     json_file: Path | None,
     plot: Path | None,

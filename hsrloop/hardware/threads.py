@@ -45,6 +45,8 @@ def _settings(cores: int) -> dict[str, str]:
         # compiled parts then outlive a reboot.
         "MPLCONFIGDIR": str(cache_folder() / "matplotlib"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "compiled"),
+        # torch's profiler tells of its stages, and of a missing GPU as an error.
+        "KINETO_LOG_LEVEL": "99",
         # Large tensors on the CPU ask for huge pages, which saves page faults.
         "THP_MEM_ALLOC_ENABLE": "1",
     }

@@ -30,6 +30,7 @@ from hsrloop.events import (
 from hsrloop.events import Progress as TaskProgress
 from hsrloop.report.scores import class_scores, worst_first
 from hsrloop.report.settings import groups_table, settings_table
+from hsrloop.words import counted
 
 # With the mark of the best epoch a row has 79 columns, so that it fits a terminal's 80.
 _LOG = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ _TITLES = ("epoch", "box", "cls", "dfl", "mAP50", "mAP50-95", "P", "R", "img/s",
 _HEADER_EVERY = 20
 _SHOWN_WORST = 5
 _BAR_WIDTH, _SHORT_BAR = 12, 6
+_LEAST_CONF = 0.001  # of what is said to use; 0 would keep everything
 
 
 class _PlainConsole(Console):
@@ -114,7 +116,7 @@ class ConsoleSink:
         verb = "Going on" if event.resumed else "Starting"
         self._print(
             f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training and "
-            f"{event.val_images} validation images, {len(event.names)} classes, "
+            f"{event.val_images} validation images, {counted(len(event.names), 'class')}, "
             f"{event.parameters / 1e6:.1f} M parameters."
         )
         self._console.print(f"Run folder: {event.run_dir}", soft_wrap=True)
@@ -172,7 +174,7 @@ class ConsoleSink:
         why = ", no better result since" if event.reason == "patience" else ""
         self._print()
         self._print(
-            f"Done: {result['epochs_completed']} epochs in "
+            f"Done: {counted(int(result['epochs_completed']), 'epoch')} in "
             f"{duration(60 * float(result['training_time_minutes']))}{why}."
         )
         metrics: dict[str, Any] = result["metrics"]
@@ -188,7 +190,7 @@ class ConsoleSink:
         self._print("On the robot:")
         self._line(Text("    from ultralytics import YOLO", style="cyan"))
         conf = result.get("best_confidence")
-        threshold = f", conf={conf:.2f}" if conf is not None else ""
+        threshold = f", conf={max(conf, _LEAST_CONF):.2g}" if conf is not None else ""
         self._line(Text(f'    YOLO("{best}").predict("image.jpg"{threshold})', style="cyan"))
         self._line(Text(f"By class, with thresholds: hsrloop validate -d DATA.yaml -m {shell}"))
 

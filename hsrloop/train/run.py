@@ -318,7 +318,7 @@ def _finish(
     )
     if reason == "interrupted":
         last = shlex.quote(str(run_dir / "weights" / "last.pt"))
-        text = f"go on with: hsrloop train --resume {last}"
+        text = f"Go on with: hsrloop train --resume {last}"
         hub.emit(RunStopped(reason=reason, text=text))
         return ended(result=None)
     best = state.history[state.best_epoch - 1]

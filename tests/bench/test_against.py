@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hsrloop.bench.against import SHARED, against_ultralytics, copy_set
+from hsrloop.bench.results import Spread
 from hsrloop.config import Resolved, resolve
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.errors import ConfigError, DependencyError
@@ -89,14 +90,13 @@ def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Proc
     assert all(Path(request["data"]).name == "data.yaml" for request in processes.requests)
     assert asked.config.dataset not in {request["data"] for request in processes.requests}
     ours, peer, longer = rows
-    assert "training 2.00 (2.00-2.00)x" in ours.note
-    assert "validation 2.00 (2.00-2.00)x" in ours.note
-    assert "mAP50-95 0.250" in ours.note and "mAP50-95 0.200" in peer.note
+    assert ours.ratios["training"] == ours.ratios["validation"] == Spread.of([2.0, 2.0])
+    assert (ours.mean_ap, peer.mean_ap) == (Spread.of([0.25] * 2), Spread.of([0.2] * 2))
     # The peer's whole run took 9 + 3 * 2 + 4 = 19 s, ours 6 s: 3.17 times as many epochs fit.
     assert processes.ours[-1]["epochs"] == "12" and "12 epochs" in longer.note
     assert ours.images_per_s is not None and ours.images_per_s.median == 8.0
     assert (ours.peak_memory_bytes, peer.peak_memory_bytes) == (2 << 30, 3 << 30)
-    assert "n = 2" in ours.note and "in 18 s, the peer 19 s" in longer.note
+    assert ours.note == "2 pairs" and "in 18 s, the peer 19 s" in longer.note
 
 
 def test_without_judging_there_is_one_process_a_side(asked: Resolved, processes: Processes) -> None:
@@ -104,7 +104,7 @@ def test_without_judging_there_is_one_process_a_side(asked: Resolved, processes:
     assert processes.order == ["ours", "peer"]
     assert [request["judged"] for request in processes.requests] == [False]
     assert [row.name for row in rows] == ["hsrloop", "Ultralytics"]
-    assert rows[0].note.startswith("training 2.00") and "mAP" not in rows[0].note + rows[1].note
+    assert rows[0].ratios["training"].median == 2 and rows[0].mean_ap is rows[1].mean_ap is None
     assert all(row.images_per_s and row.peak_memory_bytes for row in rows)
 
 
@@ -142,10 +142,14 @@ def test_the_peer_is_given_a_copy_that_reads_the_same(tiny_dataset: Path, tmp_pa
             assert (a.boxes_cxcywh == b.boxes_cxcywh).all() and (a.labels == b.labels).all()
 
 
-def test_the_command_names_no_part_with_it() -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("step", "name no part with it"), ("--seconds=3", "--seconds is nothing to --against")],
+)
+def test_what_has_no_meaning_with_it_is_refused(given: str, said: str) -> None:
     from click.testing import CliRunner
 
     from hsrloop.cli.main import main
 
-    done = CliRunner().invoke(main, ["bench", "step", "--against", "ultralytics"])
-    assert done.exit_code == 2 and "name no part with it" in done.output
+    done = CliRunner().invoke(main, ["bench", given, "--against", "ultralytics"])
+    assert done.exit_code == 2 and said in done.output

@@ -25,6 +25,7 @@ from hsrloop.bench.meters import (
 )
 from hsrloop.bench.picture import draw_bars
 from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
+from hsrloop.cli.bench import unevenness
 from hsrloop.cli.main import main
 from hsrloop.config import Resolved
 from hsrloop.report.console import make_console
@@ -142,7 +143,7 @@ def test_a_table_shows_what_is_there() -> None:
     assert "90.0 (88.0-91.5)" in text and "0.90 (0.89-0.92)" in text and "11.1" in text
     assert "3.00" in text and "2%" in text and "skipped: no GPU" in text
     assert "watts" not in text, "nothing has watts"
-    assert cells(ROWS[1]) == ("",) * 9 + ("skipped: no GPU",)
+    assert [text for text in cells(ROWS[1]) if text] == ["skipped: no GPU"]
 
 
 def test_a_report_as_markdown_and_json() -> None:
@@ -180,6 +181,27 @@ def test_settings_of_rows_are_shown_before_the_figures() -> None:
 def test_bars_are_as_long_as_the_speeds() -> None:
     axes = draw_bars(Report(host="this machine", rows=ROWS)).axes[0]
     assert sorted(bar.get_width() for bar in axes.patches) == [90.0, 100.0]
+
+
+def test_a_bar_beside_no_bare_step_is_cut_off_where_it_would_hide_the_others() -> None:
+    loader = Row(name="loader", images_per_s=Spread.of([9000.0]))
+    axes = draw_bars(Report(host="this machine", rows=[*ROWS, loader])).axes[0]
+    assert axes.get_xlim()[1] < 300
+    assert any("9000.0 (the bar is cut off)" in text.get_text() for text in axes.texts)
+    alone = draw_bars(Report(host="this machine", rows=[loader])).axes[0]
+    assert alone.get_xlim()[1] > 9000 and "cut off" not in alone.texts[0].get_text()
+
+
+@pytest.mark.parametrize(("second", "warned"), [(110.0, False), (150.0, True)])
+def test_a_machine_that_was_busy_meanwhile_is_noticed(second: float, warned: bool) -> None:
+    rows = [
+        Row(name="step", bare_images_per_s=Spread.of([100.0])),
+        Row(name="validation", bare_images_per_s=Spread.of([900.0])),
+        Row(name="train", bare_images_per_s=Spread.of([second])),
+    ]
+    said = unevenness(rows)
+    assert (said is not None) is warned and unevenness(rows[:2]) is None
+    assert said is None or "100.0 and 150.0 images/s" in said
 
 
 @pytest.mark.parametrize("other", [("tiers",), ("--against", "ultralytics")])

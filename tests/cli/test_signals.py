@@ -121,5 +121,5 @@ def test_a_signal_to_the_whole_group_saves_the_run(
     assert process.returncode == 128 + signum, complaints
     assert "Error" not in complaints and "Traceback" not in complaints
     (last,) = tmp_path.glob("my runs/*/weights/last.pt")
-    hint = next(line for line in shown.splitlines() if "go on with:" in line)
+    hint = next(line for line in shown.splitlines() if "Go on with:" in line)
     assert shlex.split(hint)[-2:] == ["--resume", str(last)]

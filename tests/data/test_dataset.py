@@ -237,7 +237,9 @@ def test_backgrounds_stay_and_classes_without_images_are_named(
     (labels / "train_01.txt").write_text("\n\n")
     spec = load_dataset(rewrite(tiny_dataset, names=["square", "disc", "bar", "cone"]))
     assert len(spec.train) == 8 and len(spec.train[0].labels) == len(spec.train[1].labels) == 0
-    assert "1 classes have no training image: cone." in caplog.text
+    assert "no training image of 1 class: cone." in caplog.text
+    assert "train: 1 of 8 images have no label file and count as background" in caplog.text
+    assert "val:" not in caplog.text
 
 
 def test_unreadable_images_are_left_out_with_their_name(

@@ -116,7 +116,7 @@ def test_warnings_are_marked_and_not_read_as_markup() -> None:
 
 
 def test_stopping_says_how_to_go_on() -> None:
-    text = "go on with: hsrloop train --resume runs/a/weights/last.pt"
+    text = "Go on with: hsrloop train --resume runs/a/weights/last.pt"
     assert text in show(RunStopped(reason="interrupted", text=text))
 
 
@@ -127,6 +127,15 @@ def test_the_end_says_what_a_team_needs(run_finished: RunFinished) -> None:
     assert "mAP50 0.900" in shown
     assert "12:30" in shown
     assert "fork 0.10, plate 0.30, cup 0.70" in shown
+
+
+@pytest.mark.parametrize(("conf", "shown"), [(0.004, "0.004"), (0.0, "0.001"), (0.5, "0.5")])
+def test_a_threshold_that_is_said_is_never_0(
+    conf: float, shown: str, run_finished: RunFinished
+) -> None:
+    result = {**run_finished.result, "best_confidence": conf, "epochs_completed": 1}
+    text = show(dataclasses.replace(run_finished, result=result))
+    assert f"conf={shown})" in text and "Done: 1 epoch in" in text
 
 
 def test_events_without_a_face_are_silent() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsrloop.records import Finding, Problem, Severity
+from hsrloop.words import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +201,9 @@ def finding(
 def _title(advice: _Advice, count: int, of: int, split: str) -> str:
     if not advice.noun:
         return f"{split}: {advice.what}" if split else advice.what
-    plural = "" if max(count, of) == 1 else "es" if advice.noun.endswith(("s", "x")) else "s"
-    counted = f"{count} of {of}" if of else str(count)
-    return f"{counted} {advice.noun}{plural}{f' in {split}' if split else ''}: {advice.what}"
+    share = f"{count} of {of}" if of else str(count)
+    nouns = plural(max(count, of), advice.noun)
+    return f"{share} {nouns}{f' in {split}' if split else ''}: {advice.what}"
 
 
 def by_kind(problems: Sequence[Problem], *, split: str = "") -> list[Finding]:

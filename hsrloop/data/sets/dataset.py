@@ -22,6 +22,7 @@ from hsrloop.data.sets.split import hold_out
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem
+from hsrloop.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,12 @@ def _warn_of_losses(split: str, scan: SplitScan, listing: Listing) -> None:
             logger.warning("%s", summary(f"{split}: {count} {what}", problems))
     if scan.duplicates:
         logger.warning("%s: %d duplicate label rows left out.", split, len(scan.duplicates))
+    if 0 < len(scan.unlabelled) < len(scan.refs):
+        logger.warning(
+            "%s: %d of %d images have no label file and count as background; "
+            "`hsrloop check` names them.",
+            split, len(scan.unlabelled), len(scan.refs),
+        )  # fmt: skip
 
 
 def why_unusable(split: str, scan: SplitScan) -> str:
@@ -284,11 +291,12 @@ def _warn_about_classes(manifest: Manifest, scans: dict[str, SplitScan]) -> None
     present = {split: _classes(scan) for split, scan in scans.items()}
     absent = [name for i, name in enumerate(manifest.names) if i not in present["train"]]
     if absent:
-        logger.warning("%d classes have no training image: %s.", len(absent), _few(absent))
+        logger.warning("no training image of %s: %s.", counted(len(absent), "class"), _few(absent))
     if "val" in present:
         unseen = [manifest.names[i] for i in sorted(present["train"] - present["val"])]
         if unseen:
-            logger.warning("%d classes have no validation image: %s.", len(unseen), _few(unseen))
+            classes = counted(len(unseen), "class")
+            logger.warning("no validation image of %s: %s.", classes, _few(unseen))
 
 
 def _classes(scan: SplitScan) -> set[int]:
