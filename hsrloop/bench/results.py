@@ -84,7 +84,7 @@ class Report:
 
 _TITLES = (
     *("images/s", "bare step", "efficiency", "s per 1,000 images", "peak memory, GiB"),
-    *("host waits", "data wait", "watts", "GPU busy", "mAP50-95", "times as fast", ""),
+    *("host waits", "data wait", "watts", "GPU busy", "mAP50-95", ""),
 )
 
 
@@ -101,7 +101,6 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.watts:.0f}" if row.watts is not None else "",
         f"{row.utilisation:.0%}" if row.utilisation is not None else "",
         row.mean_ap.text(3) if row.mean_ap else "",
-        ", ".join(f"{part} {ratio.text(2)}x" for part, ratio in row.ratios.items()),
         row.note,
     )
 
@@ -115,7 +114,15 @@ def titled(rows: Sequence[Row]) -> list[tuple[str, Sequence[str]]]:
     settings = [(name, [str(row.settings.get(name, "")) for row in rows]) for name in names]
     columns = [cells(row) for row in rows]
     figures = [(title, [column[i] for column in columns]) for i, title in enumerate(_TITLES)]
+    parts = dict.fromkeys(part for row in rows for part in row.ratios)
+    figures[-1:-1] = [
+        (f"{part}, times as fast", [_times(row, part) for row in rows]) for part in parts
+    ]
     return [(title, texts) for title, texts in (*settings, *figures) if any(texts)]
+
+
+def _times(row: Row, part: str) -> str:
+    return f"{row.ratios[part].text(2)}x" if part in row.ratios else ""
 
 
 def table(rows: Sequence[Row]) -> Table:
