@@ -136,8 +136,6 @@ def _chosen_on_cpu(scene: _Scene, segments: Segments) -> _Slots:
     logits = scene.logits.float()
     found = settled_pairs(
         *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table, segments.table)),
-        classes=scene.classes,
-        places=scene.places,
         images=scene.images,
         topk=TOPK,
         threads=torch.get_num_threads(),

@@ -86,13 +86,13 @@ def _search(
     """Look at all pairs of some images' boxes and points; see `settled_pairs`.
 
     Args:
-        sizes: (5,) topk, classes, places of an image; the images from one to another, without the
-            latter.
+        sizes: (3,) topk; the images from one to another, without the latter.
         owner: (B, A) place of the box that a point is given to, -1: none. Other images' are left
             alone.
     """
-    topk, classes, places, start_image, stop_image = sizes
-    anchors = owner.shape[1]
+    topk, start_image, stop_image = sizes
+    images, anchors = owner.shape
+    classes, places = len(logits) // owner.size, truth.shape[1] // images
     overlaps, metrics = np.empty((2, anchors + _LANES), np.float32)
     bits, metric_bits = overlaps.view(np.int32), metrics.view(np.int32)
     bound = np.empty(1, np.float32)
@@ -140,8 +140,6 @@ def settled_pairs(
     truth: np.ndarray,
     segments: np.ndarray,
     *,
-    classes: int,
-    places: int,
     images: int,
     topk: int,
     threads: int,
@@ -153,27 +151,22 @@ def settled_pairs(
         logits: (B * C * A,) float32.
         truth: (6, B * M) float32 `Columns` of the boxes.
         segments: table of `targets.Segments`; labels are classes.
-        classes, places, images: C, M and B.
+        images: B.
         topk: points that a box may have.
         threads: that share the images, where there is enough to do.
 
     Returns:
         (T,) image * A + anchor; (T,) image * M + place.
     """
-    anchors = predicted.shape[1] // max(images, 1)
-    owner = np.empty((images, anchors), np.int64)
+    if not images:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    owner = np.empty((images, predicted.shape[1] // images), np.int64)
 
     def look(start: int, stop: int) -> None:
-        search(
-            predicted,
-            logits,
-            truth,
-            segments,
-            np.array([topk, classes, places, start, stop]),
-            owner,
-        )
+        search(predicted, logits, truth, segments, np.array([topk, start, stop]), owner)
 
     enough = int(segments[_LAST].sum() // _PAIRS_OF_A_THREAD)
     share(look, images, threads=min(threads, enough))
     point = np.flatnonzero(owner >= 0)
-    return point, owner.ravel()[point] + point // max(anchors, 1) * places
+    places = truth.shape[1] // images
+    return point, owner.ravel()[point] + point // owner.shape[1] * places
