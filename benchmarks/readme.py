@@ -35,9 +35,9 @@ move from GPU memory to RAM (`bank device -> pinned`), the CPU augments (`cv2`),
 computed in smaller steps (`micro_batch`)."""
 ON_THE_CPU = """### Speed on two CPU cores
 
-yolov8n pretrained on COCO; side by side: three epochs of ycb_household at 320 px, batch 8. "As
-installed" Ultralytics computes with one thread; with two, the network, the same for both, is nearly
-all of a training step."""
+yolov8n pretrained on COCO; side by side: three epochs of ycb_household (on Zen 5 of a part of it) at
+320 px, batch 8. "As installed" Ultralytics computes with one thread; with two, the network, the
+same for both, is nearly all of a training step."""
 ACCURACY = """### Accuracy
 
 mAP50-95 of `best.pt`, yolov8n pretrained on COCO, 320 px, judged by Ultralytics' own validator;
