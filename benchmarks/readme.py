@@ -35,7 +35,7 @@ move from GPU memory to RAM (`bank device -> pinned`), the CPU augments (`cv2`),
 computed in smaller steps (`micro_batch`)."""
 ON_THE_CPU = """### Speed on two CPU cores
 
-yolov8n pretrained on COCO; side by side: three epochs of ycb_household (on Zen 5 of a part of it) at
+yolov8n pretrained on COCO; side by side: three epochs of ycb_household (on Zen 5 of a part of it),
 320 px, batch 8. "As installed" Ultralytics computes with one thread; with two, the network, the
 same for both, is nearly all of a training step."""
 ACCURACY = """### Accuracy
