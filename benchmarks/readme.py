@@ -22,6 +22,8 @@ from criterion import OBJECTS
 from gpu_figures import ABSENT, gpu_rows
 from vs_ultralytics import PEER_SETTINGS
 
+from hsrloop.words import counted
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 CRITERION_CLASSES, CRITERION_OBJECTS = 80, 100
@@ -216,7 +218,7 @@ def _criterion(found: Mapping[str, Any], hosts: Hosts) -> Iterator[Sequence[str]
     for row in found["rows"]:
         if row["classes"] != CRITERION_CLASSES:
             continue
-        threads = f"{row['threads']} thread" + "s" * (row["threads"] > 1)
+        threads = counted(row["threads"], "thread")
         ours, theirs = ([1000 * s for s in row["s"][name]] for name in ("ours", "theirs"))
         pairs = f"{len(ours)} pairs"
         if row["objects"] == CRITERION_OBJECTS:

@@ -26,7 +26,6 @@ import yaml
 
 from hsrloop.bench.peer import ROW
 from hsrloop.bench.results import Row, Spread
-from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.labels import label_path
@@ -127,7 +126,7 @@ def against_ultralytics(
         ConfigError: bf16 is asked for.
         HsrloopError: as a run would raise.
     """
-    config = at_hand(resolved, emit).config
+    config = resolved.config
     if config.amp and config.amp_dtype != "fp16":
         raise ConfigError(
             f"amp_dtype is {config.amp_dtype}, but Ultralytics trains in fp16. "
