@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `hsrloop` does
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # as `hsrloop` does
 
 import cv2
 import numpy as np

@@ -55,10 +55,10 @@ def arriving(made: Made[T], device: torch.device) -> Made[T]:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream for all: what its memory pool has freed serves the next epoch again.
 
-    Of high priority, since torch hands out few streams in turn, and those by priority: another's
-    could be the one that a recording is made on.
+    Of low priority, as no other is: torch hands out few streams in turn, and those by priority, so
+    that another's could be the one that a recording is made on.
     """
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _on_stream(

@@ -39,8 +39,9 @@ def _settings(cores: int) -> dict[str, str]:
         # torch 2.15). Beside a busy process it is the other way round: see `contention`.
         "GOMP_SPINCOUNT": "100000",
         "OMP_WAIT_POLICY": "passive",  # the spin count while throttled is 0
-        # What --deterministic needs of cuBLAS; read once, when CUDA starts.
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # What --deterministic needs of cuBLAS; read once, when CUDA starts. The smaller of the two
+        # that it may be: 32 MiB for each thread and stream is more than its few products need.
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
         # What both keep between starts, and would else put into the home and the temporary folder;
         # compiled parts then outlive a reboot.
         "MPLCONFIGDIR": str(cache_folder() / "matplotlib"),

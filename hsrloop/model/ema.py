@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsrloop.ops.averaging import Averager
 from hsrloop.ops.ranges import named
 
 
@@ -22,6 +23,7 @@ class Ema:
         """Start from a copy of `module` as it is."""
         self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
         self.updates = updates
+        self._averager = Averager()
 
     @torch.no_grad()
     def update(self, module: nn.Module, decay: float, *, skipped: Tensor | None = None) -> None:
@@ -54,9 +56,7 @@ class Ema:
             if skipped is None:
                 torch._foreach_lerp_(averages, current, float(weight))
             else:
-                way = torch._foreach_sub(current, averages)
-                torch._foreach_mul_(way, weight * ~skipped)
-                torch._foreach_add_(averages, way)
+                self._averager.move(averages, current, weight * ~skipped)
             torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hsrloop.model.yolo import forward_eval, norms_in_eval
 from hsrloop.records import Batch, Position
 from hsrloop.train.precision import untuned
 from hsrloop.train.snapshot import Snapshot
-from hsrloop.train.state import TrainState
+from hsrloop.train.state import TrainState, mean_losses
 
 # Steps in a row that must be skipped to go back. Loss scaling skips some by itself: sixteen bring
 # its scale from 65536 to 1.
@@ -68,15 +68,16 @@ class Guard:
         self.due: str | None = None  # why the run must go back before anything else
         self._good = Snapshot()
         self._good_at: Position | None = None  # None: nothing is remembered
-        self._seen = torch.zeros(self.lag + 1, dtype=torch.float64, pin_memory=cuda)
+        self._seen = torch.zeros((self.lag + 1, 6), dtype=torch.float64, pin_memory=cuda)
         self._events = [_event() if cuda else None for _ in self._seen]
-        self._steps = 0
+        self._steps = self._begun = 0  # steps taken, and those before `begin`
 
     def begin(self, state: TrainState) -> None:
         """Remember the state, when an epoch starts or nothing is remembered yet.
 
         Memory is taken by the first call only.
         """
+        self._begun = self._steps
         if self._good_at is None or state.position.sample == 0:
             self._take(state)
 
@@ -86,7 +87,7 @@ class Guard:
         On CUDA it sees the count of LAG steps ago, and waits only if that is too high.
         """
         slot = self._steps % len(self._seen)
-        self._seen[slot].copy_(state.loss_sums[5], non_blocking=True)
+        self._seen[slot].copy_(state.loss_sums, non_blocking=True)
         if (event := self._events[slot]) is not None:
             event.record()
         self._steps += 1
@@ -94,7 +95,19 @@ class Guard:
         if (event := self._events[oldest]) is not None:
             event.synchronize()
         most = most_in_a_row(state)
-        return float(self._seen[oldest]) >= most and float(state.loss_sums[5]) >= most
+        return float(self._seen[oldest, 5]) >= most and float(state.loss_sums[5]) >= most
+
+    def losses(self, state: TrainState) -> dict[str, float]:
+        """Return what `TrainState.mean_losses` does, as of the newest step known to be over.
+
+        That may be LAG steps ago. The device is waited for when no step since `begin` is over yet.
+        """
+        recent = range(self._steps - 1, max(self._begun, self._steps - len(self._seen)) - 1, -1)
+        for slot in (step % len(self._seen) for step in recent):
+            event = self._events[slot]
+            if event is None or event.query():
+                return mean_losses(self._seen[slot])
+        return state.mean_losses()
 
     def can_go_back(self, state: TrainState) -> bool:
         """Return whether there is somewhere to go back to, and it was not tried too often."""

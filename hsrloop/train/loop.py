@@ -34,7 +34,7 @@ from hsrloop.train.saver import Saver
 from hsrloop.train.state import LOSS_NAMES, METRIC_NAMES, TrainState
 from hsrloop.train.step import StepSettings, Transaction
 
-REPORT_EVERY_S = 0.5  # a step report reads the device; more often would stall a fast GPU
+REPORT_EVERY_S = 0.5
 ROOM = "room"
 
 
@@ -156,8 +156,9 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
                 if state.commit is None:  # else the weights have moved: the step is to be finished
                     transaction.roll_back()
                 raise
+            persists = guard.persists(state)
             meter.count(samples)
-            if guard.persists(state):
+            if persists:
                 guard.due = unsound(state)
                 break
             if runtime.governor is not None:
@@ -382,7 +383,7 @@ class _Meter:
         done = total if epoch_done else position.sample
         epoch = position.epoch - 1 if epoch_done else position.epoch
         epochs_left = runtime.config.epochs - state.epochs_skipped - epoch - 1
-        losses = state.mean_losses()
+        losses = runtime.guard.losses(state)
         val_s = state.val_s_per_epoch * (epochs_left + 1)
         cuda = state.device.type == "cuda"
         return StepDone(

@@ -66,7 +66,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # What is recorded keeps the stream's priority: images of steps to come are rendered in its
+        # gaps, not before it.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def has_room(self) -> bool:
         use = memory_use(str(self._device))

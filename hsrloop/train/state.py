@@ -155,10 +155,7 @@ class TrainState:
 
     def mean_losses(self) -> dict[str, float]:
         """Return the epoch's mean losses so far and its `skipped_steps`; reads the device once."""
-        box, cls, dfl, steps, skipped, _ = self.loss_sums.tolist()
-        count = max(steps, 1.0)
-        means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
-        return {**means, "skipped_steps": skipped}
+        return mean_losses(self.loss_sums)
 
     def metrics(self) -> dict[str, float]:
         """Return what is known of the averaged weights as they are: nothing within an epoch."""
@@ -267,6 +264,14 @@ def _known_of(found: Any, rung: Mapping[str, Any]) -> dict[str, Any]:
 def _must_fit(problem: str | None) -> None:
     if problem is not None:
         raise ValueError(problem)
+
+
+def mean_losses(sums: Tensor) -> dict[str, float]:
+    """Return mean losses and `skipped_steps` of `TrainState.loss_sums`."""
+    box, cls, dfl, steps, skipped, _ = sums.tolist()
+    count = max(steps, 1.0)
+    means = dict(zip(LOSS_NAMES, (box / count, cls / count, dfl / count), strict=True))
+    return {**means, "skipped_steps": skipped}
 
 
 def initial_grad_scale(batch: int) -> float:

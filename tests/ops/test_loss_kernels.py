@@ -40,9 +40,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, host: dict[str, Any]) -> Mapping[str, Launch]:
+def kernels(request: pytest.FixtureRequest) -> Mapping[str, Launch]:
     """Compiled for the device of the test."""
     if request.getfixturevalue("device") == "cpu":
+        host: dict[str, Any] = request.getfixturevalue("host")
         return host
     found = loss_module.loss_kernels(torch.device("cuda", 0))
     assert found is not None
@@ -165,8 +166,14 @@ def test_what_is_no_number_is_never_assigned(
 @pytest.mark.parametrize("name", kernel_names(SOURCE.read_text()))
 def test_the_proof_notices_a_kernel_that_does_nothing(name: str, host: dict[str, Any]) -> None:
     def idle(grid: Any, block: Any, device: Any, work: Any) -> None:
-        for slots in (work.wanted, work.given):  # none wanted, none given
-            ctypes.memset(slots, 255, 4 * work.images * work.places * loss_gpu.TOPK)
+        """Leave what was there before: no slots that the others would stumble over."""
+        points, slots = work.images * work.anchors, work.images * work.places * loss_gpu.TOPK
+        sizes = {"wanted": 4 * slots, "given": 4 * slots, "parts": 16 * slots}
+        sizes |= {"predicted": 24 * points, "sums": 4 * work.threads, "class_gradient": 2 * points}
+        writes = {"decode": "predicted", "terms": "parts", "softplus": "sums"}
+        writes |= {"search": "wanted", "settle": "given", "background": "class_gradient"}
+        if (written := writes.get(name)) is not None:
+            ctypes.memset(getattr(work, written), 255, sizes[written])
 
     assert loss_module._proves(host, torch.device("cpu"))
     assert not loss_module._proves({**host, name: idle}, torch.device("cpu"))

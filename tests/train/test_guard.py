@@ -503,3 +503,38 @@ def test_it_goes_back_three_times_and_no_more(
     assert [event.lr_scale for event in recorder.of(RolledBack)] == [0.5, 0.25, 0.125]
     assert [event.number for event in recorder.of(RolledBack)] == [1, 2, 3]
     assert len(recorder.of(EpochDone)) == 1
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_losses_are_those_of_the_newest_step_that_is_over(lag: int) -> None:
+    class Event:
+        def __init__(self) -> None:
+            self.over = False
+
+        def record(self) -> None:
+            self.over = False
+
+        def query(self) -> bool:
+            return self.over
+
+        def synchronize(self) -> None:
+            self.over = True
+
+    state, _ = make_state()
+    watch = Guard(state, NOWHERE, lag=lag)
+    events: list[Event] = [Event() for _ in range(lag + 1)]
+    watch._events = [*events] if lag else [None]
+    state.loss_sums.copy_(torch.tensor([8.0, 4.0, 2.0, 2.0, 1.0, 0.0]))
+    assert watch.losses(state) == state.mean_losses()  # no step yet: waits
+    for step in range(1, 7):
+        state.loss_sums.copy_(torch.tensor([step, 0, 0, 1, 0, 0]))
+        watch.persists(state)
+        assert watch.losses(state)["box_loss"] == max(1, step - lag) or step <= lag
+        if step <= lag:
+            assert watch.losses(state) == state.mean_losses()
+    if lag:
+        events[5 % 3].over = True  # of the newest step
+        assert watch.losses(state)["box_loss"] == 6
+    watch.begin(state)
+    state.loss_sums[0] = 9
+    assert watch.losses(state)["box_loss"] == 9  # nothing of an earlier epoch
