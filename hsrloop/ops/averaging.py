@@ -25,7 +25,7 @@ class Averager:
         self._pieces: dict[tuple[int, ...], Tensor] = {}  # by where they begin
 
     @torch.no_grad()
-    def move(self, averages: Sequence[Tensor], numbers: Sequence[Tensor], weight: Tensor) -> None:
+    def move(self, averages: list[Tensor], numbers: list[Tensor], weight: Tensor) -> None:
         """Add weight * (number - average) to each average.
 
         Args:

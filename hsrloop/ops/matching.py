@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hsrloop.ops.boxes import iou_matrix
 from hsrloop.ops.nms import Found
@@ -120,18 +119,27 @@ def match_all(
     hits, ends = [], counts.cumsum()
     for images in _groups(counts, most):
         first, last = ends[images.start] - counts[images.start], ends[images.stop - 1]
-        own = counts[images].tolist()
-        truth = pad_sequence(list(torch.split(boxes[first:last], own)), batch_first=True)
-        classes = pad_sequence(
-            list(torch.split(labels[first:last], own)), batch_first=True, padding_value=_NO_CLASS
-        )
-        truth, classes = (t.to(rows.device, non_blocking=True) for t in (truth, classes))
+        apart = _apart(boxes[first:last], labels[first:last], counts[images])
+        truth, classes = (t.to(rows.device, non_blocking=True) for t in apart)
         right = match(rows[images], truth, classes)
         hits.append((right * bits).sum(2))
     settled = torch.cat([batch.settled for batch in found])
     sent = torch.cat((settled[:, None], rows[..., 4], rows[..., 5], torch.cat(hits)), 1).cpu()
     said = sent.numpy()
     return said[:, 1:].reshape(len(said), 3, most).transpose(0, 2, 1), said[:, 0] > 0
+
+
+def _apart(boxes: Tensor, labels: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Return (B, M, 4) boxes and (B, M) labels of each image; 0 and no class where padded."""
+    images, most = len(counts), int(counts.max())
+    image = torch.from_numpy(np.repeat(np.arange(images), counts))
+    place = torch.arange(len(labels)) - torch.from_numpy(
+        np.repeat(counts.cumsum() - counts, counts)
+    )
+    truth = boxes.new_zeros((images, most, 4))
+    classes = labels.new_full((images, most), _NO_CLASS)
+    truth[image, place], classes[image, place] = boxes, labels
+    return truth, classes
 
 
 def _padded(rows: Tensor, most: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.ops.ap import Evaluator
 from hsrloop.records import Metrics
-from hsrloop.train.detector import KeptDetector, RecordedDetections
+from hsrloop.train.detector import Detector, KeptDetector, RecordedDetections
 from hsrloop.train.precision import untuned
 
 
@@ -40,15 +40,18 @@ def evaluate(
     Returns:
         The metrics, or None when `stop` ended it early.
     """
-    detector = (kept or KeptDetector()).of(module, device, half=half)
+    kept = kept or KeptDetector()
+    detector: Detector | None = None
     evaluator = Evaluator(names)
     done = 0
 
     def look(places: Sequence[int] | None, ahead: bool | None) -> bool:
         """Look at the images at these places, or at all of them; False when stopped."""
-        nonlocal done
+        nonlocal detector, done
         total = loader.n_samples + len(places or ())
         for batch in loader if places is None else loader.of(places):
+            if detector is None:  # made ready while the second batch is on its way
+                detector = kept.of(module, device, half=half)
             # Kernels are looked for where most batches find them: each size costs seconds.
             with untuned(when=len(batch.images) < loader.batch):
                 found = detector.find(batch.images, ahead=ahead, recorded=recorded)

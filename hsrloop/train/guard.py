@@ -105,7 +105,7 @@ class Guard:
         recent = range(self._steps - 1, max(self._begun, self._steps - len(self._seen)) - 1, -1)
         for slot in (step % len(self._seen) for step in recent):
             event = self._events[slot]
-            if event is None or event.query():
+            if event is None or event.query():  # type: ignore[no-untyped-call]
                 return mean_losses(self._seen[slot])
         return state.mean_losses()
 

@@ -138,7 +138,8 @@ def test_empty_places_change_nothing(device: str, kernels: Mapping[str, Launch])
     few, many = (theirs(s, kernels, device, places=places) for places in (0, 100))
     torch.testing.assert_close(few[0], many[0], rtol=1e-6, atol=0)
     for own, other in zip(few[1:], many[1:], strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-12)
+        # A card adds up longer rows in another order; single numbers may be what is left of two.
+        assert (own - other).norm() <= 1e-6 * other.norm()
     assert_alike(CASES["no boxes at all"], kernels, device, places=16)
 
 
