@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsrloop.ops import nvrtc
 from hsrloop.ops.nvrtc import kernel_names
 
 DEVICES = [
@@ -97,6 +98,9 @@ static void start(const int *grid, const int *block, bool together, Work work) {
                 for (auto &thread : threads) thread.join();
             }
 }
+#define __expf expf
+static inline float __fdividef(float a, float b) { return a / b; }
+#include "%(numbers)s"
 #include "%(file)s"
 """
 _LAUNCH = """
@@ -150,7 +154,7 @@ def host_kernels(
     if compiler is None:
         pytest.skip("no C++ compiler (apt install g++)")
     text = source.read_text()
-    code = _HOST % {"file": source.name, "warp": warp}
+    code = _HOST % {"file": source.name, "numbers": nvrtc._BEFORE[1], "warp": warp}
     for name in kernel_names(text):
         found = re.search(rf'extern "C" __global__ .*\b{name}\(([^)]*)\)', text)
         assert found is not None

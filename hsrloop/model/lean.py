@@ -1,10 +1,10 @@
 """Blocks of convolution, BatchNorm and SiLU that keep a third less for the backward pass.
 
 Autograd keeps what each of the three returned. What BatchNorm returned follows from its input and
-two numbers a channel, so it is computed again instead: one more pass over memory backward, and one
-less forward, where SiLU need not copy what it overwrites. Losses and gradients stay what they were.
-The CPU, which has memory enough, is faster without (1 to 3%, measured), and torch.compile decides
-by itself what to keep.
+two numbers a channel, so it is computed again instead, in the same pass as SiLU's gradient where
+`ops.silu` has a kernel; and forward SiLU need not copy what it overwrites. Losses and gradients
+stay what they were. The CPU, which has memory enough, is faster without (1 to 3%, measured), and
+torch.compile decides by itself what to keep.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hsrloop.ops.silu import Normed, silu_backward
+
 _aten = torch.ops.aten
 
 
@@ -26,13 +28,14 @@ def lean_blocks(module: nn.Module) -> Iterator[None]:
     """Let the blocks of an Ultralytics network keep less meanwhile; elsewhere they do as ever."""
     block: Any = type(next(own for own in module.modules() if type(own).__name__ == "Conv"))
     before = block.forward
+    counters: list[Tensor] = []
 
     def forward(own: Any, x: Tensor) -> Tensor:
         norm = own.bn
         if not _spares(norm, own.act):
             result: Tensor = before(own, x)
             return result
-        norm.num_batches_tracked.add_(1)
+        counters.append(norm.num_batches_tracked)
         return _norm_and_silu(own.conv(x), norm)
 
     block.forward = forward
@@ -40,6 +43,8 @@ def lean_blocks(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         block.forward = before
+    if counters:
+        torch._foreach_add_(counters, 1)  # each block comes once
 
 
 def _spares(norm: nn.Module, act: nn.Module) -> bool:
@@ -80,21 +85,9 @@ class _NormAndSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, reserve = ctx.saved_tensors
-        normed = _normed(x, weight, bias, mean, invstd, ctx.eps)
-        grad = _aten.silu_backward.grad_input(grad, normed, grad_input=normed)
+        grad = silu_backward(grad, Normed(x, weight, bias, mean, invstd, ctx.eps))
         mask = ctx.needs_input_grad[:3]
         found = _aten._batch_norm_impl_index_backward(
             *(ctx.which, x, grad, weight, None, None, mean, invstd, True, ctx.eps, mask, reserve)
         )
         return (*found, None, None, None, None)
-
-
-def _normed(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float
-) -> Tensor:
-    """Return what BatchNorm returned."""
-    if x.is_cuda:
-        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
-    scale = invstd * weight
-    shift = torch.addcmul(bias, mean, scale, value=-1)
-    return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)

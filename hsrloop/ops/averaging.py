@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsrloop.ops.nvrtc import Kernels, proved_kernels
 
-AVERAGE = Path(__file__).with_name("average.cu")
+SOURCE = Path(__file__).with_name("average.cu")
 _THREADS = 256  # of a block
 _PIECE = 8 * _THREADS  # numbers of a block: as many a thread as it reads at once
 
@@ -65,7 +65,7 @@ def _kernel_for(
     pairs = zip(averages, numbers, strict=True)
     if not all(own.dtype is torch.float32 and _alike(own, other) for own, other in pairs):
         return None
-    kernels = proved_kernels(AVERAGE, averages[0].device, _proves)
+    kernels = proved_kernels(SOURCE, averages[0].device, _proves)
     return None if kernels is None else kernels["average"]
 
 

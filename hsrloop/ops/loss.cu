@@ -3,10 +3,6 @@
 // in the same order of operations. Whatever threads write to together is a maximum of integers, so
 // that the result does not depend on who comes first. A compiler for the host takes it too.
 
-#define FLOAT 0
-#define HALF 1
-#define BFLOAT 2
-
 #define TOPK 10
 #define LANES 128
 #define MOST_LEVELS 8
@@ -42,34 +38,6 @@ struct Pass {
     int kind, images, anchors, classes, places, depth, bins, threads;
     float smallest;  // px, a box's sides count as no shorter than this
 };
-
-static __device__ unsigned bits_of(float number) { return *(const unsigned *)&number; }
-
-static __device__ float number_of(unsigned bits) { return *(const float *)&bits; }
-
-static __device__ float load(const void *numbers, long long i, int kind) {
-    if (kind == FLOAT)
-        return ((const float *)numbers)[i];
-    const unsigned short bits = ((const unsigned short *)numbers)[i];
-    if (kind == HALF)
-        return from_half(bits);
-    return number_of((unsigned)bits << 16);
-}
-
-static __device__ void store(void *numbers, long long i, int kind, float number) {
-    if (kind == FLOAT) {
-        ((float *)numbers)[i] = number;
-        return;
-    }
-    unsigned short bits;
-    if (kind == HALF) {
-        bits = to_half(number);
-    } else {  // to the nearest, to even between two; what is no number stays none
-        const unsigned wide = bits_of(number);
-        bits = number != number ? 0x7FC0 : (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
-    }
-    ((unsigned short *)numbers)[i] = bits;
-}
 
 // Numbers that stand `step` apart, from `first` on; as far as `reach` they are there, the rest are
 // below all others.

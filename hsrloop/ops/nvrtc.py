@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BEFORE = Path(__file__).with_name("device.cuh")  # each source
+_BEFORE = [Path(__file__).with_name(name) for name in ("device.cuh", "numbers.cuh")]  # each source
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
 _EMBEDDED = (53, 62, 72, 87, 101)  # Jetson and Thor: their code runs on nothing else
 _OUT_OF_MEMORY = 2  # of the driver's errors
@@ -174,7 +174,8 @@ def compile_ahead(files: Sequence[Path], device: torch.device) -> threading.Thre
 
 def _compiled(source: str, capability: tuple[int, int]) -> bytes:
     nvrtc = _library(tuple(_nvrtc_files()))
-    text = _BEFORE.read_text(encoding="utf-8") + "\n#line 1\n" + source
+    before = [file.read_text(encoding="utf-8") for file in _BEFORE]
+    text = "\n#line 1\n".join([*before, source])
     arguments = [f"--gpu-architecture=sm_{_architecture(nvrtc, capability)}", *_OPTIONS]
     options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
     program = ctypes.c_void_p()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hsrloop.model.ema import Ema
 from hsrloop.ops import averaging
-from hsrloop.ops.averaging import AVERAGE, Averager
+from hsrloop.ops.averaging import SOURCE, Averager
 from hsrloop.ops.nvrtc import compile_source, proved_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
@@ -19,7 +19,7 @@ SIDES = ((), (1,), (0,), (5,), (averaging._PIECE,), (3 * averaging._PIECE + 1,),
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernel:
-    return host_kernels(AVERAGE, tmp_path_factory.mktemp("kernels"))["average"]
+    return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"))["average"]
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def kernel(request: pytest.FixtureRequest) -> Any:
     """Compiled for the device of the test."""
     if request.getfixturevalue("device") == "cpu":
         return request.getfixturevalue("host")
-    found = proved_kernels(AVERAGE, torch.device("cuda", 0), averaging._proves)
+    found = proved_kernels(SOURCE, torch.device("cuda", 0), averaging._proves)
     assert found is not None
     return found["average"]
 
@@ -96,4 +96,4 @@ def test_the_kernel_is_proved_before_it_is_used(host: HostKernel) -> None:
 def test_it_compiles_for_cards_that_are_not_here(capability: tuple[int, int]) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is made without CUDA")
-    assert b"average" in compile_source(AVERAGE.read_text(), capability)
+    assert b"average" in compile_source(SOURCE.read_text(), capability)

@@ -137,7 +137,7 @@ def test_a_card_newer_than_the_compiler_runs_the_newest_code_of_its_kind(
 
 
 def test_a_warp_is_as_wide_as_the_source_says() -> None:
-    assert f"#define WARP {matching._WARP}\n" in nvrtc._BEFORE.read_text()
+    assert f"#define WARP {matching._WARP}\n" in nvrtc._BEFORE[0].read_text()
 
 
 @pytest.mark.parametrize(("card", "code"), [((10, 3), 100), ((10, 1), 101), ((12, 1), 120)])
