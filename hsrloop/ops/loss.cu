@@ -45,18 +45,18 @@ static __device__ void load_many(const void *numbers, long long first, int step,
                                  int kind, float *found) {
     const float *floats = (const float *)numbers + first;
     const unsigned short *halves = (const unsigned short *)numbers + first;
-    if (kind == FLOAT) {
+    if (kind == FLOAT32) {
 #pragma unroll
         for (int k = 0; k < MANY; k++)
             found[k] = k * step < reach ? floats[k * step] : number_of(0xFF800000);
         return;
     }
-    const unsigned short lowest = kind == HALF ? 0xFC00 : 0xFF80;
+    const unsigned short lowest = kind == FLOAT16 ? 0xFC00 : 0xFF80;
     unsigned short bits[MANY];
 #pragma unroll
     for (int k = 0; k < MANY; k++)
         bits[k] = k * step < reach ? halves[k * step] : lowest;
-    if (kind == HALF) {
+    if (kind == FLOAT16) {
 #pragma unroll
         for (int k = 0; k < MANY; k++)
             found[k] = from_half(bits[k]);

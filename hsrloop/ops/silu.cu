@@ -68,7 +68,7 @@ template <typename Number> static __device__ void work(Given g) {
 
 // A block of (C / WIDTH, pixels) threads for each DEEP times as many pixels.
 extern "C" __global__ void silu_backward(Given g) {
-    if (g.kind == FLOAT)
+    if (g.kind == FLOAT32)
         work<float>(g);
     else
         work<unsigned short>(g);
