@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from hsrloop.errors import first_line, raised_from
 from hsrloop.hardware.pressure import memory_use
 from hsrloop.ops.loss import LossSums, PaddedTargets
 from hsrloop.records import Batch, RawPredictions
+from hsrloop.train.halves import Halves
 from hsrloop.train.precision import untuned
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
@@ -175,12 +176,19 @@ class _Network:
 
     Args:
         total: the parameters' gradients are added to it.
+        halves: of the state's network; None: it casts its weights itself, if any.
     """
 
     def __init__(
-        self, state: TrainState, settings: StepSettings, size: int, total: list[Tensor]
+        self,
+        state: TrainState,
+        settings: StepSettings,
+        size: int,
+        total: list[Tensor],
+        halves: Halves | None,
     ) -> None:
         self._state, self._settings, self._total = state, settings, total
+        self._halves = halves
         shape = (size, 3, state.rung.imgsz, state.rung.imgsz)
         images = torch.zeros(shape, dtype=torch.uint8, device=settings.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
@@ -196,7 +204,10 @@ class _Network:
         settings = self._settings
         device, kind = settings.device, settings.amp_dtype
         # Weights that are cast for a recording must not be kept for another.
-        with torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False):
+        with (
+            torch.autocast(device.type, kind, enabled=settings.amp, cache_enabled=False),
+            nullcontext() if self._halves is None else self._halves.instead(),
+        ):
             inputs = to_input(self.images, device, settings.input_dtype)
             self._raw = settings.network(self._state.model, inputs)
         logits = self._raw.box_logits.detach(), self._raw.class_logits.detach()
@@ -221,8 +232,12 @@ class _Network:
         """Add to the gradients."""
         raw, self._raw = self._raw, None
         assert raw is not None, "there was no forward pass"
-        logits, parameters = (raw.box_logits, raw.class_logits), trained_parameters(self._state)
-        found = torch.autograd.grad(logits, parameters, self.gradients)
+        logits, leaves = (raw.box_logits, raw.class_logits), trained_parameters(self._state)
+        if self._halves is None:
+            found = list(torch.autograd.grad(logits, leaves, self.gradients))
+        else:
+            halves = torch.autograd.grad(logits, self._halves.leaves(leaves), self.gradients)
+            found = self._halves.widened(halves, self._total)
         torch._foreach_add_(self._total, found)
 
     def recorded(self, recorder: Recorder) -> Passes:
@@ -259,7 +274,9 @@ def record(
     gradients = [torch.zeros_like(p) for p in trained_parameters(state)]
     totals = LossSums(*torch.full((4,), torch.nan, dtype=settings.dtype, device=device))
     knobs = torch.zeros(len(state.optimizer.param_groups) + 2, device=device)
-    networks = {size: _Network(state, settings, size, gradients) for size in sorted(sizes)}
+    plain = not settings.amp or settings.compiled is not None
+    halves = None if plain else Halves(state.model, settings.amp_dtype)
+    networks = {size: _Network(state, settings, size, gradients, halves) for size in sorted(sizes)}
     for size, network in networks.items():
         # Kernels are looked for where most steps find them; it takes seconds for each size.
         with untuned(when=size < max(sizes)):

@@ -225,7 +225,8 @@ def clip(state: TrainState, totals: LossSums) -> Tensor:
     """Clip the gradients; return whether they or the loss are no finite numbers, () bool."""
     with named("optimizer"):
         norm = nn.utils.clip_grad_norm_(trained_parameters(state), MAX_GRADIENT_NORM)
-    return ~(torch.isfinite(norm) & torch.isfinite(GAINS.weigh(totals)))
+    both = norm + GAINS.weigh(totals)  # no finite number if one of them is none
+    return both - both != 0
 
 
 def set_rates(state: TrainState, lr: float) -> list[float]:

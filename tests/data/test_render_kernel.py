@@ -46,7 +46,7 @@ BANKS = [DeviceBank, TileBank]
 def host_kernel(tmp_path_factory: pytest.TempPathFactory) -> RenderKernel:
     made = RenderKernel.__new__(RenderKernel)
     folder = tmp_path_factory.mktemp("kernel")
-    made._kernel = host_kernels(SOURCE, folder)["render"]  # type: ignore[assignment]
+    made._kernels = host_kernels(SOURCE, folder)  # type: ignore[assignment]
     return made
 
 
@@ -94,7 +94,7 @@ def test_it_gives_the_bytes_of_torchs_operators(
 ) -> None:
     plans = scene.plans[what]
     expected = rendered(scene, plans, kind, CPU, scratch_bytes=scratch_bytes)
-    kernel: Any = host_kernel._kernel
+    kernel: Any = host_kernel._kernels["render"]
     before = kernel.calls
     found = rendered(scene, plans, kind, CPU, host_kernel, scratch_bytes)
     in_pieces = kind is TileBank and not scratch_bytes  # a bank on the device takes no more

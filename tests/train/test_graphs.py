@@ -189,6 +189,23 @@ def test_recorded_steps_train_as_others_do(
     assert same(*ends)
 
 
+@pytest.mark.parametrize("freeze", [0, 5])
+@pytest.mark.parametrize("case", ["whole steps", "its last pass is smaller"])
+def test_weights_cast_at_once_train_as_those_cast_one_by_one(
+    case: str, freeze: int, rerun: Rerun
+) -> None:
+    micro_batch, steps, sizes = CASES[case]
+    ends = []
+    for use in (False, True):
+        state, settings, transaction = make(micro_batch=micro_batch, freeze=freeze)
+        settings = dataclasses.replace(settings, amp=True, amp_dtype=torch.bfloat16)
+        recorded = prepared(state, settings, transaction, sizes)[0] if use else None
+        take(state, settings, transaction, steps, recorded=recorded)
+        ends.append(contents(state))
+    assert rerun.replays > 0
+    assert same(*ends)
+
+
 @pytest.mark.usefixtures("criterion")
 def test_nothing_reads_memory_that_nothing_wrote(rerun: Rerun) -> None:
     """So that deterministic runs need not fill it first, which torch does unless told."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hsrloop.data.pixels.layout_torch import Slot
-from hsrloop.ops.nvrtc import Kernel, kernels_in
+from hsrloop.ops.nvrtc import Kernels, kernels_in
 
 SOURCE = Path(__file__).with_name("render.cu")
 _BLOCK = (32, 8, 1)
+_THREADS = 128  # of a block of `cover`
 _FRAME = 14  # column of a stamp's row that names its frame
 
 
@@ -26,7 +27,7 @@ class RenderKernel:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kernel = _compiled(device)
+        self._kernels = _compiled(device)
 
     def __call__(
         self,
@@ -51,13 +52,17 @@ class RenderKernel:
         across, down, _ = _BLOCK
         grid = (-(-side // across), -(-side // down), images)
         frames, rows = layers.shape[:2]
-        tensors = (layers, stamps, links, colours, pixels, out)
-        self._kernel(grid, _BLOCK, out.device, *tensors, frames, rows, side)
+        runs = torch.empty((frames, rows, side, 2), device=out.device)
+        blocks = (-(-frames * rows * side // _THREADS), 1, 1)
+        threads = (_THREADS, 1, 1)
+        self._kernels["cover"](blocks, threads, out.device, layers, runs, frames * rows, side)
+        tensors = (layers, runs, stamps, links, colours, pixels, out)
+        self._kernels["render"](grid, _BLOCK, out.device, *tensors, frames, rows, side)
 
 
 @functools.cache
-def _compiled(device: torch.device) -> Kernel:
-    return kernels_in(SOURCE.read_text(encoding="utf-8"), device)["render"]
+def _compiled(device: torch.device) -> Kernels:
+    return kernels_in(SOURCE.read_text(encoding="utf-8"), device)
 
 
 def links_of(

@@ -75,16 +75,25 @@ static __device__ Run run(float slope, float start, float low, float high) {
     return slope > 0 ? Run{a, b} : Run{b, a};
 }
 
-static __device__ bool covers(const float *r, float x, float y) {
+// Where each layer covers each line: a thread for every two. layers (count, LAYER_COLUMNS), runs
+// (count, side) of first and last.
+extern "C" __global__ void cover(const float *layers, float *runs, int count, int side) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, line = i % side;
+    if (i / side >= count)
+        return;
+    const float *r = layers + i / side * LAYER_COLUMNS;
+    const float y = (float)line;
     const Run across = run(r[0], r[1] * y + r[2], r[6] - r[10], r[8] + r[10]);
     const Run down = run(r[3], r[4] * y + r[5], r[7] - r[11], r[9] + r[11]);
-    return x >= fmaxf(across.first, down.first) && x <= fminf(across.last, down.last);
+    runs[2 * i] = fmaxf(across.first, down.first);
+    runs[2 * i + 1] = fminf(across.last, down.last);
 }
 
-// The topmost of a frame's layers; its first row is grey.
-static __device__ int composed(const float *layers, int rows, const byte *pixels, float x, float y) {
+// The topmost of a frame's layers; its first row is grey. `runs` are those of its lines.
+static __device__ int composed(const float *layers, const Run *runs, int rows, const byte *pixels,
+                               int side, float x, float y) {
     int top = rows - 1;
-    while (top > 0 && !covers(layers + top * LAYER_COLUMNS, x, y))
+    while (top > 0 && !(x >= runs[top * side].first && x <= runs[top * side].last))
         top--;
     const float *r = layers + top * LAYER_COLUMNS;
     const float column = within(fmaf(r[1], y, fmaf(r[0], x, r[2])), r[6], r[8]);
@@ -110,10 +119,12 @@ static __device__ int stamped(int below, const float *r, const byte *pixels, flo
 
 // A frame's pixel: layers, then stamps. `links` holds where each frame's stamps begin, frames + 1
 // numbers, then for each in the order of blending its row and its window's height and width.
-static __device__ int framed(const float *layers, int rows, const float *stamps, const int *links,
-                             int frames, int frame, const byte *pixels, int column, int line) {
+static __device__ int framed(const float *layers, const float *runs, int rows, const float *stamps,
+                             const int *links, int frames, int frame, const byte *pixels, int side,
+                             int column, int line) {
     const float x = (float)column, y = (float)line;
-    int pixel = composed(layers + frame * rows * LAYER_COLUMNS, rows, pixels, x, y);
+    const Run *own = (const Run *)runs + frame * rows * side + line;
+    int pixel = composed(layers + frame * rows * LAYER_COLUMNS, own, rows, pixels, side, x, y);
     for (int i = links[frame]; i < links[frame + 1]; i++) {
         const int *link = links + frames + 1 + 3 * i;
         const float *r = stamps + link[0] * STAMP_COLUMNS;
@@ -131,21 +142,24 @@ static __device__ float share(float hue, float place) {
     return within(away - 1.0f, 0, 1);
 }
 
-// layers (frames, rows, LAYER_COLUMNS), stamps (n, STAMP_COLUMNS), links as in `framed`, then for
-// each image the frame it is mixed with, or -1, and the weight of its own (the bits of a float);
-// factors (images, 3) of `colour_factors`, or null; out (images, side, side, 3).
-extern "C" __global__ void render(const float *layers, const float *stamps, const int *links,
-                                  const float *factors, const byte *pixels, byte *out,
-                                  int frames, int rows, int side) {
+// layers (frames, rows, LAYER_COLUMNS) and their runs, see `cover`; stamps (n, STAMP_COLUMNS), links
+// as in `framed`, then for each image the frame it is mixed with, or -1, and the weight of its own
+// (the bits of a float); factors (images, 3) of `colour_factors`, or null; out (images, side, side,
+// 3).
+extern "C" __global__ void render(const float *layers, const float *runs, const float *stamps,
+                                  const int *links, const float *factors, const byte *pixels,
+                                  byte *out, int frames, int rows, int side) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     const int line = blockIdx.y * blockDim.y + threadIdx.y;
     const int image = blockIdx.z;
     if (column >= side || line >= side)
         return;
-    int pixel = framed(layers, rows, stamps, links, frames, image, pixels, column, line);
+    int pixel =
+        framed(layers, runs, rows, stamps, links, frames, image, pixels, side, column, line);
     const int *mix = links + frames + 1 + 3 * links[frames] + 2 * image;
     if (mix[0] >= 0) {
-        const int other = framed(layers, rows, stamps, links, frames, mix[0], pixels, column, line);
+        const int other =
+            framed(layers, runs, rows, stamps, links, frames, mix[0], pixels, side, column, line);
         const float weight = *(const float *)(mix + 1);
         int both = 0;
         for (int shift = 0; shift < 24; shift += 8) {
