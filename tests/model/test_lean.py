@@ -14,11 +14,17 @@ from hsrloop.model import lean as lean_module
 from hsrloop.model import yolo
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import forward_eval, forward_train
+from hsrloop.ops import silu
 from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train.precision import set_kernels
-from tests.kernels import DEVICES
+from tests.kernels import DEVICES, HostKernel, host_kernels
 
 NAMES = ("a", "b")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernel:
+    return host_kernels(silu.SOURCE, tmp_path_factory.mktemp("kernels"))["silu_backward"]
 
 
 def network(device: str = "cpu") -> Any:
@@ -26,15 +32,16 @@ def network(device: str = "cpu") -> Any:
     return module.train().to(device, memory_format=torch.channels_last)
 
 
-def images(device: str = "cpu") -> Tensor:
+def images(device: str = "cpu", kind: torch.dtype = torch.float32) -> Tensor:
     g = torch.Generator().manual_seed(0)
-    return torch.rand(3, 3, 96, 96, generator=g).to(device, memory_format=torch.channels_last)
+    noise = torch.rand(3, 3, 96, 96, generator=g)
+    return noise.to(device, kind, memory_format=torch.channels_last)
 
 
 def passed(module: nn.Module, device: str, *, half: bool) -> list[Tensor]:
     """Logits, gradients and buffers of one pass."""
     with torch.autocast(device, torch.float16 if half else torch.bfloat16, enabled=half):
-        raw = forward_train(module, images(device))
+        raw = forward_train(module, images(device, next(module.parameters()).dtype))
     box, cls = raw.box_logits.float(), raw.class_logits.float()
     (1024 * (box.square().mean() + cls.sigmoid().mean())).backward()  # within what half can say
     found = [p.grad for p in module.parameters() if p.grad is not None]
@@ -99,19 +106,40 @@ def test_who_looks_on_is_shown_every_layer() -> None:
     assert all(layer in seen for layer in looked_at)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
+    """Relative errors of gradients and buffers; logits left out."""
+    pairs = list(zip(found[2:], truth[2:], strict=True))
+    wide = [(own.double(), other.double()) for own, other in pairs]  # counters, too
+    return torch.stack([(own - other).norm() / other.norm() for own, other in wide if other.any()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [False, True])
-def test_on_a_gpu_too(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_kernels(torch.device("cuda", 0), deterministic=True)
+def test_gradients_are_as_near_to_the_truth(
+    half: bool, device: str, host: HostKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded elsewhere, each number may differ; by how much in all is the measure.
+
+    An untrained network makes several hundred times as much of each rounding.
+    """
+    if device == "cpu":
+        if half:
+            pytest.skip("half precision is a GPU's")
+        suits = silu._suits
+        monkeypatch.setattr(silu, "_kernel_for", lambda *given: host if suits(*given) else None)
+    else:
+        set_kernels(torch.device("cuda", 0), deterministic=True)
     try:
-        plain, lean = both(monkeypatch, device="cuda", half=half)
+        plain, lean = both(monkeypatch, device=device, half=half)
+        exact = network(device).double()
+        truth = passed(exact, device, half=False)
     finally:
-        set_kernels(torch.device("cuda", 0), deterministic=False)
+        if device == "cuda":
+            set_kernels(torch.device("cuda", 0), deterministic=False)
+    assert device == "cuda" or host.calls == 57
     assert all(map(torch.equal, plain[:2], lean[:2]))
-    for own, other in zip(lean[2:], plain[2:], strict=True):
-        own, other = own.double(), other.double()  # counters, too
-        assert (own - other).norm() <= (2e-2 if half else 1e-4) * other.norm() + 1e-6
+    own, other = errors(lean, truth), errors(plain, truth)
+    assert own.median() <= 1.2 * other.median() and own.max() <= 1.5 * other.max()
 
 
 def kept_bytes(module: nn.Module, device: str) -> int:
