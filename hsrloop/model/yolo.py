@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hsrloop.errors import WeightsError
+from hsrloop.model.folded import folded_blocks
 from hsrloop.model.lean import lean_blocks
 from hsrloop.ops.paths import on_cpu
 from hsrloop.paths import expanded, has_folder, is_file
@@ -210,8 +211,7 @@ def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
         The head's logits, before decoding; A = sum of h * w over the levels.
     """
     detect = head(module)
-    lean = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    with lean_blocks(module) if lean and not on_cpu(images.device) else nullcontext():
+    with _blocks(module, images.device):
         levels = _features(module, images)
         boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
         classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
@@ -220,6 +220,13 @@ def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
         class_logits=torch.cat([x.flatten(2) for x in classes], dim=2),
         shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
     )
+
+
+def _blocks(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Return what lets the network's blocks do as is best on a device, meanwhile."""
+    if on_cpu(device) or torch.compiler.is_compiling():
+        return nullcontext()
+    return lean_blocks(module) if torch.is_grad_enabled() else folded_blocks(module, device)
 
 
 def forward_eval(module: nn.Module, images: Tensor) -> RawPredictions:

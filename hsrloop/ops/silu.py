@@ -1,4 +1,8 @@
-"""Backwards through SiLU to BatchNorm, whose output was not kept: it follows from its input."""
+"""SiLU together with what comes before it, in one pass over memory on CUDA.
+
+Forward that is a bias. Backward it is BatchNorm's output, which was not kept: it follows from its
+input.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hsrloop.ops.nvrtc import Kernels, proved_kernels
@@ -19,19 +24,27 @@ _WIDTH = 4
 _DEEP = 4
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TENSORS = ("x", "grad", "out", "mean", "invstd", "weight", "bias")
-_NUMBERS = ("pixels", "channels", "pitch", "kind")
 
 _THREADS = 256  # of a block, about
 _MOST_CHANNELS = 1024 * _WIDTH
 _aten = torch.ops.aten
 
 
+class _Biased(ctypes.Structure):
+    """What `bias_silu` is given; see `silu.cu`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "bias")),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "kind")),
+    )
+
+
 class _Given(ctypes.Structure):
-    """What the kernel is given; see `silu.cu`."""
+    """What `silu_backward` is given; see `silu.cu`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
-        *((name, ctypes.c_int) for name in _NUMBERS),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "pitch", "kind")),
     )
 
 
@@ -62,36 +75,50 @@ class Normed:
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
+def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias to each channel of (B, C, H, W) numbers and apply SiLU, in place; return them."""
+    kernels = silu_kernels(x.device)
+    if kernels is not None and _takes(x) and bias.dtype is x.dtype and _aligned(bias):
+        _add_and_apply(kernels["bias_silu"], x, bias)
+        return x
+    return F.silu(x.add_(bias[:, None, None]), inplace=True)
+
+
 def silu_backward(grad: Tensor, normed: Normed) -> Tensor:
     """Return the gradient by BatchNorm's output, given that by what SiLU made of it."""
-    kernel = _kernel_for(grad, normed)
-    if kernel is not None:
-        return _by(kernel, grad, normed)
+    kernels = silu_kernels(grad.device)
+    if kernels is not None and _suits(grad, normed):
+        return _by(kernels["silu_backward"], grad, normed)
     found = normed.output
     _aten.silu_backward.grad_input(grad, found, grad_input=found)
     return found
 
 
-def _kernel_for(grad: Tensor, normed: Normed) -> Callable[..., None] | None:
-    """Return what does it in one pass over memory; None where torch's operators have to."""
-    if not grad.is_cuda or not _suits(grad, normed):
-        return None
-    kernels = proved_kernels(SOURCE, grad.device, _proves)
-    return None if kernels is None else kernels["silu_backward"]
+def silu_kernels(device: torch.device) -> Kernels | None:
+    """Return what does both in one pass over memory; None where torch's operators have to."""
+    return proved_kernels(SOURCE, device, _proves) if device.type == "cuda" else None
 
 
 def _suits(grad: Tensor, normed: Normed) -> bool:
-    """Return whether the kernel can take these: channels_last, a few channels in one piece."""
-    x, numbers = normed.x, (normed.weight, normed.bias, normed.mean, normed.invstd)
+    """Return whether the kernel can take these."""
+    numbers = normed.weight, normed.bias, normed.mean, normed.invstd
+    return (
+        _takes(normed.x)
+        and grad.dtype is normed.x.dtype
+        and all(own.dtype is torch.float32 and own.is_contiguous() for own in numbers)
+        and all(map(_aligned, numbers))
+    )
+
+
+def _takes(x: Tensor) -> bool:
+    """Return whether a kernel can take it: channels_last, a few channels in one piece."""
     return (
         x.dtype in _KINDS
-        and grad.dtype is x.dtype
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > 0
         and x.shape[1] % _WIDTH == 0
         and x.shape[1] <= _MOST_CHANNELS
-        and all(own.dtype is torch.float32 and own.is_contiguous() for own in numbers)
-        and all(map(_aligned, (x, *numbers)))
+        and _aligned(x)
     )
 
 
@@ -129,15 +156,32 @@ def _by(kernel: Callable[..., None], grad: Tensor, normed: Normed) -> Tensor:
         pitch=pitch,
         kind=_KINDS[x.dtype],
     )
-    across = channels // _WIDTH
-    rows = max(1, _THREADS // across)
-    blocks = -(-given.pixels // (rows * _DEEP))
-    kernel((blocks, 1, 1), (across, rows, 1), x.device, given)
+    _start(kernel, given, x.device)
     return out
 
 
+def _add_and_apply(kernel: Callable[..., None], x: Tensor, bias: Tensor) -> None:
+    """Do what `bias_silu` does with `silu.cu`."""
+    images, channels, height, width = x.shape
+    given = _Biased(
+        x=x.data_ptr(),
+        bias=bias.data_ptr(),
+        pixels=images * height * width,
+        channels=channels,
+        kind=_KINDS[x.dtype],
+    )
+    _start(kernel, given, x.device)
+
+
+def _start(kernel: Callable[..., None], given: _Biased | _Given, device: torch.device) -> None:
+    across = given.channels // _WIDTH
+    rows = max(1, _THREADS // across)
+    blocks = -(-given.pixels // (rows * _DEEP))
+    kernel((blocks, 1, 1), (across, rows, 1), device, given)
+
+
 def _proves(kernels: Kernels, device: torch.device) -> bool:
-    """Return whether it gives what torch's operators give, but for rounding."""
+    """Return whether they give what torch's operators give, but for rounding."""
     g = torch.Generator().manual_seed(0)
     x, grad = (4 * torch.randn(3, 24, 9, 7, generator=g) for _ in range(2))
     weight, bias, mean, invstd = (torch.rand(4, 16, generator=g) + 0.5).to(device)
@@ -150,4 +194,8 @@ def _proves(kernels: Kernels, device: torch.device) -> bool:
             expected = _aten.silu_backward(part, normed.output).double()
             if not bool((found - expected).norm() <= tolerance * expected.norm()):
                 return False
+        expected = F.silu(normed.x.double() + bias.to(kind).double()[:, None, None])
+        _add_and_apply(kernels["bias_silu"], normed.x, bias.to(kind))
+        if not bool((normed.x.double() - expected).norm() <= tolerance * expected.norm()):
+            return False
     return True

@@ -1,8 +1,9 @@
-"""Backwards through SiLU by `silu.cu`: what torch's operators give, but for rounding."""
+"""SiLU and what comes before it by `silu.cu`: what torch's operators give, but for rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hsrloop.ops import silu
-from hsrloop.ops.nvrtc import compile_source, proved_kernels
-from hsrloop.ops.silu import SOURCE, Normed, silu_backward
+from hsrloop.ops.nvrtc import compile_source
+from hsrloop.ops.silu import SOURCE, Normed, bias_silu, silu_backward, silu_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
 Kernel = Callable[..., None]
@@ -21,18 +22,23 @@ RTOL = {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 3e-3}
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernel:
-    return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"))["silu_backward"]
+def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
+    return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture
-def kernel(request: pytest.FixtureRequest) -> Any:
+def kernels(request: pytest.FixtureRequest) -> Any:
     """Compiled for the device of the test."""
     if request.getfixturevalue("device") == "cpu":
         return request.getfixturevalue("host")
-    found = proved_kernels(SOURCE, torch.device("cuda", 0), silu._proves)
+    found = silu_kernels(torch.device("cuda", 0))
     assert found is not None
-    return found["silu_backward"]
+    return found
+
+
+@pytest.fixture
+def kernel(kernels: Mapping[str, Kernel]) -> Kernel:
+    return kernels["silu_backward"]
 
 
 def normed_of(
@@ -59,6 +65,15 @@ def expected_of(grad: Tensor, normed: Normed) -> Tensor:
     torch.nn.functional.silu(output).backward(grad.double())
     assert output.grad is not None
     return output.grad
+
+
+def rounded(number: float, kind: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=kind))
+
+
+def silu_slope(y: float, kind: torch.dtype) -> float:
+    s = 1 / (1 + math.exp(-y))
+    return rounded(s * (1 + y * (1 - s)), kind)
 
 
 SHAPES = [
@@ -108,31 +123,67 @@ def test_what_the_kernel_cannot_take_goes_by_torch() -> None:
         assert not silu._suits(torch.ones(shape), other)
     planes = Normed(fine.x.contiguous(), fine.weight, fine.bias, fine.mean, fine.invstd, 1e-3)
     assert not silu._suits(grad, planes)
-    assert silu._kernel_for(grad, fine) is None  # on the CPU
+    assert silu_kernels(grad.device) is None  # on the CPU
     found = silu_backward(grad, fine)
     torch.testing.assert_close(found, expected_of(grad, fine).float())
 
 
 @pytest.mark.parametrize("kind", [*RTOL])
 def test_no_numbers_stay_none_and_large_ones_are_finite(
-    kind: torch.dtype, host: HostKernel
+    kind: torch.dtype, host: dict[str, HostKernel]
 ) -> None:
     normed = normed_of((1, 4, 1, 4), kind)
     ones = torch.ones(4)
     normed = Normed(normed.x, ones, ones, 0 * ones, ones, 1e-3)
     normed.x[0, 0] = torch.tensor([torch.nan, 60000.0, -60000.0, 0.0])
-    found = silu._by(host, torch.ones_like(normed.x), normed)[0, 0, 0].tolist()
-    assert found[0] != found[0] and found[1:3] == [1.0, 0.0]
-    assert torch.isfinite(torch.tensor(found[1:])).all()
+    ones = torch.ones_like(normed.x)
+    found = silu._by(host["silu_backward"], ones, normed)[0, 0, 0].tolist()
+    assert found[0] != found[0] and found[1:] == [1.0, 0.0, silu_slope(1.0, kind)]
+    silu._add_and_apply(host["bias_silu"], normed.x, torch.zeros(4, dtype=kind))
+    said = normed.x[0, 0, 0].tolist()
+    assert said[0] != said[0] and said[1:] == [rounded(60000.0, kind), 0.0, 0.0]
 
 
-def test_the_kernel_is_proved_before_it_is_used(host: HostKernel) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [*RTOL])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_bias_and_silu_are_torchs(
+    shape: tuple[int, ...],
+    kind: torch.dtype,
+    device: str,
+    kernels: Mapping[str, Kernel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(silu, "silu_kernels", lambda device: kernels)
+    normed = normed_of(shape, kind, device)
+    x, bias = normed.x, normed.bias.to(kind)
+    expected = torch.nn.functional.silu((x + bias[:, None, None]).double())
+    assert silu._takes(x)
+    found = bias_silu(x, bias)
+    assert found is x
+    assert (found.double() - expected).norm() <= RTOL[kind] * expected.norm()
+
+
+def test_a_bias_that_lies_otherwise_goes_by_torch(
+    host: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
+    before = host["bias_silu"].calls
+    for shape in ((2, 6, 5, 5), (2, 8, 5, 5)):
+        x = normed_of(shape).x if shape[1] == 6 else normed_of(shape).x.contiguous()
+        expected = torch.nn.functional.silu(x + 1)
+        torch.testing.assert_close(bias_silu(x, torch.ones(shape[1])), expected)
+    assert host["bias_silu"].calls == before
+
+
+@pytest.mark.parametrize("name", ["bias_silu", "silu_backward"])
+def test_kernels_are_proved_before_they_are_used(name: str, host: dict[str, HostKernel]) -> None:
     def wrong(grid: Any, block: Any, device: Any, given: Any) -> None:
-        given.bias = given.mean
-        host(grid, block, device, given)
+        given.pixels -= 1
+        host[name](grid, block, device, given)
 
-    assert silu._proves({"silu_backward": host}, torch.device("cpu"))
-    assert not silu._proves({"silu_backward": wrong}, torch.device("cpu"))
+    assert silu._proves(host, torch.device("cpu"))
+    assert not silu._proves({**host, name: wrong}, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
