@@ -18,7 +18,7 @@ STEP, VALIDATION = "step, {}, fp16", "validation, {}"
 OURS, THEIRS = "against Ultralytics, {}: hsrloop", "against Ultralytics, {}: Ultralytics"
 
 Row = Mapping[str, Any]  # as `hsrloop.bench.results.Row` in JSON
-Rows = Mapping[str, Row]  # of one card, by name
+Rows = Mapping[str, Row]  # of one card and visit, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,46 @@ class Figures:
 
 
 def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[str]]:
-    """Yield for each goal a row of every card that has it, or one that says "not measured".
+    """Yield for each goal a row of every visit to a card that tells of it, or "not measured".
+
+    Of what several visits to a card found the newest counts.
 
     Args:
         letter: returns the letter of a host that is described in one line.
     """
     files = sorted(results.glob("gpu_suite_*.json"))
     files = [file for file in files if not file.stem.startswith("gpu_suite_smoke")]
-    reports = [json.loads(file.read_text()) for file in files]
-    cards = [(r["host"], {row["name"]: row for row in r["rows"]}) for r in reports]
+    visits = _newest(sorted((json.loads(file.read_text()) for file in files), key=_time))
     for words, figures in GOALS.items():
-        found = [(host, figures(rows)) for host, rows in cards]
+        found = [(host, figures(rows)) for host, rows in visits]
         yield from _table_rows(words, [(h, f) for h, f in found if f != Figures()], letter)
     starts = [json.loads(file.read_text()) for file in sorted(results.glob("first_step*.json"))]
     seen = [(s["host"], _first_step(s["seen_s"])) for s in starts if s["device"] != "cpu"]
     yield from _table_rows("from the command to the first step, s", seen, letter)
+
+
+def _newest(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Rows]]:
+    """Return of each report, oldest first, its host and the rows that no later one of its card has.
+
+    What was skipped or failed does not replace what was not.
+    """
+    newest: dict[tuple[str, str], int] = {}
+    for i, report in enumerate(reports):
+        for row in report["rows"]:
+            key = str(report["settings"].get("device")), row["name"]
+            if key not in newest or not row["note"].startswith(("skipped", "failed")):
+                newest[key] = i
+    found: list[tuple[str, Rows]] = []
+    for i, report in enumerate(reports):
+        card = str(report["settings"].get("device"))
+        own = {row["name"]: row for row in report["rows"] if newest[card, row["name"]] == i}
+        found.append((report["host"], own))
+    return found
+
+
+def _time(report: Mapping[str, Any]) -> str:
+    """Return when it was written: to the minute, or, in older results, the day."""
+    return str(report["settings"].get("time", report["host"][:10]))
 
 
 def _table_rows(

@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 STARTED = time.monotonic()  # what is loaded and painted below is part of the visit
@@ -73,6 +74,7 @@ def main() -> None:
             host=describe_host(),
             rows=rows,
             settings={
+                "time": datetime.now().isoformat(timespec="minutes"),
                 "device": info.name,
                 **({"driver": info.driver} if info.driver else {}),
                 "load": round(load_average(), 1),

@@ -32,9 +32,9 @@ COLUMNS = "| measured | hsrloop | Ultralytics | ratio | n | where |"
 ON_A_GPU = """### Speed on a GPU
 
 By `scripts/bench gpu_suite`: 640 px, batch 16, untrained networks, painted images; the last row by
-`scripts/bench first_step`. Medians; what nobody has measured says so. Where memory is short, images
-move from GPU memory to RAM (`bank device -> pinned`), the CPU augments (`cv2`), and a batch is
-computed in smaller steps (`micro_batch`)."""
+`scripts/bench first_step`. Medians; what nobody has measured says so, and of what was measured
+again the newest is here. Where memory is short, images move from GPU memory to RAM (`bank device ->
+pinned`), the CPU augments (`cv2`), and a batch is computed in smaller steps (`micro_batch`)."""
 ON_THE_CPU = """### Speed on two CPU cores
 
 yolov8n pretrained on COCO; side by side: three epochs of ycb_household (on Zen 5 of a part of it),

@@ -68,9 +68,13 @@ GOALS = {
 }
 
 
-def write_suite(results: Path, rows: Sequence[Row], card: str = "card") -> None:
-    report = Report(host=f"2026-12-01; 8 cores; {card}; commit abc", rows=rows)
-    (results / f"gpu_suite_{card}.json").write_text(json.dumps(report.to_json()))
+def write_suite(
+    results: Path, rows: Sequence[Row], card: str = "card", *, time: str = "", file: str = ""
+) -> None:
+    host = f"2026-12-01; 8 cores; {card}; commit abc{time}"
+    settings = {"device": card, **({"time": time} if time else {})}
+    report = Report(host=host, rows=rows, settings=settings)
+    (results / f"gpu_suite_{file or card}.json").write_text(json.dumps(report.to_json()))
 
 
 def once(value: float) -> Spread:
@@ -127,6 +131,19 @@ def test_what_the_suite_wrote_is_in_the_table(
     letter = lines[GOALS["training"]][4]
     (host,) = [line for line in readme.block(results) if line.startswith(f"- {letter}: ")]
     assert host == f"- {letter}: {report['host']}"
+
+
+def test_of_what_was_measured_again_the_newest_is_in_the_table(readme: Any, results: Path) -> None:
+    def step(scale: str, speed: float) -> Row:
+        return Row(name=f"step, {scale}, fp16", images_per_s=once(speed))
+
+    lost = Row(name="step, m, fp16", note="failed: RuntimeError: lost")
+    write_suite(results, [step("n", 30.0), lost], time="2026-12-01T10:05", file="a")
+    write_suite(results, [step("n", 10.0), step("m", 5.0)], time="2026-12-01T10:00", file="b")
+    write_suite(results, [step("n", 7.0)], card="other")
+    lines = [line.split("|")[1:-1] for line in readme.block(results) if GOALS["steps"] in line]
+    assert [cells[1].strip() for cells in lines] == ["fp16: n 7", "fp16: m 5", "fp16: n 30"]
+    assert len({cells[-1] for cells in lines}) == 3  # hosts
 
 
 def test_figures_beside_ultralytics_are_those_of_the_contest(readme: Any, results: Path) -> None:
