@@ -14,8 +14,12 @@ SCALES = "nsmlx"
 GIB = 2**30
 ABSENT = "not measured"
 TRAIN = "train, {}, fp16, rendered on the GPU"
-STEP, VALIDATION = "step, {}, fp16", "validation, {}"
+STEP, VALIDATION, EXACT = "step, {}, fp16", "validation, {}", "step, {}, deterministic"
 OURS, THEIRS = "against Ultralytics, {}: hsrloop", "against Ultralytics, {}: Ultralytics"
+
+OBJECTS = (10, 100, 300)
+CRITERION = "criterion, {} objects an image"
+PEERS_CRITERION = f"Ultralytics' {CRITERION}"
 
 Row = Mapping[str, Any]  # as `hsrloop.bench.results.Row` in JSON
 Rows = Mapping[str, Row]  # of one card and visit, by name
@@ -41,8 +45,9 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
     """
     files = sorted(results.glob("gpu_suite_*.json"))
     files = [file for file in files if not file.stem.startswith("gpu_suite_smoke")]
-    visits = _newest(sorted((json.loads(file.read_text()) for file in files), key=_time))
+    reports = sorted((json.loads(file.read_text()) for file in files), key=_time)
     for words, figures in GOALS.items():
+        visits = _newest(reports, TOGETHER.get(figures, ()))
         found = [(host, figures(rows)) for host, rows in visits]
         yield from _table_rows(words, [(h, f) for h, f in found if f != Figures()], letter)
     starts = [json.loads(file.read_text()) for file in sorted(results.glob("first_step*.json"))]
@@ -50,23 +55,36 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
     yield from _table_rows("from the command to the first step, s", seen, letter)
 
 
-def _newest(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Rows]]:
+def _newest(
+    reports: Sequence[Mapping[str, Any]], together: Sequence[tuple[str, str]]
+) -> list[tuple[str, Rows]]:
     """Return of each report, oldest first, its host and the rows that no later one of its card has.
 
     What was skipped or failed does not replace what was not.
+
+    Args:
+        together: names of rows that tell something beside each other only: of both or none.
     """
-    newest: dict[tuple[str, str], int] = {}
+    units = {name: pair for pair in together for name in pair}
+    newest: dict[tuple[str, ...], int] = {}
+
+    def key(report: Mapping[str, Any], name: str) -> tuple[str, ...]:
+        return str(report["settings"].get("device")), *units.get(name, (name,))
+
     for i, report in enumerate(reports):
-        for row in report["rows"]:
-            key = str(report["settings"].get("device")), row["name"]
-            if key not in newest or not row["note"].startswith(("skipped", "failed")):
-                newest[key] = i
-    found: list[tuple[str, Rows]] = []
-    for i, report in enumerate(reports):
-        card = str(report["settings"].get("device"))
-        own = {row["name"]: row for row in report["rows"] if newest[card, row["name"]] == i}
-        found.append((report["host"], own))
-    return found
+        rows = {row["name"]: str(row["note"]) for row in report["rows"]}
+        found = {name for name, note in rows.items() if not note.startswith(("skipped", "failed"))}
+        for name in rows:
+            own = key(report, name)
+            if own not in newest or found.issuperset(own[1:]):
+                newest[own] = i
+    return [
+        (
+            report["host"],
+            {row["name"]: row for row in report["rows"] if newest[key(report, row["name"])] == i},
+        )
+        for i, report in enumerate(reports)
+    ]
 
 
 def _time(report: Mapping[str, Any]) -> str:
@@ -121,9 +139,10 @@ def _steps(rows: Rows) -> Figures:
 
 
 def _criterion(rows: Rows) -> Figures:
-    names = {count: f"criterion, {count} objects an image" for count in (10, 100, 300)}
-    ours = {f"{n} objects": rows.get(name, {}) for n, name in names.items()}
-    theirs = {f"{n} objects": rows.get(f"Ultralytics' {name}", {}) for n, name in names.items()}
+    ours, theirs = (
+        {f"{n} objects": rows.get(name.format(n), {}) for n in OBJECTS}
+        for name in (CRITERION, PEERS_CRITERION)
+    )
     ratios = {key: _times_as_fast(ours[key], theirs[key]) for key in ours}
     speeds = [
         _joined({k: _speed(row) for k, row in side.items()}, " ", ", ") for side in (ours, theirs)
@@ -132,7 +151,7 @@ def _criterion(rows: Rows) -> Figures:
 
 
 def _deterministic(rows: Rows) -> Figures:
-    return Figures(_in_pairs(rows, STEP, "step, {}, deterministic", _times_as_fast))
+    return Figures(_in_pairs(rows, STEP, EXACT, _times_as_fast))
 
 
 def _tiers(rows: Rows) -> Figures:
@@ -160,6 +179,14 @@ GOALS: Mapping[str, Callable[[Rows], Figures]] = {
     "each tier's defaults in its card's memory": _tiers,
     "settings that do not fit": _recovery,
     "trained twice with `--deterministic`": _exactness,
+}
+
+
+_CONTESTS = [(OURS.format(scale), THEIRS.format(scale)) for scale in SCALES]
+TOGETHER: Mapping[Callable[[Rows], Figures], Sequence[tuple[str, str]]] = {
+    **dict.fromkeys((_against, _validation, _memory), _CONTESTS),
+    _criterion: [(CRITERION.format(n), PEERS_CRITERION.format(n)) for n in OBJECTS],
+    _deterministic: [(STEP.format(scale), EXACT.format(scale)) for scale in SCALES],
 }
 
 

@@ -52,9 +52,10 @@ class Ema:
         others = [(ours, theirs) for ours, theirs in pairs if not ours.is_floating_point()]
         averages = [ours for ours, _ in floats]
         with named("EMA"):
-            current = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
+            current = [theirs.detach() for _, theirs in floats]
             if skipped is None:
-                torch._foreach_lerp_(averages, current, float(weight))
+                alike = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
+                torch._foreach_lerp_(averages, alike, float(weight))
             else:
                 self._averager.move(averages, current, weight * ~skipped)
             torch._foreach_copy_([ours for ours, _ in others], [theirs for _, theirs in others])

@@ -29,14 +29,16 @@ class Averager:
         """Add weight * (number - average) to each average.
 
         Args:
-            averages, numbers: tensors of the same shapes; finite, since 0 * NaN would be NaN.
+            averages, numbers: tensors of the same shapes, the numbers of any type; finite, since
+                0 * NaN would be NaN.
             weight: () float32, on their device.
         """
         kernel = _kernel_for(averages, numbers)
         if kernel is not None:
             self._by(kernel, averages, numbers, weight)
             return
-        way = torch._foreach_sub(numbers, averages)
+        pairs = zip(averages, numbers, strict=True)
+        way = torch._foreach_sub([other.to(own.dtype) for own, other in pairs], averages)
         torch._foreach_mul_(way, weight)
         torch._foreach_add_(averages, way)
 

@@ -108,14 +108,14 @@ template <typename Number> static __device__ void backward(Given g) {
 }
 
 // Both have a block of (C / WIDTH, pixels) threads for each DEEP times as many pixels.
-extern "C" __global__ void bias_silu(Biased b) {
+extern "C" __global__ void __launch_bounds__(1024) bias_silu(Biased b) {
     if (b.kind == FLOAT32)
         forward<float>(b);
     else
         forward<unsigned short>(b);
 }
 
-extern "C" __global__ void silu_backward(Given g) {
+extern "C" __global__ void __launch_bounds__(1024) silu_backward(Given g) {
     if (g.kind == FLOAT32)
         backward<float>(g);
     else

@@ -37,9 +37,9 @@ class Halves:
         """Cast them as they are now, and let the network compute with the casts meanwhile."""
         with torch.no_grad():
             torch._foreach_copy_(self._halves, self._wide)
-        for (own, name, _), half in zip(self._places, self._halves, strict=True):
-            own._parameters[name] = half  # type: ignore[assignment]
         try:
+            for (own, name, _), half in zip(self._places, self._halves, strict=True):
+                own._parameters[name] = half  # type: ignore[assignment]
             yield
         finally:
             for own, name, parameter in self._places:

@@ -274,7 +274,8 @@ def record(
     gradients = [torch.zeros_like(p) for p in trained_parameters(state)]
     totals = LossSums(*torch.full((4,), torch.nan, dtype=settings.dtype, device=device))
     knobs = torch.zeros(len(state.optimizer.param_groups) + 2, device=device)
-    plain = not settings.amp or settings.compiled is not None
+    compiled = settings.compiled is not None and settings.compiled.started
+    plain = compiled or not settings.amp
     halves = None if plain else Halves(state.model, settings.amp_dtype)
     networks = {size: _Network(state, settings, size, gradients, halves) for size in sorted(sizes)}
     for size, network in networks.items():

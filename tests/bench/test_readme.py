@@ -146,6 +146,22 @@ def test_of_what_was_measured_again_the_newest_is_in_the_table(readme: Any, resu
     assert len({cells[-1] for cells in lines}) == 3  # hosts
 
 
+def test_rows_that_belong_together_are_of_one_visit(readme: Any, results: Path) -> None:
+    def both(step: float, exact: float | None, time: str) -> None:
+        rows = [Row(name="step, n, fp16", images_per_s=once(step))]
+        if exact is not None:
+            rows.append(Row(name="step, n, deterministic", images_per_s=once(exact)))
+        write_suite(results, rows, time=f"2026-12-01T10:{time}", file=time)
+
+    both(30.0, 20.0, "00")
+    both(44.0, None, "05")
+    lines = gpu_lines(readme, results)
+    assert lines[GOALS["steps"]][0] == "fp16: n 44"
+    assert lines[GOALS["deterministic"]][0] == "n 1.50x"
+    both(44.0, 40.0, "07")
+    assert gpu_lines(readme, results)[GOALS["deterministic"]][0] == "n 1.10x"
+
+
 def test_figures_beside_ultralytics_are_those_of_the_contest(readme: Any, results: Path) -> None:
     same = {"mAP50-95": 0.1, "peak_memory_bytes": GIB}
     ours = {"train_s": [9.0, 2.0], "val_s": [3.0, 0.5], **same}

@@ -15,6 +15,7 @@ from hsrloop.model import yolo
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import forward_eval, forward_train
 from hsrloop.ops import silu
+from hsrloop.ops.nvrtc import counted_launches
 from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train.precision import set_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
@@ -116,7 +117,7 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [False, True])
 def test_gradients_are_as_near_to_the_truth(
-    half: bool, device: str, host: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+    half: bool, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounded elsewhere, each number may differ; by how much in all is the measure.
 
@@ -125,17 +126,21 @@ def test_gradients_are_as_near_to_the_truth(
     if device == "cpu":
         if half:
             pytest.skip("half precision is a GPU's")
+        host: dict[str, HostKernel] = request.getfixturevalue("host")
         monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
     else:
         set_kernels(torch.device("cuda", 0), deterministic=True)
+        assert silu.silu_kernels(torch.device("cuda", 0)) is not None
     try:
-        plain, lean = both(monkeypatch, device=device, half=half)
+        with counted_launches() as launches:
+            plain, lean = both(monkeypatch, device=device, half=half)
         exact = network(device).double()
         truth = passed(exact, device, half=False)
     finally:
         if device == "cuda":
             set_kernels(torch.device("cuda", 0), deterministic=False)
-    assert device == "cuda" or host["silu_backward"].calls == 57
+    calls = host["silu_backward"].calls if device == "cpu" else launches["silu_backward"]
+    assert calls == 57
     assert all(map(torch.equal, plain[:2], lean[:2]))
     own, other = errors(lean, truth), errors(plain, truth)
     assert own.median() <= 1.2 * other.median() and own.max() <= 1.5 * other.max()
