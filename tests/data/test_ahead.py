@@ -70,7 +70,7 @@ class _Gpu:
         self.current: dict[str, str] = {}
         self.streams = 0
 
-    def Stream(self, device: torch.device, priority: int) -> Any:
+    def Stream(self, device: torch.device) -> Any:
         self.streams += 1
         return SimpleNamespace(
             name="side",
