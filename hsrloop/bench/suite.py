@@ -39,12 +39,12 @@ FEW_CORES = 2  # as a laptop that somebody lent may have
 EXACT_STEPS = 4
 TIGHT = replace(tier_named("medium"), name="too small a card", from_gib=2)  # must step down
 
-# About how long parts take, in seconds: those of tiers and recovery were measured on an H200, the
-# others are guesses.
+# About how long parts take, in seconds: of l, x and compiled steps these are guesses, the others
+# were measured on an H200.
 SCALE_S = 18.0
 COMPILED_S = 90.0
 MOST_TIMES = 6.0  # what a pair is expected to take may one training last: a slow card is slower
-AGAINST_S = {"n": 40.0, "s": 40.0, "m": 40.0, "l": 45.0, "x": 45.0}
+AGAINST_S = {"n": 60.0, "s": 60.0, "m": 65.0, "l": 75.0, "x": 85.0}
 TIER_S = {"low": 10.0, "medium": 10.0, "high": 12.0, "workstation": 15.0, "cpu": 15.0}
 
 
