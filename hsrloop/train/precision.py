@@ -25,7 +25,7 @@ PROBE_SCALE = 1024.0  # of the probe's loss: unscaled, fp16 gradients would vani
 
 
 def set_kernels(device: torch.device, *, deterministic: bool) -> None:
-    """Choose cuDNN autotuning (shapes are static) or deterministic kernels.
+    """Choose cuDNN autotuning (shapes are static) or deterministic kernels, and few threads beside.
 
     TF32 serves convolutions only: decoding boxes is a matrix product that needs float32.
     """
@@ -38,6 +38,8 @@ def set_kernels(device: torch.device, *, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.cuda.set_device(device)
+    # Little is left to the host, and a second thread waits busily for more of it; see `threads`.
+    torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False  # as by default, but not in every container
 

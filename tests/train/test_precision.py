@@ -17,7 +17,7 @@ from hsrloop.model.yolo import forward_train
 from hsrloop.records import DeviceInfo
 from hsrloop.train import precision
 from hsrloop.train.build import build_state
-from hsrloop.train.precision import autocast_dtype, fp16_is_sound
+from hsrloop.train.precision import autocast_dtype, fp16_is_sound, set_kernels
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction, train_step
 from tests.train.test_step import assert_same, make_batches, step_settings, weights_of
@@ -183,3 +183,17 @@ def test_the_type_of_mixed_precision() -> None:
     assert chosen(card(), device="cpu") is None
     with pytest.raises(DeviceError, match="Card has no hardware for it .* Use --amp-dtype fp16"):
         chosen(card(), amp_dtype="bf16")
+
+
+def test_beside_a_gpu_the_host_computes_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, threads = torch.backends.cudnn, list[int]()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    try:
+        with cudnn.flags(enabled=True):
+            set_kernels(CPU, deterministic=False)
+            assert not threads
+            set_kernels(torch.device("cuda", 0), deterministic=False)
+            assert threads == [1] and cudnn.benchmark
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
