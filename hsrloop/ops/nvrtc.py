@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsrloop.ops.kept_code import kept
+
 _BEFORE = [Path(__file__).with_name(name) for name in ("device.cuh", "numbers.cuh")]  # each source
 _OPTIONS = ("--fmad=false",)  # numbers are rounded as on the CPU
 _EMBEDDED = (53, 62, 72, 87, 101)  # Jetson and Thor: their code runs on nothing else
@@ -30,7 +32,7 @@ _OUT_OF_MEMORY = 2  # of the driver's errors
 Argument = Tensor | int | float | ctypes.Structure | None
 _LOG = logging.getLogger(__name__)
 _COUNTERS: list[Counter[str]] = []  # of `counted_launches`
-_CODE: dict[tuple[str, tuple[int, int]], bytes] = {}  # of `compile_source`
+_CODE: dict[tuple[str, tuple[int, int]], bytes] = {}  # of `compile_source`, by source
 _COMPILING = threading.Lock()
 
 
@@ -141,14 +143,16 @@ def proved_kernels(
 
 
 def compile_source(source: str, capability: tuple[int, int]) -> bytes:
-    """Return machine code for cards of a compute capability, made once a process; needs no card.
+    """Return machine code for cards of a compute capability, made once on a machine; needs no card.
 
     Raises:
         KernelError: NVRTC is not there, or refuses the source.
     """
     with _COMPILING:
         if (source, capability) not in _CODE:
-            _CODE[source, capability] = _compiled(source, capability)
+            made_by = [torch.__version__, str(torch.version.cuda), *_OPTIONS]
+            made_of = [str(capability), _whole(source), *made_by]
+            _CODE[source, capability] = kept(made_of, lambda: _compiled(source, capability))
         return _CODE[source, capability]
 
 
@@ -172,10 +176,14 @@ def compile_ahead(files: Sequence[Path], device: torch.device) -> threading.Thre
     return thread
 
 
+def _whole(source: str) -> str:
+    before = [file.read_text(encoding="utf-8") for file in _BEFORE]
+    return "\n#line 1\n".join([*before, source])
+
+
 def _compiled(source: str, capability: tuple[int, int]) -> bytes:
     nvrtc = _library(tuple(_nvrtc_files()))
-    before = [file.read_text(encoding="utf-8") for file in _BEFORE]
-    text = "\n#line 1\n".join([*before, source])
+    text = _whole(source)
     arguments = [f"--gpu-architecture=sm_{_architecture(nvrtc, capability)}", *_OPTIONS]
     options = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
     program = ctypes.c_void_p()

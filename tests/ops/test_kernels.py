@@ -212,6 +212,7 @@ def test_sources_are_compiled_ahead_and_once(
     files = [tmp_path / name for name in ("first.cu", "broken.cu", "last.cu")]
     for file in files:
         file.write_text(file.stem)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nvrtc, "_compiled", compile_one)
     monkeypatch.setattr(nvrtc, "_CODE", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -224,3 +225,7 @@ def test_sources_are_compiled_ahead_and_once(
     with pytest.raises(KernelError, match="expected a declaration"):
         compile_source("broken", (9, 0))
     assert compile_source("first", (8, 6)) == b"first" and len(compiled) == 4
+    monkeypatch.setattr(nvrtc, "_CODE", {})  # as in the next process
+    assert compile_source("first", (9, 0)) == b"first" and len(compiled) == 4
+    monkeypatch.setattr(nvrtc, "_BEFORE", files[:1])  # what every source is compiled after
+    assert compile_source("first", (8, 6)) == b"first" and len(compiled) == 5
