@@ -55,8 +55,8 @@ def arriving(made: Made[T], device: torch.device) -> Made[T]:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream for all: what its memory pool has freed serves the next epoch again.
 
-    Of low priority, as no other is: torch hands out few streams in turn, and those by priority, so
-    that another's could be the one that a recording is made on.
+    Of low priority, and recordings are made on one of high priority: torch hands out few streams of
+    each priority in turn, so that one could be both.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
