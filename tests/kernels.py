@@ -112,6 +112,7 @@ _FLAGS = (
     *("-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
     *("-pthread", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"),
 )
+_CLEAN_UP_TO = 12  # of g++: newer ones warn of more
 _NUMBERS = ctypes.c_int * 3
 
 
@@ -163,13 +164,20 @@ def host_kernels(
         code += _LAUNCH % {"name": name, "parameters": parameters, "arguments": arguments}
     file, library = folder / f"{source.stem}.cpp", folder / f"{source.stem}.so"
     file.write_text(code)
-    command = [compiler, *_FLAGS, f"-I{source.parent}", str(file), "-o", str(library)]
+    flags = [*_FLAGS, *(["-Werror"] if _version(compiler) <= _CLEAN_UP_TO else [])]
+    command = [compiler, *flags, f"-I{source.parent}", str(file), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded, numbers = ctypes.CDLL(str(library)), together or {}
     return {
         name: HostKernel(loaded[f"launch_{name}"], numbers.get(name, 0))
         for name in kernel_names(text)
     }
+
+
+def _version(compiler: str) -> int:
+    """Its first number."""
+    said = subprocess.run([compiler, "-dumpversion"], check=True, capture_output=True, text=True)
+    return int(said.stdout.split(".")[0])
 
 
 def _as_c(arg: Tensor | int | float | ctypes.Structure | None) -> object:

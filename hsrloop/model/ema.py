@@ -54,7 +54,8 @@ class Ema:
         with named("EMA"):
             current = [theirs.detach() for _, theirs in floats]
             if skipped is None:
-                alike = [theirs.detach().to(ours.dtype) for ours, theirs in floats]
+                kinds = [average.dtype for average in averages]
+                alike = [own.to(kind) for own, kind in zip(current, kinds, strict=True)]
                 torch._foreach_lerp_(averages, alike, float(weight))
             else:
                 self._averager.move(averages, current, weight * ~skipped)

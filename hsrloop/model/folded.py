@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsrloop.model.blocks import blocks_do, is_watched
 from hsrloop.ops.silu import bias_silu, silu_kernels
 
 
@@ -18,30 +19,21 @@ def folded_blocks(module: nn.Module, device: torch.device) -> Iterator[None]:
     if silu_kernels(device) is None:
         yield
         return
-    block: Any = type(next(own for own in module.modules() if type(own).__name__ == "Conv"))
-    before = block.forward
-
-    def forward(own: Any, x: Tensor) -> Tensor:
-        if not _is_folded(own):
-            result: Tensor = before(own, x)
-            return result
-        # With a bias torch adds it in a pass of its own.
-        return bias_silu(own.conv._conv_forward(x, own.conv.weight, None), own.conv.bias)
-
-    block.forward = forward
-    try:
+    with blocks_do(module, _is_folded, _work):
         yield
-    finally:
-        block.forward = before
+
+
+def _work(own: Any, x: Tensor) -> Tensor:
+    # With a bias torch adds it in a pass of its own.
+    return bias_silu(own.conv._conv_forward(x, own.conv.weight, None), own.conv.bias)
 
 
 def _is_folded(block: Any) -> bool:
     """Return whether it is, all of it is understood, and nobody looks on."""
-    inner = (block.conv, block.bn, block.act)
     return (
         type(block.bn) is nn.Identity
         and type(block.act) is nn.SiLU
         and type(block.conv) is nn.Conv2d
         and block.conv.bias is not None
-        and not any(own._forward_hooks or own._forward_pre_hooks for own in inner)
+        and not is_watched(block.conv, block.bn, block.act)
     )

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hsrloop.model.blocks import blocks_do, is_watched
 from hsrloop.ops.silu import Normed, silu_backward
 
 _aten = torch.ops.aten
@@ -26,23 +27,14 @@ _aten = torch.ops.aten
 @contextmanager
 def lean_blocks(module: nn.Module) -> Iterator[None]:
     """Let the blocks of an Ultralytics network keep less meanwhile; elsewhere they do as ever."""
-    block: Any = type(next(own for own in module.modules() if type(own).__name__ == "Conv"))
-    before = block.forward
     counters: list[Tensor] = []
 
-    def forward(own: Any, x: Tensor) -> Tensor:
-        norm = own.bn
-        if not _spares(norm, own.act):
-            result: Tensor = before(own, x)
-            return result
-        counters.append(norm.num_batches_tracked)
-        return _norm_and_silu(own.conv(x), norm)
+    def work(own: Any, x: Tensor) -> Tensor:
+        counters.append(own.bn.num_batches_tracked)
+        return _norm_and_silu(own.conv(x), own.bn)
 
-    block.forward = forward
-    try:
+    with blocks_do(module, lambda own: _spares(own.bn, own.act), work):
         yield
-    finally:
-        block.forward = before
     if counters:
         torch._foreach_add_(counters, 1)  # each block comes once
 
@@ -56,7 +48,7 @@ def _spares(norm: nn.Module, act: nn.Module) -> bool:
         and norm.track_running_stats
         and norm.affine
         and norm.momentum is not None
-        and not any(own._forward_hooks or own._forward_pre_hooks for own in (norm, act))
+        and not is_watched(norm, act)
     )
 
 

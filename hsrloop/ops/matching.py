@@ -17,6 +17,7 @@ from torch import Tensor
 from hsrloop.ops.boxes import iou_matrix
 from hsrloop.ops.nms import Found
 from hsrloop.ops.nvrtc import Kernel, Kernels, proved_kernels
+from hsrloop.ops.targets import places_within
 
 IOUS = torch.linspace(0.5, 0.95, 10).numpy()
 """Thresholds of a match: 0.5, 0.55, ... 0.95 (float32, as the peer has them)."""
@@ -131,13 +132,11 @@ def match_all(
 
 def _apart(boxes: Tensor, labels: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Return (B, M, 4) boxes and (B, M) labels of each image; 0 and no class where padded."""
-    images, most = len(counts), int(counts.max())
-    image = torch.from_numpy(np.repeat(np.arange(images), counts))
-    place = torch.arange(len(labels)) - torch.from_numpy(
-        np.repeat(counts.cumsum() - counts, counts)
-    )
-    truth = boxes.new_zeros((images, most, 4))
-    classes = labels.new_full((images, most), _NO_CLASS)
+    count = torch.from_numpy(counts)
+    image = torch.repeat_interleave(count)
+    place = places_within(image, count)
+    shape = (len(counts), int(counts.max()))
+    truth, classes = boxes.new_zeros((*shape, 4)), labels.new_full(shape, _NO_CLASS)
     truth[image, place], classes[image, place] = boxes, labels
     return truth, classes
 

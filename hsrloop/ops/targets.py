@@ -105,7 +105,7 @@ def pad_targets(
     image = image_index.long()
     count = torch.bincount(image, minlength=images)
     width = max(int(count.max()) if len(image) else 0, places)
-    place = torch.arange(len(image)) - (count.cumsum(0) - count)[image]
+    place = places_within(image, count)
     rows = image * width + place
     flat = cxcywh_to_xyxy(boxes_cxcywh.float() * imgsz)
     boxes = torch.zeros(4, images * width).index_copy_(1, rows, flat.t())
@@ -117,6 +117,16 @@ def pad_targets(
         enlarged = _enlarged(flat, strides).numpy()
         found = _segments(enlarged, (rows, image, labels.long()), shapes, strides)
     return PaddedTargets(table, classes.view(images, width), shapes, found)
+
+
+def places_within(image: Tensor, count: Tensor) -> Tensor:
+    """Return (N,) how many boxes of its image come before each: boxes lie image by image.
+
+    Args:
+        image: (N,) int64 of each box, rising.
+        count: (B,) boxes of each image.
+    """
+    return torch.arange(len(image)) - (count.cumsum(0) - count)[image]
 
 
 def smallest_side(strides: Sequence[int]) -> int:

@@ -68,7 +68,8 @@ class Guard:
         self.due: str | None = None  # why the run must go back before anything else
         self._good = Snapshot()
         self._good_at: Position | None = None  # None: nothing is remembered
-        self._seen = torch.zeros((self.lag + 1, 6), dtype=torch.float64, pin_memory=cuda)
+        sums = state.loss_sums
+        self._seen = torch.zeros((self.lag + 1, *sums.shape), dtype=sums.dtype, pin_memory=cuda)
         self._events = [_event() if cuda else None for _ in self._seen]
         self._steps = self._begun = 0  # steps taken, and those before `begin`
 

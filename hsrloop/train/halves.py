@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+_NAMES = ("weight", "bias")  # of a convolution's parameters
+
 
 class Halves:
     """Casts of what autocast would cast: weights and biases of convolutions.
@@ -58,6 +60,3 @@ class Halves:
         torch._foreach_copy_(wide, narrow)
         rest = iter(wide)
         return [own if own.dtype is other.dtype else next(rest) for own, other in pairs]
-
-
-_NAMES = ("weight", "bias")
