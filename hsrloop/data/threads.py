@@ -1,13 +1,15 @@
-"""Do something to many files in threads, and stop at once when nobody waits for it any more."""
+"""Do something to many things in threads, and stop at once when nobody waits for it any more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Mapping = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def in_threads(
@@ -20,11 +22,24 @@ def in_threads(
     Args:
         threads: 1, or less, is the caller's own.
     """
+    with team(threads) as mapped:
+        yield from mapped(work, items)
+
+
+@contextmanager
+def team(threads: int) -> Iterator[Mapping]:
+    """Yield a `map` whose work is shared by as many threads, the same ones each time.
+
+    What they have not begun at the end is never begun.
+
+    Args:
+        threads: 1, or less, is the caller's own.
+    """
     if threads <= 1:
-        yield from map(work, items)
+        yield map
         return
     pool = ThreadPoolExecutor(threads)
     try:
-        yield from pool.map(work, items)
+        yield pool.map
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from hsrloop.data.ahead import ahead, arriving
 from hsrloop.data.loader import empty_images
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
 from hsrloop.data.sets.dataset import ImageRef
-from hsrloop.data.threads import in_threads
+from hsrloop.data.threads import Mapping, team
 
 _HOST = torch.device("cpu")
 
@@ -64,7 +64,13 @@ class ValLoader:
         self._store = store
         self._device = device
         self._prefetch = prefetch
-        self._threads = threads
+        self._threads = max(1, threads)
+        sizes = [stored_size(ref.height, ref.width, store.imgsz) for ref in refs]
+        self._frames = [_frame(r, size, store.imgsz) for r, size in zip(refs, sizes, strict=True)]
+        self._boxes = [
+            _letterboxed(ref.boxes_cxcywh, size, frame[2:])
+            for ref, size, frame in zip(refs, sizes, self._frames, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -87,32 +93,35 @@ class ValLoader:
 
     def of(self, indices: Sequence[int]) -> Iterator[ValBatch]:
         """Iterate over some places in the split, in batches, in the order given."""
-        starts = range(0, len(indices), self.batch)
-        made = (self._make(indices[start : start + self.batch]) for start in starts)
+        made = self._made(indices)
         if self._device.type == "cuda":
             sent = arriving(((batch.images, batch) for batch in made), self._device)
             return (replace(batch, images=images) for images, batch in sent)
         return ahead(made) if self._prefetch and len(indices) else made
 
-    def _make(self, indices: Sequence[int]) -> ValBatch:
-        side = self._store.imgsz
-        images = empty_images(len(indices), side, pinned=self._device.type == "cuda")
-        frames = np.array([_frame(self._refs[i], side) for i in indices])
+    def _made(self, indices: Sequence[int]) -> Generator[ValBatch, None, None]:
+        with team(self._threads) as mapped:
+            for start in range(0, len(indices), self.batch):
+                yield self._make(indices[start : start + self.batch], mapped)
 
-        def lay(place: int) -> np.ndarray:
-            index, (_, _, left, top) = indices[place], frames[place]
-            pixels = self._store[index]
-            height, width = pixels.shape[:2]
-            _lay(images.numpy()[place], pixels, int(left), int(top))
-            return _letterboxed(self._refs[index].boxes_cxcywh, (width, height), (left, top))
+    def _make(self, indices: Sequence[int], mapped: Mapping) -> ValBatch:
+        count = len(indices)
+        images = empty_images(count, self._store.imgsz, pinned=self._device.type == "cuda")
+        frames = np.array([self._frames[i] for i in indices])
+        pixels = images.numpy()
 
-        boxes = list(in_threads(lay, range(len(indices)), threads=self._threads))
+        def lay(first: int) -> None:
+            for place in range(first, count, self._threads):
+                _, _, left, top = self._frames[indices[place]]
+                _lay(pixels[place], self._store[indices[place]], left, top)
+
+        list(mapped(lay, range(min(self._threads, count))))
         counts = [len(self._refs[i].labels) for i in indices]
         return ValBatch(
             images=images.permute(0, 3, 1, 2),
-            boxes_xyxy_px=torch.from_numpy(np.concatenate(boxes)),
+            boxes_xyxy_px=torch.from_numpy(np.concatenate([self._boxes[i] for i in indices])),
             labels=torch.from_numpy(np.concatenate([self._refs[i].labels for i in indices])),
-            image_index=torch.from_numpy(np.repeat(np.arange(len(indices)), counts)),
+            image_index=torch.from_numpy(np.repeat(np.arange(count), counts)),
             indices=torch.tensor(list(indices)),
             gains=torch.from_numpy(frames[:, :2].astype(np.float32)),
             pads=torch.from_numpy(frames[:, 2:].astype(np.float32)),
@@ -122,12 +131,12 @@ class ValLoader:
         """Release nothing: an iterator ends its own thread."""
 
 
-def _frame(ref: ImageRef, side: int) -> tuple[float, float, float, float]:
-    """Return gain x, gain y, left and top of an image as stored, in a square.
+def _frame(ref: ImageRef, stored: tuple[int, int], side: int) -> tuple[float, float, int, int]:
+    """Return gain x, gain y, left and top of an image, stored as (height, width), in a square.
 
     Halves of a pixel go to the right and bottom. Source: ultralytics@8.4.190, LetterBox.get_params.
     """
-    height, width = stored_size(ref.height, ref.width, side)
+    height, width = stored
     left, top = round((side - width) / 2 - 0.1), round((side - height) / 2 - 0.1)
     return width / ref.width, height / ref.height, left, top
 
@@ -142,10 +151,10 @@ def _lay(image: np.ndarray, pixels: np.ndarray, left: int, top: int) -> None:
 
 
 def _letterboxed(
-    boxes_cxcywh: np.ndarray, size: tuple[int, int], pad: tuple[float, float]
+    boxes_cxcywh: np.ndarray, stored: tuple[int, int], pad: tuple[int, int]
 ) -> np.ndarray:
-    """Return (n, 4) xyxy px float32 of boxes in an image of `size` (w, h) put at `pad` (x, y)."""
-    scale, shift = np.array(size, np.float32), np.array(pad, np.float32)
+    """Return (n, 4) xyxy px float32 of boxes in an image of (height, width) put at (left, top)."""
+    scale, shift = np.array(stored[::-1], np.float32), np.array(pad, np.float32)
     centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
     low, high = (centre - half) * scale + shift, (centre + half) * scale + shift
     return np.concatenate((low, high), axis=1).astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,26 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made = Bench(tmp_path)
     with made.saver:
         yield made
+
+
+def test_the_writer_hands_the_interpreter_over_quickly_while_it_writes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickling holds it; each kernel of a step that is started meanwhile would wait 5 ms for it."""
+    usual, seen, write = sys.getswitchinterval(), [], checkpoint.write
+
+    def watched(path: Path, *args: Any, **kwargs: Any) -> None:
+        seen.append(sys.getswitchinterval())
+        if path.name == LAST:
+            raise OutputError("the disk is full.")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write", watched)
+    bench.epoch("best.pt", LAST)
+    bench.settle()
+    assert seen == [pytest.approx(saver.HANDOVER_S)] * 2
+    assert saver.HANDOVER_S < usual
+    assert sys.getswitchinterval() == usual
 
 
 def test_files_hold_the_state_as_it_was_when_they_were_due(bench: Bench) -> None:

@@ -74,7 +74,8 @@ def test_memory_is_allocated_once() -> None:
     ids=["channels_last", "transposed", "gaps", "scalar", "bfloat16", "empty", "integers"],
 )
 def test_any_layout_and_type_is_copied_bit_by_bit(tensor: torch.Tensor) -> None:
-    held = copy_into(torch.empty_like(tensor), tensor)
+    held = torch.empty_like(tensor)
+    copy_into([held], [tensor])
     assert torch.equal(held, tensor) and held.dtype == tensor.dtype
 
 
