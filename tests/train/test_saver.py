@@ -116,7 +116,7 @@ def test_the_writer_hands_the_interpreter_over_quickly_while_it_writes(
     bench.epoch("best.pt", LAST)
     bench.settle()
     assert seen == [pytest.approx(saver.HANDOVER_S)] * 2
-    assert saver.HANDOVER_S < usual
+    assert usual > saver.HANDOVER_S
     assert sys.getswitchinterval() == usual
 
 
