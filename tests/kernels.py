@@ -40,21 +40,26 @@ _HOST = r"""
 #define WARP %(warp)d
 typedef unsigned long long Key;
 struct Place { int x, y, z; };
-static Place blockIdx, blockDim;
+static Place blockIdx, blockDim, gridDim;
 static thread_local Place threadIdx;
-static std::barrier<> *gate;
-static std::deque<std::barrier<>> gates;  // of warps
+static std::barrier<> *door;
+static std::deque<std::barrier<>> doors;  // of warps
 static std::vector<Key> offered;  // by thread
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static
-static inline void __syncthreads() { if (gate) gate->arrive_and_wait(); }
+static inline void __syncthreads() { if (door) door->arrive_and_wait(); }
 template <typename Number> static void atomicMax(Number *at, Number value) {
     Number old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (old < value && !__atomic_compare_exchange_n(
                at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
+template <typename Number> static Number atomicAdd(Number *at, Number value) {
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+#define __ldcg(at) (*(at))
 static inline float from_half(unsigned short bits) {
     _Float16 number;
     __builtin_memcpy(&number, &bits, 2);
@@ -70,24 +75,25 @@ static Key greatest_in_warp(Key key) {
     if (WARP == 1) return key;
     const int thread = threadIdx.x, warp = thread / WARP;
     offered[thread] = key;
-    gates[warp].arrive_and_wait();
+    doors[warp].arrive_and_wait();
     const auto first = offered.begin() + warp * WARP;
     key = *std::max_element(first, first + WARP);
-    gates[warp].arrive_and_wait();
+    doors[warp].arrive_and_wait();
     return key;
 }
 template <typename Work>
 static void start(const int *grid, const int *block, bool together, Work work) {
     blockDim = {block[0], block[1], block[2]};
+    gridDim = {grid[0], grid[1], grid[2]};
     for (int z = 0; z < grid[2]; z++)
         for (int y = 0; y < grid[1]; y++)
             for (int x = 0; x < grid[0]; x++) {
                 blockIdx = {x, y, z};
                 std::barrier<> waiting(block[0] * block[1] * block[2]);
-                gate = together ? &waiting : nullptr;
+                door = together ? &waiting : nullptr;
                 offered.assign(block[0], 0);
-                gates.clear();
-                for (int x = 0; x < block[0]; x += WARP) gates.emplace_back(WARP);
+                doors.clear();
+                for (int x = 0; x < block[0]; x += WARP) doors.emplace_back(WARP);
                 std::vector<std::thread> threads;
                 for (int c = 0; c < block[2]; c++)
                     for (int b = 0; b < block[1]; b++)
@@ -120,10 +126,11 @@ class HostKernel:
     """Called like `nvrtc.Kernel`, on the CPU.
 
     Args:
-        threads: of a block, that run together; 0: as the caller says, one after the other.
+        threads: of a block, that run together; 0: as the caller says, one after the other; None: as
+            the caller says, together.
     """
 
-    def __init__(self, launch: ctypes._NamedFuncPointer, threads: int) -> None:
+    def __init__(self, launch: ctypes._NamedFuncPointer, threads: int | None) -> None:
         self._launch, self._threads = launch, threads
         self.calls = 0
 
@@ -137,17 +144,18 @@ class HostKernel:
         assert device.type == "cpu"
         self.calls += 1
         size = (self._threads, 1, 1) if self._threads else tuple(block)
-        together = self._threads > 1
+        together = self._threads is None or self._threads > 1
         self._launch(_NUMBERS(*grid), _NUMBERS(*size), together, *map(_as_c, args))
 
 
 def host_kernels(
-    source: Path, folder: Path, *, together: dict[str, int] | None = None, warp: int = 1
+    source: Path, folder: Path, *, together: dict[str, int | None] | None = None, warp: int = 1
 ) -> dict[str, HostKernel]:
     """Compile a .cu file.
 
     Args:
-        together: how many threads a block of a kernel has whose threads wait for each other.
+        together: how many threads a block of a kernel has whose threads wait for each other; None:
+            as many as the caller says.
         warp: threads of one; where it is more than one, kernels in which they ask each other have
             to be among those.
     """

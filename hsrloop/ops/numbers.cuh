@@ -33,3 +33,41 @@ static __device__ void store(void *numbers, long long i, int kind, float number)
     else
         ((unsigned short *)numbers)[i] = narrow(number, kind);
 }
+
+// A few numbers that lie side by side, read and written in one piece.
+#define WIDTH 4
+template <typename Number> struct alignas(WIDTH * sizeof(Number)) Few {
+    Number n[WIDTH];
+};
+
+template <typename Number> static __device__ const Few<Number> &few(const void *from, long long at) {
+    return *(const Few<Number> *)((const Number *)from + at);
+}
+
+template <typename Number> static __device__ Few<Number> &few(void *from, long long at) {
+    return *(Few<Number> *)((Number *)from + at);
+}
+
+// One of them, of a kind that is known when this is compiled.
+template <int KIND> static __device__ float read(float number) { return number; }
+
+template <int KIND> static __device__ float read(unsigned short bits) { return wide(bits, KIND); }
+
+template <int KIND> static __device__ void write(float *to, float number) { *to = number; }
+
+template <int KIND> static __device__ void write(unsigned short *to, float number) {
+    *to = narrow(number, KIND);
+}
+
+template <int KIND> struct NumberOf {
+    typedef unsigned short Type;
+};
+
+template <> struct NumberOf<FLOAT32> {
+    typedef float Type;
+};
+
+// 1 / (1 + exp(-y)), or y times that; quick where the result is rounded to a short kind.
+template <int KIND> static __device__ float gate(float y, float numerator) {
+    return KIND == FLOAT32 ? numerator / (1.0f + expf(-y)) : __fdividef(numerator, 1.0f + __expf(-y));
+}

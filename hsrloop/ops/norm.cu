@@ -1,0 +1,348 @@
+// BatchNorm of a batch and SiLU, forth and back. Each is two passes over memory: one gathers two
+// numbers a channel, the next writes. What BatchNorm itself returns is never written: backward it
+// is computed again, and rounded again as forward.
+//
+// P pixels of all images, C channels, a multiple of WIDTH; channels of a pixel lie side by side. A
+// block takes `across` threads for as many WIDTH channels, blockIdx.y says which, and as many rows
+// of pixels at a time as it has threads for. Sums are added in an order that only the sizes decide.
+
+#define THREADS 256  // of a block, at most
+#define TOGETHER 4   // blocks that a multiprocessor has room for
+
+struct Given {
+    const void *x;     // (P, C) BatchNorm's input, of `kind`
+    const void *grad;  // (P, C) by SiLU's output; pixels are `pitch` numbers apart
+    void *out;         // (P, C) what SiLU returns, or the gradient by x
+    const float *weight, *bias;           // (C)
+    float *mean, *invstd;                 // (C) of the batch
+    float *running_mean, *running_var;    // (C)
+    float *by_bias, *by_weight;           // (C) gradients
+    float *partial;                       // (gridDim.x, 3, C)
+    int *arrived;                         // (gridDim.y) zeros, and zeros again afterwards
+    int pixels, channels, pitch, kind, across;
+    float eps, momentum;
+};
+
+static __device__ Few<float> fresh(const float *from) {  // written by other blocks
+    Few<float> found;
+    for (int i = 0; i < WIDTH; i++)
+        found.n[i] = __ldcg(from + i);
+    return found;
+}
+
+// So many pixels of a thread are read before it works on any.
+template <int KIND> static __device__ constexpr int depth() { return KIND == FLOAT32 ? 2 : 4; }
+
+// Which pixels and channels are a thread's.
+struct Share {
+    int channel, row, rows, deep;
+    bool used;
+
+    __device__ Share(const Given &g, int deep) : deep(deep) {
+        channel = WIDTH * (blockIdx.y * g.across + threadIdx.x % g.across);
+        row = threadIdx.x / g.across;
+        rows = blockDim.x / g.across;
+        used = channel < g.channels;
+    }
+
+    __device__ int first() const { return blockIdx.x * rows * deep + row; }
+
+    __device__ int step() const { return gridDim.x * rows * deep; }
+};
+
+// Of some pixels: how many, and two numbers for each of WIDTH channels.
+struct Totals {
+    float count, a[WIDTH], b[WIDTH];
+};
+
+// Means and sums of squares around them.
+struct Moments {
+    static __device__ void add(Totals &t, const Totals &more) {
+        if (more.count == 0)
+            return;
+        const float count = t.count + more.count, share = more.count / count;
+        for (int i = 0; i < WIDTH; i++) {
+            const float apart = more.a[i] - t.a[i];
+            t.a[i] += apart * share;
+            t.b[i] += more.b[i] + apart * apart * share * t.count;
+        }
+        t.count = count;
+    }
+};
+
+struct Sums {
+    static __device__ void add(Totals &t, const Totals &more) {
+        for (int i = 0; i < WIDTH; i++) {
+            t.a[i] += more.a[i];
+            t.b[i] += more.b[i];
+        }
+    }
+};
+
+// The totals of all rows of a block, in its first.
+template <typename How>
+static __device__ void add_rows(Totals *all, Totals &own, int row, int rows, int across) {
+    int apart = 1;
+    while (2 * apart < rows)
+        apart *= 2;
+    all[threadIdx.x] = own;
+    for (; apart; apart /= 2) {
+        __syncthreads();
+        if (row < apart && row + apart < rows) {
+            How::add(own, all[threadIdx.x + apart * across]);
+            all[threadIdx.x] = own;
+        }
+    }
+    __syncthreads();
+}
+
+// The totals of all blocks, in the first row of the one that is done last; true for those threads.
+template <typename How>
+static __device__ bool gathered(Totals &own, const Share &s, const Given &g) {
+    __shared__ Totals all[THREADS];
+    __shared__ bool last;
+    add_rows<How>(all, own, s.row, s.rows, g.across);
+    if (s.row == 0 && s.used) {
+        float *to = g.partial + 3LL * blockIdx.x * g.channels + s.channel;
+        Few<float> count, a, b;
+        for (int i = 0; i < WIDTH; i++) {
+            count.n[i] = own.count;
+            a.n[i] = own.a[i];
+            b.n[i] = own.b[i];
+        }
+        few<float>(to, 0) = count;
+        few<float>(to, g.channels) = a;
+        few<float>(to, 2 * g.channels) = b;
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        last = atomicAdd(g.arrived + blockIdx.y, 1) == (int)gridDim.x - 1;
+    __syncthreads();
+    if (!last)
+        return false;
+    __threadfence();
+    own = {};
+    if (s.used) {
+#pragma unroll 4
+        for (int block = s.row; block < (int)gridDim.x; block += s.rows) {
+            const float *from = g.partial + 3LL * block * g.channels + s.channel;
+            const Few<float> a = fresh(from + g.channels), b = fresh(from + 2 * g.channels);
+            Totals more = {__ldcg(from), {}, {}};
+            for (int i = 0; i < WIDTH; i++) {
+                more.a[i] = a.n[i];
+                more.b[i] = b.n[i];
+            }
+            How::add(own, more);
+        }
+    }
+    add_rows<How>(all, own, s.row, s.rows, g.across);
+    if (threadIdx.x == 0)
+        g.arrived[blockIdx.y] = 0;
+    return s.row == 0 && s.used;
+}
+
+template <int KIND> static __device__ void find_moments(const Given &g) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int deep = depth<KIND>();
+    const Share s(g, deep);
+    Totals own = {};
+    Few<float> usual = {};  // a first pixel: numbers around it are small
+    if (s.used && s.first() < g.pixels) {
+        const Few<Number> x = few<Number>(g.x, (long long)s.first() * g.channels + s.channel);
+        for (int i = 0; i < WIDTH; i++)
+            usual.n[i] = read<KIND>(x.n[i]);
+    }
+    for (int pixel = s.first(); s.used && pixel < g.pixels; pixel += s.step()) {
+        Few<Number> x[deep];
+#pragma unroll
+        for (int k = 0; k < deep; k++)
+            if (pixel + k * s.rows < g.pixels)
+                x[k] = few<Number>(g.x, (long long)(pixel + k * s.rows) * g.channels + s.channel);
+#pragma unroll
+        for (int k = 0; k < deep; k++) {
+            if (pixel + k * s.rows >= g.pixels)
+                break;
+            own.count += 1;
+            for (int i = 0; i < WIDTH; i++) {
+                const float away = read<KIND>(x[k].n[i]) - usual.n[i];
+                own.a[i] += away;
+                own.b[i] = fmaf(away, away, own.b[i]);
+            }
+        }
+    }
+    for (int i = 0; i < WIDTH && own.count; i++) {
+        const float away = own.a[i] / own.count;
+        own.b[i] -= own.a[i] * away;
+        own.a[i] = usual.n[i] + away;
+    }
+    if (!gathered<Moments>(own, s, g))
+        return;
+    for (int i = 0; i < WIDTH; i++) {
+        const int c = s.channel + i;
+        const float squares = own.b[i] < 0 ? 0 : own.b[i], keep = 1 - g.momentum;
+        g.mean[c] = own.a[i];
+        g.invstd[c] = 1 / sqrtf(squares / g.pixels + g.eps);
+        g.running_mean[c] = g.running_mean[c] * keep + own.a[i] * g.momentum;
+        g.running_var[c] = g.running_var[c] * keep + squares / (g.pixels - 1) * g.momentum;
+    }
+}
+
+// What BatchNorm does with a thread's channels.
+template <int KIND> struct Norm {
+    typedef typename NumberOf<KIND>::Type Number;
+    Few<float> mean, invstd, weight, bias;
+
+    __device__ Norm(const Given &g, int channel)
+        : mean(few<float>(g.mean, channel)), invstd(few<float>(g.invstd, channel)),
+          weight(few<float>(g.weight, channel)), bias(few<float>(g.bias, channel)) {}
+
+    __device__ float hat(Number x, int i) const {
+        return (read<KIND>(x) - mean.n[i]) * invstd.n[i];
+    }
+
+    // As it is returned: rounded.
+    __device__ float output(float hat, int i) const {
+        Number rounded;
+        write<KIND>(&rounded, fmaf(hat, weight.n[i], bias.n[i]));
+        return read<KIND>(rounded);
+    }
+
+    // The gradient by it.
+    __device__ float slope(float hat, Number grad, int i) const {
+        const float y = output(hat, i), s = gate<KIND>(y, 1.0f);
+        return read<KIND>(grad) * (s * (1.0f + y * (1.0f - s)));
+    }
+};
+
+template <int KIND> static __device__ void forward(const Given &g) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int deep = depth<KIND>();
+    const Share s(g, deep);
+    if (!s.used)
+        return;
+    const Norm<KIND> norm(g, s.channel);
+    for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
+        Few<Number> x[deep];
+#pragma unroll
+        for (int k = 0; k < deep; k++)
+            if (pixel + k * s.rows < g.pixels)
+                x[k] = few<Number>(g.x, (long long)(pixel + k * s.rows) * g.channels + s.channel);
+#pragma unroll
+        for (int k = 0; k < deep; k++) {
+            if (pixel + k * s.rows >= g.pixels)
+                break;
+            for (int i = 0; i < WIDTH; i++) {
+                const float y = norm.output(norm.hat(x[k].n[i], i), i);
+                write<KIND>(&x[k].n[i], gate<KIND>(y, y));
+            }
+            few<Number>(g.out, (long long)(pixel + k * s.rows) * g.channels + s.channel) = x[k];
+        }
+    }
+}
+
+// Calls work(at, x, grad) with each of a thread's pixels.
+template <int KIND, typename Work>
+static __device__ void for_both(const Given &g, const Share &s, Work work) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int deep = depth<KIND>();
+    for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
+        Few<Number> x[deep], grad[deep];
+#pragma unroll
+        for (int k = 0; k < deep; k++) {
+            const long long at = pixel + k * s.rows;
+            if (at < g.pixels) {
+                x[k] = few<Number>(g.x, at * g.channels + s.channel);
+                grad[k] = few<Number>(g.grad, at * g.pitch + s.channel);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < deep; k++)
+            if (pixel + k * s.rows < g.pixels)
+                work(pixel + k * s.rows, x[k], grad[k]);
+    }
+}
+
+template <int KIND> static __device__ void find_sums(const Given &g) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int deep = depth<KIND>();
+    const Share s(g, deep);
+    Totals own = {};
+    if (s.used) {
+        const Norm<KIND> norm(g, s.channel);
+        for_both<KIND>(g, s, [&](int, const Few<Number> &x, const Few<Number> &grad) {
+            for (int i = 0; i < WIDTH; i++) {
+                const float hat = norm.hat(x.n[i], i), slope = norm.slope(hat, grad.n[i], i);
+                own.a[i] += slope;
+                own.b[i] = fmaf(slope, hat, own.b[i]);
+            }
+        });
+    }
+    if (!gathered<Sums>(own, s, g))
+        return;
+    for (int i = 0; i < WIDTH; i++) {
+        g.by_bias[s.channel + i] = own.a[i];
+        g.by_weight[s.channel + i] = own.b[i];
+    }
+}
+
+template <int KIND> static __device__ void backward(const Given &g) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int deep = depth<KIND>();
+    const Share s(g, deep);
+    if (!s.used)
+        return;
+    const Norm<KIND> norm(g, s.channel);
+    Few<float> mean = few<float>(g.by_bias, s.channel), along = few<float>(g.by_weight, s.channel);
+    for (int i = 0; i < WIDTH; i++) {
+        mean.n[i] /= g.pixels;
+        along.n[i] /= g.pixels;
+    }
+    for_both<KIND>(g, s, [&](int at, const Few<Number> &x, const Few<Number> &grad) {
+        Few<Number> out;
+        for (int i = 0; i < WIDTH; i++) {
+            const float hat = norm.hat(x.n[i], i), slope = norm.slope(hat, grad.n[i], i);
+            const float rest = fmaf(-hat, along.n[i], slope - mean.n[i]);
+            write<KIND>(&out.n[i], norm.weight.n[i] * norm.invstd.n[i] * rest);
+        }
+        few<Number>(g.out, (long long)at * g.channels + s.channel) = out;
+    });
+}
+
+// Writes mean and invstd, moves running_mean and running_var.
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) moments(Given g) {
+    if (g.kind == FLOAT32)
+        find_moments<FLOAT32>(g);
+    else if (g.kind == FLOAT16)
+        find_moments<FLOAT16>(g);
+    else
+        find_moments<BFLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_silu(Given g) {
+    if (g.kind == FLOAT32)
+        forward<FLOAT32>(g);
+    else if (g.kind == FLOAT16)
+        forward<FLOAT16>(g);
+    else
+        forward<BFLOAT16>(g);
+}
+
+// Writes by_bias and by_weight.
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) gradient_sums(Given g) {
+    if (g.kind == FLOAT32)
+        find_sums<FLOAT32>(g);
+    else if (g.kind == FLOAT16)
+        find_sums<FLOAT16>(g);
+    else
+        find_sums<BFLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_silu_backward(Given g) {
+    if (g.kind == FLOAT32)
+        backward<FLOAT32>(g);
+    else if (g.kind == FLOAT16)
+        backward<FLOAT16>(g);
+    else
+        backward<BFLOAT16>(g);
+}

@@ -1,0 +1,233 @@
+"""BatchNorm of a batch together with SiLU, forth and back, on CUDA: `norm.cu`.
+
+Forth, torch's operators pass over memory five times and more: statistics, BatchNorm's output,
+SiLU's. Here it is three times, and back five in place of eight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hsrloop.ops.nvrtc import Kernels, proved_kernels
+from hsrloop.ops.silu import KINDS, WIDTH, aligned, takes
+
+SOURCE = Path(__file__).with_name("norm.cu")
+
+# As in `norm.cu`.
+_DEEP = 4
+_THREADS = 256
+
+_ACROSS = 16  # threads side by side, at most: 64 channels of half precision fill a line of cache
+_BLOCKS = 1024  # at most: the last one adds up what all found
+_TILES = 64  # at most; so many blocks lie side by side
+_MOST_CHANNELS = _TILES * _ACROSS * WIDTH
+_READ = ("x", "grad", "out", "weight", "bias", "mean", "invstd")
+_WRITTEN = ("running_mean", "running_var", "by_bias", "by_weight", "partial", "arrived")
+
+
+class _Given(ctypes.Structure):
+    """What the kernels are given; see `norm.cu`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*_READ, *_WRITTEN)),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "pitch", "kind", "across")),
+        *((name, ctypes.c_float) for name in ("eps", "momentum")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """BatchNorm's numbers.
+
+    Args:
+        weight, bias, running_mean, running_var: (C,) float32; the last two are moved.
+        momentum: share of the batch in the running ones.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """What BatchNorm did to a batch.
+
+    Args:
+        x: (B, C, H, W) its input.
+        weight, bias, mean, invstd: (C,).
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    invstd: Tensor
+    eps: float
+
+    @property
+    def output(self) -> Tensor:
+        """What torch's operators returned."""
+        x, weight, bias, mean, invstd = self.x, self.weight, self.bias, self.mean, self.invstd
+        if x.is_cuda:
+            return torch.batch_norm_elemt(x, weight, bias, mean, invstd, self.eps)
+        scale = invstd * weight
+        shift = torch.addcmul(bias, mean, scale, value=-1)
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+def norm_silu(x: Tensor, norm: Norm) -> tuple[Tensor, Normed] | None:
+    """Apply both to (B, C, H, W) numbers, by the batch's own statistics.
+
+    Returns:
+        What SiLU returns and what `norm_silu_backward` needs; None where torch's operators have to.
+    """
+    kernels = norm_kernels(x.device)
+    if kernels is None or not _suits(x, norm):
+        return None
+    return _forward(kernels, x, norm)
+
+
+def norm_silu_backward(grad: Tensor, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by x, weight and bias of what `norm_silu` did."""
+    kernels = norm_kernels(grad.device)
+    assert kernels is not None, "norm_silu would have said so"
+    return _backward(kernels, grad, normed)
+
+
+def norm_kernels(device: torch.device) -> Kernels | None:
+    """Return what does both; None where torch's operators have to."""
+    return proved_kernels(SOURCE, device, _proves) if device.type == "cuda" else None
+
+
+def _suits(x: Tensor, norm: Norm) -> bool:
+    """Return whether the kernels can take these."""
+    numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return (
+        takes(x)
+        and x.shape[1] <= _MOST_CHANNELS
+        and x.numel() > x.shape[1]  # one number has no variance
+        and all(own.dtype is torch.float32 and own.is_contiguous() for own in numbers)
+        and all(map(aligned, numbers))
+    )
+
+
+def _forward(kernels: Kernels, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+    mean, invstd = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    normed = Normed(x, norm.weight, norm.bias, mean, invstd, norm.eps)
+    out = torch.empty_like(x)
+    launch = _Launch(normed, out=out)
+    launch.given.running_mean = norm.running_mean.data_ptr()
+    launch.given.running_var = norm.running_var.data_ptr()
+    launch.given.momentum = norm.momentum
+    launch(kernels, "moments", "norm_silu")
+    return out, normed
+
+
+def _backward(kernels: Kernels, grad: Tensor, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+    x = normed.x
+    pitch = _pitch(grad)
+    if pitch is None or grad.dtype is not x.dtype:
+        grad = grad.to(x.dtype, memory_format=torch.channels_last, copy=True)
+        pitch = x.shape[1]
+    out = torch.empty_like(x)
+    by_weight, by_bias = torch.empty_like(normed.weight), torch.empty_like(normed.bias)
+    launch = _Launch(normed, out=out)
+    launch.given.grad, launch.given.pitch = grad.data_ptr(), pitch
+    launch.given.by_weight, launch.given.by_bias = by_weight.data_ptr(), by_bias.data_ptr()
+    launch(kernels, "gradient_sums", "norm_silu_backward")
+    return out, by_weight, by_bias
+
+
+class _Launch:
+    """Two kernels for the same numbers, one after the other."""
+
+    def __init__(self, normed: Normed, *, out: Tensor) -> None:
+        x = normed.x
+        images, channels, height, width = x.shape
+        pixels, quads = images * height * width, channels // WIDTH
+        tiles = -(-quads // _ACROSS)
+        across = -(-quads // tiles)
+        rows = _THREADS // across
+        # Each thread has its few pixels twice, at least.
+        blocks = max(1, min(-(-pixels // (2 * _DEEP * rows)), _BLOCKS // tiles))
+        self._grid, self._block = (blocks, tiles, 1), (across * rows, 1, 1)
+        self._device = x.device
+        self._partial = x.new_empty((blocks, 3, channels), dtype=torch.float32)
+        self._kept = (x, out, normed)
+        self.given = _Given(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            weight=normed.weight.data_ptr(),
+            bias=normed.bias.data_ptr(),
+            mean=normed.mean.data_ptr(),
+            invstd=normed.invstd.data_ptr(),
+            partial=self._partial.data_ptr(),
+            arrived=_arrived(x.device).data_ptr(),
+            pixels=pixels,
+            channels=channels,
+            kind=KINDS[x.dtype],
+            across=across,
+            eps=normed.eps,
+        )
+
+    def __call__(self, kernels: Kernels, *names: str) -> None:
+        for name in names:
+            kernels[name](self._grid, self._block, self._device, self.given)
+
+
+@functools.cache
+def _arrived(device: torch.device) -> Tensor:
+    """Return counters that kernels leave at 0; steps are taken by one stream at a time."""
+    return torch.zeros(_TILES, dtype=torch.int32, device=device)
+
+
+def _pitch(grad: Tensor) -> int | None:
+    """Return how many numbers lie between two pixels; None: pixels are not that regular."""
+    images, channels, height, width = grad.shape
+    pitch = grad.stride(3) if width > 1 else grad.stride(2) if height > 1 else grad.stride(0)
+    lies = (width * height * pitch, 1, width * pitch, pitch)
+    if any(n > 1 and a != b for n, a, b in zip(grad.shape, grad.stride(), lies, strict=True)):
+        return None
+    regular = pitch % WIDTH == 0 and pitch >= channels
+    return pitch if regular and aligned(grad) else None
+
+
+def _proves(kernels: Kernels, device: torch.device) -> bool:
+    """Return whether they give what torch's operators give, but for rounding."""
+    g = torch.Generator().manual_seed(0)
+    x, grad = (4 * torch.randn(3, 80, 9, 7, generator=g) for _ in range(2))
+    numbers = torch.rand(4, 80, generator=g).to(device) + 0.5
+    for kind, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        own, by_out = (t.to(device, kind, memory_format=torch.channels_last) for t in (x, grad))
+        norm = Norm(*numbers.clone(), momentum=0.03, eps=1e-3)
+        exact = Norm(*numbers.double(), momentum=0.03, eps=1e-3)
+        found, normed = _forward(kernels, own, norm)
+        leaves = [t.detach().double().requires_grad_() for t in (own, norm.weight, norm.bias)]
+        expected = F.silu(_by_torch(leaves[0], exact, *leaves[1:]))
+        by_leaves = torch.autograd.grad(expected, leaves, by_out.double())
+        pairs = [
+            (found, expected),
+            (norm.running_mean, exact.running_mean),
+            (norm.running_var, exact.running_var),
+            *zip(_backward(kernels, by_out, normed), by_leaves, strict=True),
+        ]
+        for a, b in pairs:
+            if not bool((a.double() - b).norm() <= tolerance * b.norm()):
+                return False
+    return True
+
+
+def _by_torch(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+    running = norm.running_mean, norm.running_var
+    return F.batch_norm(x, *running, weight, bias, True, norm.momentum, norm.eps)
