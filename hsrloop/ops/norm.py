@@ -203,8 +203,12 @@ def _pitch(grad: Tensor) -> int | None:
     return pitch if regular and aligned(grad) else None
 
 
+@torch.enable_grad()
 def _proves(kernels: Kernels, device: torch.device) -> bool:
-    """Return whether they give what torch's operators give, but for rounding."""
+    """Return whether they give what torch's operators give, but for rounding.
+
+    Asked in a forward pass of autograd's, where no gradient is recorded.
+    """
     g = torch.Generator().manual_seed(0)
     x, grad = (4 * torch.randn(3, 80, 9, 7, generator=g) for _ in range(2))
     numbers = torch.rand(4, 80, generator=g).to(device) + 0.5
