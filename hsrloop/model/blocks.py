@@ -1,4 +1,4 @@
-"""A network's blocks of convolution, BatchNorm and activation, made to do otherwise meanwhile."""
+"""A network's blocks, made to do otherwise meanwhile."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 @contextmanager
 def blocks_do(
-    module: nn.Module, suits: Callable[[Any], bool], work: Callable[[Any, Tensor], Tensor]
+    module: nn.Module,
+    name: str,
+    suits: Callable[[Any], bool],
+    work: Callable[[Any, Tensor], Tensor],
 ) -> Iterator[None]:
-    """Let the blocks that suit do this work meanwhile; the others do as ever."""
-    block: Any = type(next(own for own in module.modules() if type(own).__name__ == "Conv"))
+    """Let the blocks that suit do this work meanwhile; the others do as ever.
+
+    Args:
+        name: of the blocks' class, of which there is one at least: "Conv" or "C2f".
+    """
+    block: Any = type(next(own for own in module.modules() if type(own).__name__ == name))
     before = block.forward
 
     def forward(own: Any, x: Tensor) -> Tensor:

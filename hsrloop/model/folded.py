@@ -19,7 +19,7 @@ def folded_blocks(module: nn.Module, device: torch.device) -> Iterator[None]:
     if silu_kernels(device) is None:
         yield
         return
-    with blocks_do(module, _is_folded, _work):
+    with blocks_do(module, "Conv", _is_folded, _work):
         yield
 
 

@@ -5,21 +5,28 @@
 // P pixels of all images, C channels, a multiple of WIDTH; channels of a pixel lie side by side. A
 // block takes `across` threads for as many WIDTH channels, blockIdx.y says which, and as many rows
 // of pixels at a time as it has threads for. Sums are added in an order that only the sizes decide.
+// What SiLU returns may be two tensors, as whoever splits it wants it.
 
 #define THREADS 256  // of a block, at most
 #define TOGETHER 4   // blocks that a multiprocessor has room for
 
+struct Part {
+    void *out;         // (P, channels) of `kind`, of SiLU
+    const void *grad;  // by it; pixels are `pitch` numbers apart
+    int channels, pitch;
+};
+
 struct Given {
+    Part parts[2];     // of channels side by side; the second may have none
     const void *x;     // (P, C) BatchNorm's input, of `kind`
-    const void *grad;  // (P, C) by SiLU's output; pixels are `pitch` numbers apart
-    void *out;         // (P, C) what SiLU returns, or the gradient by x
-    const float *weight, *bias;           // (C)
-    float *mean, *invstd;                 // (C) of the batch
-    float *running_mean, *running_var;    // (C)
-    float *by_bias, *by_weight;           // (C) gradients
-    float *partial;                       // (gridDim.x, 3, C)
-    int *arrived;                         // (gridDim.y) zeros, and zeros again afterwards
-    int pixels, channels, pitch, kind, across;
+    void *by_x;        // (P, C) gradient
+    const float *weight, *bias;         // (C)
+    float *mean, *invstd;               // (C) of the batch
+    float *running_mean, *running_var;  // (C)
+    float *by_bias, *by_weight;         // (C) gradients
+    float *partial;                     // (gridDim.x, 3, C)
+    int *arrived;                       // (gridDim.y) zeros, and zeros again afterwards
+    int pixels, channels, kind, across;
     float eps, momentum;
 };
 
@@ -49,6 +56,16 @@ struct Share {
 
     __device__ int step() const { return gridDim.x * rows * deep; }
 };
+
+// The part that a thread's channels are in, its pointers moved to them.
+static __device__ Part part_of(const Given &g, const Share &s, int bytes) {
+    const int before = g.parts[0].channels;
+    Part own = s.channel < before ? g.parts[0] : g.parts[1];
+    const int channel = s.channel < before ? s.channel : s.channel - before;
+    own.out = (char *)own.out + (long long)channel * bytes;
+    own.grad = (const char *)own.grad + (long long)channel * bytes;
+    return own;
+}
 
 // Of some pixels: how many, and two numbers for each of WIDTH channels.
 struct Totals {
@@ -222,6 +239,7 @@ template <int KIND> static __device__ void forward(const Given &g) {
     if (!s.used)
         return;
     const Norm<KIND> norm(g, s.channel);
+    const Part part = part_of(g, s, sizeof(Number));
     for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
         Few<Number> x[deep];
 #pragma unroll
@@ -236,7 +254,7 @@ template <int KIND> static __device__ void forward(const Given &g) {
                 const float y = norm.output(norm.hat(x[k].n[i], i), i);
                 write<KIND>(&x[k].n[i], gate<KIND>(y, y));
             }
-            few<Number>(g.out, (long long)(pixel + k * s.rows) * g.channels + s.channel) = x[k];
+            few<Number>(part.out, (long long)(pixel + k * s.rows) * part.channels) = x[k];
         }
     }
 }
@@ -246,6 +264,7 @@ template <int KIND, typename Work>
 static __device__ void for_both(const Given &g, const Share &s, Work work) {
     typedef typename NumberOf<KIND>::Type Number;
     constexpr int deep = depth<KIND>();
+    const Part part = part_of(g, s, sizeof(Number));
     for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
         Few<Number> x[deep], grad[deep];
 #pragma unroll
@@ -253,7 +272,7 @@ static __device__ void for_both(const Given &g, const Share &s, Work work) {
             const long long at = pixel + k * s.rows;
             if (at < g.pixels) {
                 x[k] = few<Number>(g.x, at * g.channels + s.channel);
-                grad[k] = few<Number>(g.grad, at * g.pitch + s.channel);
+                grad[k] = few<Number>(part.grad, at * part.pitch);
             }
         }
 #pragma unroll
@@ -305,7 +324,7 @@ template <int KIND> static __device__ void backward(const Given &g) {
             const float rest = fmaf(-hat, along.n[i], slope - mean.n[i]);
             write<KIND>(&out.n[i], norm.weight.n[i] * norm.invstd.n[i] * rest);
         }
-        few<Number>(g.out, (long long)at * g.channels + s.channel) = out;
+        few<Number>(g.by_x, (long long)at * g.channels + s.channel) = out;
     });
 }
 

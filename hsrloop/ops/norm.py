@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +29,26 @@ _ACROSS = 16  # threads side by side, at most: 64 channels of half precision fil
 _BLOCKS = 1024  # at most: the last one adds up what all found
 _TILES = 64  # at most; so many blocks lie side by side
 _MOST_CHANNELS = _TILES * _ACROSS * WIDTH
-_READ = ("x", "grad", "out", "weight", "bias", "mean", "invstd")
+_READ = ("x", "by_x", "weight", "bias", "mean", "invstd")
 _WRITTEN = ("running_mean", "running_var", "by_bias", "by_weight", "partial", "arrived")
+
+
+class _Part(ctypes.Structure):
+    """A part of the channels; see `norm.cu`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "grad")),
+        *((name, ctypes.c_int) for name in ("channels", "pitch")),
+    )
 
 
 class _Given(ctypes.Structure):
     """What the kernels are given; see `norm.cu`."""
 
     _fields_ = (
+        ("parts", _Part * 2),
         *((name, ctypes.c_void_p) for name in (*_READ, *_WRITTEN)),
-        *((name, ctypes.c_int) for name in ("pixels", "channels", "pitch", "kind", "across")),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "kind", "across")),
         *((name, ctypes.c_float) for name in ("eps", "momentum")),
     )
 
@@ -86,23 +97,34 @@ class Normed:
         return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
-def norm_silu(x: Tensor, norm: Norm) -> tuple[Tensor, Normed] | None:
+def takes_norm(x: Tensor, norm: Norm, parts: int = 1) -> bool:
+    """Return whether `norm_silu` can be asked; else torch's operators have to."""
+    return norm_kernels(x.device) is not None and _suits(x, norm, parts)
+
+
+def norm_silu(x: Tensor, norm: Norm, parts: int = 1) -> tuple[list[Tensor], Normed]:
     """Apply both to (B, C, H, W) numbers, by the batch's own statistics.
 
+    Args:
+        parts: 2 to have the channels as two tensors of half as many.
+
     Returns:
-        What SiLU returns and what `norm_silu_backward` needs; None where torch's operators have to.
+        What SiLU returns, and what `norm_silu_backward` needs.
     """
     kernels = norm_kernels(x.device)
-    if kernels is None or not _suits(x, norm):
-        return None
-    return _forward(kernels, x, norm)
+    assert kernels is not None, "see takes_norm"
+    return _forward(kernels, x, norm, parts)
 
 
-def norm_silu_backward(grad: Tensor, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients by x, weight and bias of what `norm_silu` did."""
-    kernels = norm_kernels(grad.device)
-    assert kernels is not None, "norm_silu would have said so"
-    return _backward(kernels, grad, normed)
+def norm_silu_backward(grads: Sequence[Tensor], normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients by x, weight and bias of what `norm_silu` did.
+
+    Args:
+        grads: by each part of what it returned.
+    """
+    kernels = norm_kernels(normed.x.device)
+    assert kernels is not None, "see takes_norm"
+    return _backward(kernels, grads, normed)
 
 
 def norm_kernels(device: torch.device) -> Kernels | None:
@@ -110,11 +132,12 @@ def norm_kernels(device: torch.device) -> Kernels | None:
     return proved_kernels(SOURCE, device, _proves) if device.type == "cuda" else None
 
 
-def _suits(x: Tensor, norm: Norm) -> bool:
+def _suits(x: Tensor, norm: Norm, parts: int) -> bool:
     """Return whether the kernels can take these."""
     numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return (
         takes(x)
+        and x.shape[1] % (parts * WIDTH) == 0
         and x.shape[1] <= _MOST_CHANNELS
         and x.numel() > x.shape[1]  # one number has no variance
         and all(own.dtype is torch.float32 and own.is_contiguous() for own in numbers)
@@ -122,37 +145,47 @@ def _suits(x: Tensor, norm: Norm) -> bool:
     )
 
 
-def _forward(kernels: Kernels, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+def _forward(
+    kernels: Kernels, x: Tensor, norm: Norm, parts: int = 1
+) -> tuple[list[Tensor], Normed]:
     mean, invstd = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     normed = Normed(x, norm.weight, norm.bias, mean, invstd, norm.eps)
-    out = torch.empty_like(x)
-    launch = _Launch(normed, out=out)
+    images, channels, height, width = x.shape
+    shape = (images, channels // parts, height, width)
+    outs = [
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for _ in range(parts)
+    ]
+    launch = _Launch(normed)
+    for part, out in zip(launch.given.parts, outs, strict=False):
+        part.out, part.channels = out.data_ptr(), out.shape[1]
     launch.given.running_mean = norm.running_mean.data_ptr()
     launch.given.running_var = norm.running_var.data_ptr()
     launch.given.momentum = norm.momentum
     launch(kernels, "moments", "norm_silu")
-    return out, normed
+    return outs, normed
 
 
-def _backward(kernels: Kernels, grad: Tensor, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    kernels: Kernels, grads: Sequence[Tensor], normed: Normed
+) -> tuple[Tensor, Tensor, Tensor]:
     x = normed.x
-    pitch = _pitch(grad)
-    if pitch is None or grad.dtype is not x.dtype:
-        grad = grad.to(x.dtype, memory_format=torch.channels_last, copy=True)
-        pitch = x.shape[1]
-    out = torch.empty_like(x)
+    by_x = torch.empty_like(x)
     by_weight, by_bias = torch.empty_like(normed.weight), torch.empty_like(normed.bias)
-    launch = _Launch(normed, out=out)
-    launch.given.grad, launch.given.pitch = grad.data_ptr(), pitch
+    launch = _Launch(normed)
+    regular = [_regular(grad, x.dtype) for grad in grads]  # alive until the kernels are started
+    for part, (grad, pitch) in zip(launch.given.parts, regular, strict=False):
+        part.grad, part.channels, part.pitch = grad.data_ptr(), grad.shape[1], pitch
+    launch.given.by_x = by_x.data_ptr()
     launch.given.by_weight, launch.given.by_bias = by_weight.data_ptr(), by_bias.data_ptr()
     launch(kernels, "gradient_sums", "norm_silu_backward")
-    return out, by_weight, by_bias
+    return by_x, by_weight, by_bias
 
 
 class _Launch:
     """Two kernels for the same numbers, one after the other."""
 
-    def __init__(self, normed: Normed, *, out: Tensor) -> None:
+    def __init__(self, normed: Normed) -> None:
         x = normed.x
         images, channels, height, width = x.shape
         pixels, quads = images * height * width, channels // WIDTH
@@ -164,10 +197,8 @@ class _Launch:
         self._grid, self._block = (blocks, tiles, 1), (across * rows, 1, 1)
         self._device = x.device
         self._partial = x.new_empty((blocks, 3, channels), dtype=torch.float32)
-        self._kept = (x, out, normed)
         self.given = _Given(
             x=x.data_ptr(),
-            out=out.data_ptr(),
             weight=normed.weight.data_ptr(),
             bias=normed.bias.data_ptr(),
             mean=normed.mean.data_ptr(),
@@ -192,6 +223,15 @@ def _arrived(device: torch.device) -> Tensor:
     return torch.zeros(_TILES, dtype=torch.int32, device=device)
 
 
+def _regular(grad: Tensor, kind: torch.dtype) -> tuple[Tensor, int]:
+    """Return a gradient of this kind as kernels can read it, and its `_pitch`."""
+    pitch = _pitch(grad)
+    if pitch is not None and grad.dtype is kind:
+        return grad, pitch
+    laid = grad.to(kind, memory_format=torch.channels_last, copy=True)
+    return laid, laid.shape[1]
+
+
 def _pitch(grad: Tensor) -> int | None:
     """Return how many numbers lie between two pixels; None: pixels are not that regular."""
     images, channels, height, width = grad.shape
@@ -214,22 +254,26 @@ def _proves(kernels: Kernels, device: torch.device) -> bool:
     numbers = torch.rand(4, 80, generator=g).to(device) + 0.5
     for kind, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
         own, by_out = (t.to(device, kind, memory_format=torch.channels_last) for t in (x, grad))
-        norm = Norm(*numbers.clone(), momentum=0.03, eps=1e-3)
-        exact = Norm(*numbers.double(), momentum=0.03, eps=1e-3)
-        found, normed = _forward(kernels, own, norm)
+        norm, exact = (_norm_of(own) for own in (numbers.clone(), numbers.double()))
+        outs, normed = _forward(kernels, own, norm, parts=2)
         leaves = [t.detach().double().requires_grad_() for t in (own, norm.weight, norm.bias)]
         expected = F.silu(_by_torch(leaves[0], exact, *leaves[1:]))
         by_leaves = torch.autograd.grad(expected, leaves, by_out.double())
         pairs = [
-            (found, expected),
+            (torch.cat(outs, 1), expected),
             (norm.running_mean, exact.running_mean),
             (norm.running_var, exact.running_var),
-            *zip(_backward(kernels, by_out, normed), by_leaves, strict=True),
+            *zip(_backward(kernels, by_out.chunk(2, 1), normed), by_leaves, strict=True),
         ]
         for a, b in pairs:
             if not bool((a.double() - b).norm() <= tolerance * b.norm()):
                 return False
     return True
+
+
+def _norm_of(numbers: Tensor) -> Norm:
+    weight, bias, mean, var = numbers
+    return Norm(weight, bias, mean, var, momentum=0.03, eps=1e-3)
 
 
 def _by_torch(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ def freeze_first(module: Any) -> None:
 
 
 def norms_in_eval(module: Any) -> None:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.eval()
+    for own in module.modules():
+        if isinstance(own, nn.BatchNorm2d):
+            own.eval()
 
 
 @pytest.mark.parametrize("change", [lambda module: None, freeze_first, norms_in_eval])
@@ -113,7 +113,8 @@ def test_other_activations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_who_looks_on_is_shown_every_layer() -> None:
     module, seen = network(), []
-    looked_at = [module.model[0].bn, module.model[1].act]  # one activation is shared by all
+    # One activation is shared by all.
+    looked_at = [module.model[0].bn, module.model[1].act, module.model[2].cv1]
     hooks = [layer.register_forward_hook(lambda own, *_: seen.append(own)) for layer in looked_at]
     with as_on_a_gpu():
         forward_train(module, images())
@@ -192,7 +193,7 @@ def test_only_passes_that_train_on_a_gpu_are_touched(monkeypatch: pytest.MonkeyP
     block = type(module.model[0])
     before = block.forward
 
-    def refuse(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    def refuse(x: Tensor, norm: nn.BatchNorm2d, parts: int) -> Tensor:
         raise ZeroDivisionError
 
     monkeypatch.setattr(lean_module, "_norm_and_silu", refuse)
@@ -202,3 +203,4 @@ def test_only_passes_that_train_on_a_gpu_are_touched(monkeypatch: pytest.MonkeyP
         with pytest.raises(ZeroDivisionError):
             forward_train(module, images())
     assert block.forward is before
+    assert type(module.model[2]).forward.__module__.startswith("ultralytics")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsrloop.ops import norm as norm_module
-from hsrloop.ops.norm import SOURCE, Norm, norm_kernels, norm_silu
+from hsrloop.ops.norm import SOURCE, Norm, norm_kernels, takes_norm
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
 LAST = torch.channels_last
@@ -74,10 +74,12 @@ def exact(x: Tensor, norm: Norm, grad: Tensor, kind: torch.dtype = torch.float64
     return [out.detach(), *running, *torch.autograd.grad(out, leaves, grad.to(kind))]
 
 
-def found_by(kernels: Any, x: Tensor, norm: Norm, grad: Tensor) -> list[Tensor]:
-    out, normed = norm_module._forward(kernels, x, norm)
-    gradients = norm_module._backward(kernels, grad, normed)
-    return [out, norm.running_mean, norm.running_var, *gradients]
+def found_by(kernels: Any, x: Tensor, norm: Norm, grad: Tensor, parts: int = 1) -> list[Tensor]:
+    outs, normed = norm_module._forward(kernels, x, norm, parts)
+    assert len(outs) == parts
+    assert all(own.is_contiguous(memory_format=LAST) for own in outs)
+    gradients = norm_module._backward(kernels, grad.chunk(parts, 1), normed)
+    return [torch.cat(outs, 1), norm.running_mean, norm.running_var, *gradients]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -89,17 +91,42 @@ def test_all_is_as_by_autograd(
 ) -> None:
     x, norm = case(shape, kind, device)
     grad = gradient(x, beside=beside)
-    assert norm_module._suits(x, norm) and norm_module._pitch(grad) is not None
+    assert norm_module._suits(x, norm, 1) and norm_module._pitch(grad) is not None
     expected, by_torch = exact(x, norm, grad), exact(x, norm, grad, torch.float32)
     found = found_by(kernels, x, norm, grad)
     assert found[0].dtype is found[3].dtype is kind
-    assert all(own.is_contiguous(memory_format=LAST) for own in (found[0], found[3]))
+    assert found[3].is_contiguous(memory_format=LAST)
     names = ("out", "mean", "var", "x", "weight", "bias")
     for name, own, plain, truth in zip(names, found, by_torch, expected, strict=True):
         bound = ROUNDING[torch.float32 if name in ("mean", "var") else kind] * truth.norm()
         # Of few pixels a gradient by x is a small difference of large numbers.
         most = max(bound, 2 * (plain.double() - truth).norm())
         assert (own.double() - truth).norm() <= most, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 48, 33, 20), (1, 576, 4, 4)])
+def test_two_halves_are_the_whole_to_the_bit(
+    shape: tuple[int, ...], kind: torch.dtype, device: str, kernels: Any
+) -> None:
+    found = []
+    for parts in (1, 2):
+        x, norm = case(shape, kind, device)
+        found.append(found_by(kernels, x, norm, gradient(x), parts))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_two_halves_lie_as_they_like(device: str, kernels: Any) -> None:
+    x, norm = case((2, 16, 5, 6), device=device)
+    grad = gradient(x)
+    _, normed = norm_module._forward(kernels, x, norm, 2)
+    one, other = gradient(x, beside=8).chunk(2, 1)[0], grad.chunk(2, 1)[1].contiguous()
+    halves = (gradient(x, beside=8)[:, :8], other.contiguous(memory_format=LAST))
+    assert [norm_module._pitch(half) for half in halves] == [32, 8] and one.shape == other.shape
+    expected = norm_module._backward(kernels, [torch.cat(halves, 1)], normed)
+    assert all(map(torch.equal, norm_module._backward(kernels, halves, normed), expected))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -145,14 +172,15 @@ def test_gradients_that_lie_otherwise_are_laid_right_first(device: str, kernels:
 
 def test_what_the_kernels_cannot_take_goes_by_torch() -> None:
     x, norm = case((2, 8, 6, 6))
-    assert norm_module._suits(x, norm)
-    assert not norm_module._suits(x.double(), norm)
-    assert not norm_module._suits(x.contiguous(), norm)
+    assert norm_module._suits(x, norm, 1)
+    assert not norm_module._suits(x.double(), norm, 1)
+    assert not norm_module._suits(x.contiguous(), norm, 1)
     for shape in ((2, 6, 5, 5), (0, 8, 6, 6), (1, 8, 1, 1)):
-        assert not norm_module._suits(*case(shape))
+        assert not norm_module._suits(*case(shape), 1)
     halves = Norm(norm.weight.half(), norm.bias, norm.running_mean, norm.running_var, 0.1, 1e-3)
-    assert not norm_module._suits(x, halves)
-    assert norm_kernels(x.device) is None and norm_silu(x, norm) is None  # on the CPU
+    assert not norm_module._suits(x, halves, 1)
+    assert norm_module._suits(x, norm, 2) and not norm_module._suits(*case((2, 12, 6, 6)), 2)
+    assert norm_kernels(x.device) is None and not takes_norm(x, norm)  # on the CPU
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
