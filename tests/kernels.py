@@ -60,6 +60,7 @@ template <typename Number> static Number atomicAdd(Number *at, Number value) {
 }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #define __ldcg(at) (*(at))
+struct alignas(16) float4 { float x, y, z, w; };
 static inline float from_half(unsigned short bits) {
     _Float16 number;
     __builtin_memcpy(&number, &bits, 2);

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +34,15 @@ def blocks_do(
         yield
     finally:
         block.forward = before
+
+
+def split_block(block: Any, halves: Sequence[Tensor]) -> Tensor:
+    """Do what a C2f block does with both halves of what its first convolution returns."""
+    parts = [*halves]
+    for own in block.m:
+        parts.append(own(parts[-1]))
+    result: Tensor = block.cv2(torch.cat(parts, 1))
+    return result
 
 
 def is_watched(*layers: nn.Module) -> bool:

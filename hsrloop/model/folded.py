@@ -1,4 +1,7 @@
-"""Blocks whose BatchNorm is folded into the convolution: its bias and SiLU in one pass on CUDA."""
+"""Blocks whose BatchNorm is folded into the convolution: its bias and SiLU in one pass on CUDA.
+
+What a block splits afterwards is split as it is written, not copied from between two halves.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsrloop.model.blocks import blocks_do, is_watched
-from hsrloop.ops.silu import bias_silu, silu_kernels
+from hsrloop.model.blocks import blocks_do, is_watched, split_block
+from hsrloop.ops.silu import bias_silu, bias_silu_halves, silu_kernels
 
 
 @contextmanager
@@ -19,13 +22,30 @@ def folded_blocks(module: nn.Module, device: torch.device) -> Iterator[None]:
     if silu_kernels(device) is None:
         yield
         return
-    with blocks_do(module, "Conv", _is_folded, _work):
+    with (
+        blocks_do(module, "Conv", _is_folded, _work),
+        blocks_do(module, "C2f", _splits, _work_split),
+    ):
         yield
 
 
 def _work(own: Any, x: Tensor) -> Tensor:
-    # With a bias torch adds it in a pass of its own.
-    return bias_silu(own.conv._conv_forward(x, own.conv.weight, None), own.conv.bias)
+    return bias_silu(_convolved(own, x), own.conv.bias)
+
+
+def _work_split(own: Any, x: Tensor) -> Tensor:
+    first = own.cv1
+    return split_block(own, bias_silu_halves(_convolved(first, x), first.conv.bias))
+
+
+def _convolved(own: Any, x: Tensor) -> Tensor:
+    """Return it without the bias, which torch adds in a pass of its own."""
+    result: Tensor = own.conv._conv_forward(x, own.conv.weight, None)
+    return result
+
+
+def _splits(block: Any) -> bool:
+    return _is_folded(block.cv1) and not is_watched(block.cv1)
 
 
 def _is_folded(block: Any) -> bool:

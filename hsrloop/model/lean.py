@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hsrloop.model.blocks import blocks_do, is_watched
+from hsrloop.model.blocks import blocks_do, is_watched, split_block
 from hsrloop.ops.norm import Norm, Normed, norm_silu, norm_silu_backward, takes_norm
 
 _aten = torch.ops.aten
@@ -38,11 +38,7 @@ def lean_blocks(module: nn.Module) -> Iterator[None]:
         return normed(own, x, parts=1)[0]
 
     def work_split(own: Any, x: Tensor) -> Tensor:
-        parts = [*normed(own.cv1, x, parts=2)]
-        for block in own.m:
-            parts.append(block(parts[-1]))
-        result: Tensor = own.cv2(torch.cat(parts, 1))
-        return result
+        return split_block(own, normed(own.cv1, x, parts=2))
 
     with (
         blocks_do(module, "Conv", lambda own: _spares(own.bn, own.act), work),

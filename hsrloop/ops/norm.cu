@@ -30,11 +30,10 @@ struct Given {
     float eps, momentum;
 };
 
-static __device__ Few<float> fresh(const float *from) {  // written by other blocks
-    Few<float> found;
-    for (int i = 0; i < WIDTH; i++)
-        found.n[i] = __ldcg(from + i);
-    return found;
+// A few numbers that another block has written.
+static __device__ Few<float> fresh(const float *from) {
+    const float4 found = __ldcg((const float4 *)from);
+    return {{found.x, found.y, found.z, found.w}};
 }
 
 // So many pixels of a thread are read before it works on any.
@@ -77,7 +76,7 @@ struct Moments {
     static __device__ void add(Totals &t, const Totals &more) {
         if (more.count == 0)
             return;
-        const float count = t.count + more.count, share = more.count / count;
+        const float count = t.count + more.count, share = __fdividef(more.count, count);
         for (int i = 0; i < WIDTH; i++) {
             const float apart = more.a[i] - t.a[i];
             t.a[i] += apart * share;

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hsrloop.ops.nvrtc import Kernels, proved_kernels
-from hsrloop.ops.silu import KINDS, WIDTH, aligned, takes
+from hsrloop.ops.silu import KINDS, WIDTH, aligned, parts_like, takes
 
 SOURCE = Path(__file__).with_name("norm.cu")
 
@@ -26,7 +26,7 @@ _DEEP = 4
 _THREADS = 256
 
 _ACROSS = 16  # threads side by side, at most: 64 channels of half precision fill a line of cache
-_BLOCKS = 1024  # at most: the last one adds up what all found
+_BLOCKS = 512  # at most: the last one adds up what all found
 _TILES = 64  # at most; so many blocks lie side by side
 _MOST_CHANNELS = _TILES * _ACROSS * WIDTH
 _READ = ("x", "by_x", "weight", "bias", "mean", "invstd")
@@ -150,12 +150,7 @@ def _forward(
 ) -> tuple[list[Tensor], Normed]:
     mean, invstd = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     normed = Normed(x, norm.weight, norm.bias, mean, invstd, norm.eps)
-    images, channels, height, width = x.shape
-    shape = (images, channels // parts, height, width)
-    outs = [
-        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for _ in range(parts)
-    ]
+    outs = parts_like(x, parts)
     launch = _Launch(normed)
     for part, out in zip(launch.given.parts, outs, strict=False):
         part.out, part.channels = out.data_ptr(), out.shape[1]

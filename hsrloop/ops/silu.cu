@@ -1,12 +1,13 @@
-// A bias and SiLU in one pass over memory.
+// A bias and SiLU in one pass over memory. What comes out may be two tensors of half as many
+// channels, as whoever splits it wants it.
 
 #define DEEP 4  // pixels of a thread, all read before it works on any
 
 // P pixels of all images, C channels, a multiple of WIDTH; channels of a pixel lie side by side.
 struct Biased {
-    void *x;           // (P, C) of `kind`, in place
-    const void *bias;  // (C) of `kind`
-    int pixels, channels, kind;
+    const void *x, *bias;  // (P, C), (C) of `kind`
+    void *outs[2];         // (P, width) each; the first may be x, the second is for what is left
+    int pixels, channels, width, kind;
 };
 
 template <int KIND> static __device__ void forward(Biased b) {
@@ -14,6 +15,8 @@ template <int KIND> static __device__ void forward(Biased b) {
     const int first = blockIdx.x * blockDim.y * DEEP + threadIdx.y, step = blockDim.y;
     const int channel = WIDTH * threadIdx.x;
     const Few<Number> bias = few<Number>(b.bias, channel);
+    void *out = channel < b.width ? b.outs[0] : b.outs[1];
+    const int own = channel < b.width ? channel : channel - b.width;
     Few<Number> x[DEEP];
 #pragma unroll
     for (int k = 0; k < DEEP; k++)
@@ -30,7 +33,7 @@ template <int KIND> static __device__ void forward(Biased b) {
             const float y = read<KIND>(sum);
             write<KIND>(&x[k].n[i], gate<KIND>(y, y));
         }
-        few<Number>(b.x, (long long)(first + k * step) * b.channels + channel) = x[k];
+        few<Number>(out, (long long)(first + k * step) * b.width + own) = x[k];
     }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,17 +28,38 @@ class _Biased(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "bias")),
-        *((name, ctypes.c_int) for name in ("pixels", "channels", "kind")),
+        ("outs", ctypes.c_void_p * 2),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "width", "kind")),
     )
 
 
 def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
     """Add a bias to each channel of (B, C, H, W) numbers and apply SiLU, in place; return them."""
     kernels = silu_kernels(x.device)
-    if kernels is not None and takes(x) and bias.dtype is x.dtype and aligned(bias):
-        _by(kernels["bias_silu"], x, bias)
+    if kernels is not None and _suits(x, bias):
+        _by(kernels["bias_silu"], x, bias, [x])
         return x
     return F.silu(x.add_(bias[:, None, None]), inplace=True)
+
+
+def bias_silu_halves(x: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    """Do the same and return both halves of the channels, for (B, C, H, W) numbers with C even."""
+    kernels = silu_kernels(x.device)
+    if kernels is None or not _suits(x, bias, parts=2):
+        return bias_silu(x, bias).chunk(2, 1)
+    outs = parts_like(x, 2)
+    _by(kernels["bias_silu"], x, bias, outs)
+    return outs
+
+
+def parts_like(x: Tensor, parts: int) -> list[Tensor]:
+    """Return new tensors in channels_last for as many parts of the channels of (B, C, H, W)."""
+    images, channels, height, width = x.shape
+    half = (images, channels // parts, height, width)
+    return [
+        torch.empty(half, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for _ in range(parts)
+    ]
 
 
 def silu_kernels(device: torch.device) -> Kernels | None:
@@ -63,14 +84,21 @@ def aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % (WIDTH * tensor.element_size()) == 0
 
 
-def _by(kernel: Callable[..., None], x: Tensor, bias: Tensor) -> None:
+def _suits(x: Tensor, bias: Tensor, *, parts: int = 1) -> bool:
+    fits = takes(x) and x.shape[1] % (parts * WIDTH) == 0
+    return fits and bias.dtype is x.dtype and aligned(bias)
+
+
+def _by(kernel: Callable[..., None], x: Tensor, bias: Tensor, outs: Sequence[Tensor]) -> None:
     """Do it with `silu.cu`."""
     images, channels, height, width = x.shape
     given = _Biased(
         x=x.data_ptr(),
         bias=bias.data_ptr(),
+        outs=(ctypes.c_void_p * 2)(*(out.data_ptr() for out in outs)),
         pixels=images * height * width,
         channels=channels,
+        width=channels // len(outs),
         kind=KINDS[x.dtype],
     )
     across = channels // WIDTH
@@ -87,7 +115,10 @@ def _proves(kernels: Kernels, device: torch.device) -> bool:
         x = numbers.to(device, kind, memory_format=torch.channels_last)
         own = bias.to(device, kind)
         expected = F.silu(x.double() + own.double()[:, None, None])
-        _by(kernels["bias_silu"], x, own)
-        if not bool((x.double() - expected).norm() <= tolerance * expected.norm()):
-            return False
+        halves = parts_like(x, 2)
+        _by(kernels["bias_silu"], x, own, halves)
+        _by(kernels["bias_silu"], x, own, [x])
+        for found in (x, torch.cat(halves, 1)):
+            if not bool((found.double() - expected).norm() <= tolerance * expected.norm()):
+                return False
     return True

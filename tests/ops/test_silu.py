@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.ops import nvrtc, silu
-from hsrloop.ops.silu import SOURCE, bias_silu, silu_kernels
+from hsrloop.ops.silu import SOURCE, bias_silu, bias_silu_halves, silu_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
 Kernel = Callable[..., None]
@@ -58,6 +58,30 @@ def test_a_bias_and_silu_are_torchs(
     found = bias_silu(x, bias)
     assert found is x
     assert (found.double() - expected).norm() <= RTOL[kind] * expected.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [*RTOL])
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (3, 16, 40, 40), (2, 80, 5, 1), (2, 12, 3, 3)])
+def test_two_halves_are_the_whole_to_the_bit(
+    shape: tuple[int, ...],
+    kind: torch.dtype,
+    device: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve channels have no halves that a thread could read in one piece: torch's operators."""
+    if device == "cpu":
+        host = request.getfixturevalue("host")
+        monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
+    x, bias = numbers(shape, kind, device)
+    before = x.clone()
+    halves = bias_silu_halves(x, bias)
+    split = shape[1] % 8 == 0
+    assert torch.equal(x, before) is split
+    assert [own.is_contiguous(memory_format=LAST) for own in halves] == [split] * 2
+    whole = bias_silu(before, bias) if split else x
+    assert torch.equal(torch.cat([*halves], 1), whole)
 
 
 def test_what_lies_otherwise_goes_by_torch(
