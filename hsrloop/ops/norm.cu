@@ -1,14 +1,16 @@
-// BatchNorm of a batch and SiLU, forth and back. Each is two passes over memory: one gathers two
-// numbers a channel, the next writes. What BatchNorm itself returns is never written: backward it
-// is computed again, and rounded again as forward.
+// BatchNorm of a batch and SiLU, forth and back. Each is two passes over memory: one finds what each
+// block has of two numbers a channel, the next adds them up, each block for itself, and writes. What
+// BatchNorm itself returns is never written: backward it is computed again, and rounded again as
+// forward.
 //
 // P pixels of all images, C channels, a multiple of WIDTH; channels of a pixel lie side by side. A
 // block takes `across` threads for as many WIDTH channels, blockIdx.y says which, and as many rows
 // of pixels at a time as it has threads for. Sums are added in an order that only the sizes decide.
 // What SiLU returns may be two tensors, as whoever splits it wants it.
 
-#define THREADS 256  // of a block, at most
-#define TOGETHER 4   // blocks that a multiprocessor has room for
+#define FINDING 1024  // threads of a block of `moments` and `gradient_sums`, at most
+#define WRITING 256   // of a block of the other two, at most
+#define TOGETHER 4    // of the latter that a multiprocessor has room for
 
 struct Part {
     void *out;         // (P, channels) of `kind`, of SiLU
@@ -24,17 +26,10 @@ struct Given {
     float *mean, *invstd;               // (C) of the batch
     float *running_mean, *running_var;  // (C)
     float *by_bias, *by_weight;         // (C) gradients
-    float *partial;                     // (gridDim.x, 3, C)
-    int *arrived;                       // (gridDim.y) zeros, and zeros again afterwards
-    int pixels, channels, kind, across;
+    float *partial;                     // (blocks, 3, C)
+    int pixels, channels, kind, across, blocks;
     float eps, momentum;
 };
-
-// A few numbers that another block has written.
-static __device__ Few<float> fresh(const float *from) {
-    const float4 found = __ldcg((const float4 *)from);
-    return {{found.x, found.y, found.z, found.w}};
-}
 
 // So many pixels of a thread are read before it works on any.
 template <int KIND> static __device__ constexpr int depth() { return KIND == FLOAT32 ? 2 : 4; }
@@ -112,39 +107,35 @@ static __device__ void add_rows(Totals *all, Totals &own, int row, int rows, int
     __syncthreads();
 }
 
-// The totals of all blocks, in the first row of the one that is done last; true for those threads.
+// Writes the totals of all rows of a block.
 template <typename How>
-static __device__ bool gathered(Totals &own, const Share &s, const Given &g) {
-    __shared__ Totals all[THREADS];
-    __shared__ bool last;
+static __device__ void leave(Totals own, const Share &s, const Given &g) {
+    __shared__ Totals all[FINDING];
     add_rows<How>(all, own, s.row, s.rows, g.across);
-    if (s.row == 0 && s.used) {
-        float *to = g.partial + 3LL * blockIdx.x * g.channels + s.channel;
-        Few<float> count, a, b;
-        for (int i = 0; i < WIDTH; i++) {
-            count.n[i] = own.count;
-            a.n[i] = own.a[i];
-            b.n[i] = own.b[i];
-        }
-        few<float>(to, 0) = count;
-        few<float>(to, g.channels) = a;
-        few<float>(to, 2 * g.channels) = b;
+    if (s.row > 0 || !s.used)
+        return;
+    float *to = g.partial + 3LL * blockIdx.x * g.channels + s.channel;
+    Few<float> count, a, b;
+    for (int i = 0; i < WIDTH; i++) {
+        count.n[i] = own.count;
+        a.n[i] = own.a[i];
+        b.n[i] = own.b[i];
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0)
-        last = atomicAdd(g.arrived + blockIdx.y, 1) == (int)gridDim.x - 1;
-    __syncthreads();
-    if (!last)
-        return false;
-    __threadfence();
-    own = {};
+    few<float>(to, 0) = count;
+    few<float>(to, g.channels) = a;
+    few<float>(to, 2 * g.channels) = b;
+}
+
+// The totals that all blocks left, in every thread.
+template <typename How> static __device__ Totals left(const Share &s, const Given &g) {
+    __shared__ Totals all[WRITING];
+    Totals own = {};
     if (s.used) {
 #pragma unroll 4
-        for (int block = s.row; block < (int)gridDim.x; block += s.rows) {
+        for (int block = s.row; block < g.blocks; block += s.rows) {
             const float *from = g.partial + 3LL * block * g.channels + s.channel;
-            const Few<float> a = fresh(from + g.channels), b = fresh(from + 2 * g.channels);
-            Totals more = {__ldcg(from), {}, {}};
+            const Few<float> a = few<float>(from, g.channels), b = few<float>(from, 2 * g.channels);
+            Totals more = {*from, {}, {}};
             for (int i = 0; i < WIDTH; i++) {
                 more.a[i] = a.n[i];
                 more.b[i] = b.n[i];
@@ -153,14 +144,12 @@ static __device__ bool gathered(Totals &own, const Share &s, const Given &g) {
         }
     }
     add_rows<How>(all, own, s.row, s.rows, g.across);
-    if (threadIdx.x == 0)
-        g.arrived[blockIdx.y] = 0;
-    return s.row == 0 && s.used;
+    return all[threadIdx.x % g.across];
 }
 
 template <int KIND> static __device__ void find_moments(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = depth<KIND>();
+    constexpr int deep = 2 * depth<KIND>();  // of one tensor in place of two
     const Share s(g, deep);
     Totals own = {};
     Few<float> usual = {};  // a first pixel: numbers around it are small
@@ -192,16 +181,7 @@ template <int KIND> static __device__ void find_moments(const Given &g) {
         own.b[i] -= own.a[i] * away;
         own.a[i] = usual.n[i] + away;
     }
-    if (!gathered<Moments>(own, s, g))
-        return;
-    for (int i = 0; i < WIDTH; i++) {
-        const int c = s.channel + i;
-        const float squares = own.b[i] < 0 ? 0 : own.b[i], keep = 1 - g.momentum;
-        g.mean[c] = own.a[i];
-        g.invstd[c] = 1 / sqrtf(squares / g.pixels + g.eps);
-        g.running_mean[c] = g.running_mean[c] * keep + own.a[i] * g.momentum;
-        g.running_var[c] = g.running_var[c] * keep + squares / (g.pixels - 1) * g.momentum;
-    }
+    leave<Moments>(own, s, g);
 }
 
 // What BatchNorm does with a thread's channels.
@@ -209,9 +189,33 @@ template <int KIND> struct Norm {
     typedef typename NumberOf<KIND>::Type Number;
     Few<float> mean, invstd, weight, bias;
 
+    // With the statistics that were found before.
     __device__ Norm(const Given &g, int channel)
         : mean(few<float>(g.mean, channel)), invstd(few<float>(g.invstd, channel)),
           weight(few<float>(g.weight, channel)), bias(few<float>(g.bias, channel)) {}
+
+    // With those of these totals.
+    __device__ Norm(const Given &g, int channel, const Totals &t)
+        : weight(few<float>(g.weight, channel)), bias(few<float>(g.bias, channel)) {
+        for (int i = 0; i < WIDTH; i++) {
+            mean.n[i] = t.a[i];
+            invstd.n[i] = 1 / sqrtf(squares(t, i) / g.pixels + g.eps);
+        }
+    }
+
+    static __device__ float squares(const Totals &t, int i) { return t.b[i] < 0 ? 0 : t.b[i]; }
+
+    // Keeps the statistics, and moves the running ones.
+    __device__ void keep(const Given &g, int channel, const Totals &t) const {
+        few<float>(g.mean, channel) = mean;
+        few<float>(g.invstd, channel) = invstd;
+        const float before = 1 - g.momentum;
+        for (int i = 0; i < WIDTH; i++) {
+            float &running = g.running_mean[channel + i], &spread = g.running_var[channel + i];
+            running = running * before + mean.n[i] * g.momentum;
+            spread = spread * before + squares(t, i) / (g.pixels - 1) * g.momentum;
+        }
+    }
 
     __device__ float hat(Number x, int i) const {
         return (read<KIND>(x) - mean.n[i]) * invstd.n[i];
@@ -235,9 +239,12 @@ template <int KIND> static __device__ void forward(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
     constexpr int deep = depth<KIND>();
     const Share s(g, deep);
+    const Totals found = left<Moments>(s, g);
     if (!s.used)
         return;
-    const Norm<KIND> norm(g, s.channel);
+    const Norm<KIND> norm(g, s.channel, found);
+    if (blockIdx.x == 0 && s.row == 0)
+        norm.keep(g, s.channel, found);
     const Part part = part_of(g, s, sizeof(Number));
     for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
         Few<Number> x[deep];
@@ -296,25 +303,25 @@ template <int KIND> static __device__ void find_sums(const Given &g) {
             }
         });
     }
-    if (!gathered<Sums>(own, s, g))
-        return;
-    for (int i = 0; i < WIDTH; i++) {
-        g.by_bias[s.channel + i] = own.a[i];
-        g.by_weight[s.channel + i] = own.b[i];
-    }
+    leave<Sums>(own, s, g);
 }
 
 template <int KIND> static __device__ void backward(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
     constexpr int deep = depth<KIND>();
     const Share s(g, deep);
+    const Totals found = left<Sums>(s, g);
     if (!s.used)
         return;
     const Norm<KIND> norm(g, s.channel);
-    Few<float> mean = few<float>(g.by_bias, s.channel), along = few<float>(g.by_weight, s.channel);
+    Few<float> mean, along;
     for (int i = 0; i < WIDTH; i++) {
-        mean.n[i] /= g.pixels;
-        along.n[i] /= g.pixels;
+        if (blockIdx.x == 0 && s.row == 0) {
+            g.by_bias[s.channel + i] = found.a[i];
+            g.by_weight[s.channel + i] = found.b[i];
+        }
+        mean.n[i] = found.a[i] / g.pixels;
+        along.n[i] = found.b[i] / g.pixels;
     }
     for_both<KIND>(g, s, [&](int at, const Few<Number> &x, const Few<Number> &grad) {
         Few<Number> out;
@@ -327,8 +334,7 @@ template <int KIND> static __device__ void backward(const Given &g) {
     });
 }
 
-// Writes mean and invstd, moves running_mean and running_var.
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) moments(Given g) {
+extern "C" __global__ void __launch_bounds__(FINDING) moments(Given g) {
     if (g.kind == FLOAT32)
         find_moments<FLOAT32>(g);
     else if (g.kind == FLOAT16)
@@ -337,7 +343,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) moments(Given g)
         find_moments<BFLOAT16>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_silu(Given g) {
+// After `moments`. Writes mean and invstd too, moves running_mean and running_var.
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu(Given g) {
     if (g.kind == FLOAT32)
         forward<FLOAT32>(g);
     else if (g.kind == FLOAT16)
@@ -346,8 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_silu(Given 
         forward<BFLOAT16>(g);
 }
 
-// Writes by_bias and by_weight.
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) gradient_sums(Given g) {
+extern "C" __global__ void __launch_bounds__(FINDING) gradient_sums(Given g) {
     if (g.kind == FLOAT32)
         find_sums<FLOAT32>(g);
     else if (g.kind == FLOAT16)
@@ -356,7 +362,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) gradient_sums(Gi
         find_sums<BFLOAT16>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER) norm_silu_backward(Given g) {
+// After `gradient_sums`. Writes by_bias and by_weight too.
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_backward(Given g) {
     if (g.kind == FLOAT32)
         backward<FLOAT32>(g);
     else if (g.kind == FLOAT16)

@@ -7,7 +7,6 @@ SiLU's. Here it is three times, and back five in place of eight.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,15 @@ from hsrloop.ops.silu import KINDS, WIDTH, aligned, parts_like, takes
 SOURCE = Path(__file__).with_name("norm.cu")
 
 # As in `norm.cu`.
-_DEEP = 4
-_THREADS = 256
+_FINDING = 1024
+_WRITING = 256
 
-_ACROSS = 16  # threads side by side, at most: 64 channels of half precision fill a line of cache
-_BLOCKS = 512  # at most: the last one adds up what all found
-_TILES = 64  # at most; so many blocks lie side by side
-_MOST_CHANNELS = _TILES * _ACROSS * WIDTH
+_ACROSS = 8  # threads side by side, at most: 32 channels of half precision
+_FINDERS = 128  # blocks, at most: a large card's multiprocessors, and each block of the others adds
+_WRITERS = 512  # up what these found
+_PIXELS = 4  # of a thread, about: fewer blocks where there is less to do
 _READ = ("x", "by_x", "weight", "bias", "mean", "invstd")
-_WRITTEN = ("running_mean", "running_var", "by_bias", "by_weight", "partial", "arrived")
+_WRITTEN = ("running_mean", "running_var", "by_bias", "by_weight", "partial")
 
 
 class _Part(ctypes.Structure):
@@ -48,7 +47,7 @@ class _Given(ctypes.Structure):
     _fields_ = (
         ("parts", _Part * 2),
         *((name, ctypes.c_void_p) for name in (*_READ, *_WRITTEN)),
-        *((name, ctypes.c_int) for name in ("pixels", "channels", "kind", "across")),
+        *((name, ctypes.c_int) for name in ("pixels", "channels", "kind", "across", "blocks")),
         *((name, ctypes.c_float) for name in ("eps", "momentum")),
     )
 
@@ -138,7 +137,6 @@ def _suits(x: Tensor, norm: Norm, parts: int) -> bool:
     return (
         takes(x)
         and x.shape[1] % (parts * WIDTH) == 0
-        and x.shape[1] <= _MOST_CHANNELS
         and x.numel() > x.shape[1]  # one number has no variance
         and all(own.dtype is torch.float32 and own.is_contiguous() for own in numbers)
         and all(map(aligned, numbers))
@@ -178,7 +176,7 @@ def _backward(
 
 
 class _Launch:
-    """Two kernels for the same numbers, one after the other."""
+    """Two kernels for the same numbers: one finds, the other writes."""
 
     def __init__(self, normed: Normed) -> None:
         x = normed.x
@@ -186,11 +184,13 @@ class _Launch:
         pixels, quads = images * height * width, channels // WIDTH
         tiles = -(-quads // _ACROSS)
         across = -(-quads // tiles)
-        rows = _THREADS // across
-        # Each thread has its few pixels twice, at least.
-        blocks = max(1, min(-(-pixels // (2 * _DEEP * rows)), _BLOCKS // tiles))
-        self._grid, self._block = (blocks, tiles, 1), (across * rows, 1, 1)
         self._device = x.device
+        self._sizes = []
+        for threads, most in ((_FINDING, _FINDERS), (_WRITING, _WRITERS)):
+            rows = threads // across
+            blocks = min(-(-pixels // (_PIXELS * rows)), max(1, most // tiles))
+            self._sizes.append(((blocks, tiles, 1), (across * rows, 1, 1)))
+        (blocks, _, _), _ = self._sizes[0]
         self._partial = x.new_empty((blocks, 3, channels), dtype=torch.float32)
         self.given = _Given(
             x=x.data_ptr(),
@@ -199,23 +199,17 @@ class _Launch:
             mean=normed.mean.data_ptr(),
             invstd=normed.invstd.data_ptr(),
             partial=self._partial.data_ptr(),
-            arrived=_arrived(x.device).data_ptr(),
             pixels=pixels,
             channels=channels,
             kind=KINDS[x.dtype],
             across=across,
+            blocks=blocks,
             eps=normed.eps,
         )
 
     def __call__(self, kernels: Kernels, *names: str) -> None:
-        for name in names:
-            kernels[name](self._grid, self._block, self._device, self.given)
-
-
-@functools.cache
-def _arrived(device: torch.device) -> Tensor:
-    """Return counters that kernels leave at 0; steps are taken by one stream at a time."""
-    return torch.zeros(_TILES, dtype=torch.int32, device=device)
+        for name, (grid, block) in zip(names, self._sizes, strict=True):
+            kernels[name](grid, block, self._device, self.given)
 
 
 def _regular(grad: Tensor, kind: torch.dtype) -> tuple[Tensor, int]:

@@ -20,13 +20,14 @@ from hsrloop.ops.nvrtc import counted_launches
 from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train.precision import set_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
+from tests.ops.test_norm import KERNELS, use_small_blocks
 
 NAMES = ("a", "b")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
-    together: dict[str, int | None] = {"moments": None, "gradient_sums": None}
+    together: dict[str, int | None] = dict.fromkeys(KERNELS)
     return host_kernels(norm.SOURCE, tmp_path_factory.mktemp("kernels"), together=together)
 
 
@@ -143,6 +144,7 @@ def test_all_is_as_near_to_the_truth(
         if half:
             pytest.skip("half precision is a GPU's")
         host: dict[str, HostKernel] = request.getfixturevalue("host")
+        use_small_blocks(monkeypatch)
         monkeypatch.setattr(norm, "norm_kernels", proved(host))
     else:
         set_kernels(torch.device("cuda", 0), deterministic=True)
@@ -155,7 +157,7 @@ def test_all_is_as_near_to_the_truth(
     finally:
         if device == "cuda":
             set_kernels(torch.device("cuda", 0), deterministic=False)
-    for name in ("moments", "norm_silu", "gradient_sums", "norm_silu_backward"):
+    for name in KERNELS:
         assert (host[name].calls if device == "cpu" else launches[name]) == 57
     own, other = errors(lean, truth), errors(plain, truth)
     assert own.median() <= 1.2 * other.median() and own.max() <= 1.5 * other.max()
