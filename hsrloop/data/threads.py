@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Mapping = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def in_threads(
@@ -27,7 +27,7 @@ def in_threads(
 
 
 @contextmanager
-def team(threads: int) -> Iterator[Mapping]:
+def team(threads: int) -> Iterator[MapFunction]:
     """Yield a `map` whose work is shared by as many threads, the same ones each time.
 
     What they have not begun at the end is never begun.

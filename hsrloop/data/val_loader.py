@@ -13,9 +13,10 @@ from hsrloop.data.ahead import ahead, arriving
 from hsrloop.data.loader import empty_images
 from hsrloop.data.pixels.store import GREY, ImageStore, stored_size
 from hsrloop.data.sets.dataset import ImageRef
-from hsrloop.data.threads import Mapping, team
+from hsrloop.data.threads import MapFunction, team
 
 _HOST = torch.device("cpu")
+_AT_A_TIME = 4  # images that a thread is given to letterbox (a guess)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class ValLoader:
         self._store = store
         self._device = device
         self._prefetch = prefetch
-        self._threads = max(1, threads)
+        self._threads = threads
         sizes = [stored_size(ref.height, ref.width, store.imgsz) for ref in refs]
         self._frames = [_frame(r, size, store.imgsz) for r, size in zip(refs, sizes, strict=True)]
         self._boxes = [
@@ -104,18 +105,18 @@ class ValLoader:
             for start in range(0, len(indices), self.batch):
                 yield self._make(indices[start : start + self.batch], mapped)
 
-    def _make(self, indices: Sequence[int], mapped: Mapping) -> ValBatch:
+    def _make(self, indices: Sequence[int], mapped: MapFunction) -> ValBatch:
         count = len(indices)
         images = empty_images(count, self._store.imgsz, pinned=self._device.type == "cuda")
         frames = np.array([self._frames[i] for i in indices])
         pixels = images.numpy()
 
         def lay(first: int) -> None:
-            for place in range(first, count, self._threads):
+            for place in range(first, min(first + _AT_A_TIME, count)):
                 _, _, left, top = self._frames[indices[place]]
                 _lay(pixels[place], self._store[indices[place]], left, top)
 
-        list(mapped(lay, range(min(self._threads, count))))
+        list(mapped(lay, range(0, count, _AT_A_TIME)))
         counts = [len(self._refs[i].labels) for i in indices]
         return ValBatch(
             images=images.permute(0, 3, 1, 2),

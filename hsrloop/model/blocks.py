@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @contextmanager
 def blocks_do(
@@ -47,4 +49,4 @@ def split_block(block: Any, halves: Sequence[Tensor]) -> Tensor:
 
 def is_watched(*layers: nn.Module) -> bool:
     """Return whether somebody wants to be shown what goes through one of these layers."""
-    return any(own._forward_hooks or own._forward_pre_hooks for own in layers)
+    return any(getattr(own, hooks) for own in layers for hooks in _HOOKS)

@@ -1,7 +1,7 @@
 // BatchNorm of a batch and SiLU, forth and back. Each is two passes over memory: one finds what each
-// block has of two numbers a channel, the next adds them up, each block for itself, and writes. What
-// BatchNorm itself returns is never written: backward it is computed again, and rounded again as
-// forward.
+// block has of two numbers a channel, the next adds them up, each block for itself, and writes.
+// What BatchNorm itself returns is never written: backward it is computed again, and rounded again
+// as forward.
 //
 // P pixels of all images, C channels, a multiple of WIDTH; channels of a pixel lie side by side. A
 // block takes `across` threads for as many WIDTH channels, blockIdx.y says which, and as many rows
@@ -13,42 +13,35 @@
 #define TOGETHER 4    // of the latter that a multiprocessor has room for
 
 struct Part {
-    void *out;         // (P, channels) of `kind`, of SiLU
+    void *out;         // (P, channels) of numbers, of SiLU
     const void *grad;  // by it; pixels are `pitch` numbers apart
     int channels, pitch;
 };
 
 struct Given {
     Part parts[2];     // of channels side by side; the second may have none
-    const void *x;     // (P, C) BatchNorm's input, of `kind`
+    const void *x;     // (P, C) BatchNorm's input, of numbers
     void *by_x;        // (P, C) gradient
     const float *weight, *bias;         // (C)
     float *mean, *invstd;               // (C) of the batch
     float *running_mean, *running_var;  // (C)
     float *by_bias, *by_weight;         // (C) gradients
     float *partial;                     // (blocks, 3, C)
-    int pixels, channels, kind, across, blocks;
+    int pixels, channels, across, blocks;
     float eps, momentum;
 };
 
-// So many pixels of a thread are read before it works on any.
-template <int KIND> static __device__ constexpr int depth() { return KIND == FLOAT32 ? 2 : 4; }
-
 // Which pixels and channels are a thread's.
 struct Share {
-    int channel, row, rows, deep;
+    int channel, row, rows;
     bool used;
 
-    __device__ Share(const Given &g, int deep) : deep(deep) {
+    __device__ Share(const Given &g) {
         channel = WIDTH * (blockIdx.y * g.across + threadIdx.x % g.across);
         row = threadIdx.x / g.across;
         rows = blockDim.x / g.across;
         used = channel < g.channels;
     }
-
-    __device__ int first() const { return blockIdx.x * rows * deep + row; }
-
-    __device__ int step() const { return gridDim.x * rows * deep; }
 };
 
 // The part that a thread's channels are in, its pointers moved to them.
@@ -147,35 +140,67 @@ template <typename How> static __device__ Totals left(const Share &s, const Give
     return all[threadIdx.x % g.across];
 }
 
+// Calls work(pixel, few numbers of x) with each of a thread's pixels, DEPTH of which are read before
+// it works on any.
+template <int KIND, int DEPTH, typename Work>
+static __device__ void for_pixels(const Given &g, const Share &s, Work work) {
+    typedef typename NumberOf<KIND>::Type Number;
+    const int step = gridDim.x * s.rows * DEPTH;
+    for (int first = blockIdx.x * s.rows * DEPTH + s.row; first < g.pixels; first += step) {
+        Few<Number> x[DEPTH];
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++) {
+            const long long pixel = first + k * s.rows;
+            if (pixel < g.pixels)
+                x[k] = few<Number>(g.x, pixel * g.channels + s.channel);
+        }
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++)
+            if (first + k * s.rows < g.pixels)
+                work(first + k * s.rows, x[k]);
+    }
+}
+
+// The same with the gradient beside.
+template <int KIND, typename Work>
+static __device__ void for_both(const Given &g, const Share &s, Work work) {
+    typedef typename NumberOf<KIND>::Type Number;
+    constexpr int DEPTH = KIND == FLOAT32 ? 2 : 4;
+    const Part part = part_of(g, s, sizeof(Number));
+    const int step = gridDim.x * s.rows * DEPTH;
+    for (int first = blockIdx.x * s.rows * DEPTH + s.row; first < g.pixels; first += step) {
+        Few<Number> x[DEPTH], grad[DEPTH];
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++) {
+            const long long pixel = first + k * s.rows;
+            if (pixel < g.pixels) {
+                x[k] = few<Number>(g.x, pixel * g.channels + s.channel);
+                grad[k] = few<Number>(part.grad, pixel * part.pitch);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++)
+            if (first + k * s.rows < g.pixels)
+                work(first + k * s.rows, x[k], grad[k]);
+    }
+}
+
 template <int KIND> static __device__ void find_moments(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = 2 * depth<KIND>();  // of one tensor in place of two
-    const Share s(g, deep);
+    const Share s(g);
     Totals own = {};
-    Few<float> usual = {};  // a first pixel: numbers around it are small
-    if (s.used && s.first() < g.pixels) {
-        const Few<Number> x = few<Number>(g.x, (long long)s.first() * g.channels + s.channel);
-        for (int i = 0; i < WIDTH; i++)
-            usual.n[i] = read<KIND>(x.n[i]);
-    }
-    for (int pixel = s.first(); s.used && pixel < g.pixels; pixel += s.step()) {
-        Few<Number> x[deep];
-#pragma unroll
-        for (int k = 0; k < deep; k++)
-            if (pixel + k * s.rows < g.pixels)
-                x[k] = few<Number>(g.x, (long long)(pixel + k * s.rows) * g.channels + s.channel);
-#pragma unroll
-        for (int k = 0; k < deep; k++) {
-            if (pixel + k * s.rows >= g.pixels)
-                break;
-            own.count += 1;
+    Few<float> usual = {};  // its first pixel: numbers around it are small
+    if (s.used)
+        for_pixels<KIND, KIND == FLOAT32 ? 4 : 8>(g, s, [&](int, const Few<Number> &x) {
             for (int i = 0; i < WIDTH; i++) {
-                const float away = read<KIND>(x[k].n[i]) - usual.n[i];
+                const float number = read<KIND>(x.n[i]);
+                usual.n[i] = own.count ? usual.n[i] : number;
+                const float away = number - usual.n[i];
                 own.a[i] += away;
                 own.b[i] = fmaf(away, away, own.b[i]);
             }
-        }
-    }
+            own.count += 1;
+        });
     for (int i = 0; i < WIDTH && own.count; i++) {
         const float away = own.a[i] / own.count;
         own.b[i] -= own.a[i] * away;
@@ -237,8 +262,7 @@ template <int KIND> struct Norm {
 
 template <int KIND> static __device__ void forward(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = depth<KIND>();
-    const Share s(g, deep);
+    const Share s(g);
     const Totals found = left<Moments>(s, g);
     if (!s.used)
         return;
@@ -246,52 +270,19 @@ template <int KIND> static __device__ void forward(const Given &g) {
     if (blockIdx.x == 0 && s.row == 0)
         norm.keep(g, s.channel, found);
     const Part part = part_of(g, s, sizeof(Number));
-    for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
-        Few<Number> x[deep];
-#pragma unroll
-        for (int k = 0; k < deep; k++)
-            if (pixel + k * s.rows < g.pixels)
-                x[k] = few<Number>(g.x, (long long)(pixel + k * s.rows) * g.channels + s.channel);
-#pragma unroll
-        for (int k = 0; k < deep; k++) {
-            if (pixel + k * s.rows >= g.pixels)
-                break;
-            for (int i = 0; i < WIDTH; i++) {
-                const float y = norm.output(norm.hat(x[k].n[i], i), i);
-                write<KIND>(&x[k].n[i], gate<KIND>(y, y));
-            }
-            few<Number>(part.out, (long long)(pixel + k * s.rows) * part.channels) = x[k];
+    for_pixels<KIND, KIND == FLOAT32 ? 2 : 4>(g, s, [&](int pixel, const Few<Number> &x) {
+        Few<Number> out;
+        for (int i = 0; i < WIDTH; i++) {
+            const float y = norm.output(norm.hat(x.n[i], i), i);
+            write<KIND>(&out.n[i], gate<KIND>(y, y));
         }
-    }
-}
-
-// Calls work(at, x, grad) with each of a thread's pixels.
-template <int KIND, typename Work>
-static __device__ void for_both(const Given &g, const Share &s, Work work) {
-    typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = depth<KIND>();
-    const Part part = part_of(g, s, sizeof(Number));
-    for (int pixel = s.first(); pixel < g.pixels; pixel += s.step()) {
-        Few<Number> x[deep], grad[deep];
-#pragma unroll
-        for (int k = 0; k < deep; k++) {
-            const long long at = pixel + k * s.rows;
-            if (at < g.pixels) {
-                x[k] = few<Number>(g.x, at * g.channels + s.channel);
-                grad[k] = few<Number>(part.grad, at * part.pitch);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < deep; k++)
-            if (pixel + k * s.rows < g.pixels)
-                work(pixel + k * s.rows, x[k], grad[k]);
-    }
+        few<Number>(part.out, (long long)pixel * part.channels) = out;
+    });
 }
 
 template <int KIND> static __device__ void find_sums(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = depth<KIND>();
-    const Share s(g, deep);
+    const Share s(g);
     Totals own = {};
     if (s.used) {
         const Norm<KIND> norm(g, s.channel);
@@ -308,8 +299,7 @@ template <int KIND> static __device__ void find_sums(const Given &g) {
 
 template <int KIND> static __device__ void backward(const Given &g) {
     typedef typename NumberOf<KIND>::Type Number;
-    constexpr int deep = depth<KIND>();
-    const Share s(g, deep);
+    const Share s(g);
     const Totals found = left<Sums>(s, g);
     if (!s.used)
         return;
@@ -323,51 +313,64 @@ template <int KIND> static __device__ void backward(const Given &g) {
         mean.n[i] = found.a[i] / g.pixels;
         along.n[i] = found.b[i] / g.pixels;
     }
-    for_both<KIND>(g, s, [&](int at, const Few<Number> &x, const Few<Number> &grad) {
+    for_both<KIND>(g, s, [&](int pixel, const Few<Number> &x, const Few<Number> &grad) {
         Few<Number> out;
         for (int i = 0; i < WIDTH; i++) {
             const float hat = norm.hat(x.n[i], i), slope = norm.slope(hat, grad.n[i], i);
             const float rest = fmaf(-hat, along.n[i], slope - mean.n[i]);
             write<KIND>(&out.n[i], norm.weight.n[i] * norm.invstd.n[i] * rest);
         }
-        few<Number>(g.by_x, (long long)at * g.channels + s.channel) = out;
+        few<Number>(g.by_x, (long long)pixel * g.channels + s.channel) = out;
     });
 }
 
-extern "C" __global__ void __launch_bounds__(FINDING) moments(Given g) {
-    if (g.kind == FLOAT32)
-        find_moments<FLOAT32>(g);
-    else if (g.kind == FLOAT16)
-        find_moments<FLOAT16>(g);
-    else
-        find_moments<BFLOAT16>(g);
+// Of each kind its own, or registers would have to do for all.
+extern "C" __global__ void __launch_bounds__(FINDING) moments_float32(Given g) {
+    find_moments<FLOAT32>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(FINDING) moments_float16(Given g) {
+    find_moments<FLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(FINDING) moments_bfloat16(Given g) {
+    find_moments<BFLOAT16>(g);
 }
 
 // After `moments`. Writes mean and invstd too, moves running_mean and running_var.
-extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu(Given g) {
-    if (g.kind == FLOAT32)
-        forward<FLOAT32>(g);
-    else if (g.kind == FLOAT16)
-        forward<FLOAT16>(g);
-    else
-        forward<BFLOAT16>(g);
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_float32(Given g) {
+    forward<FLOAT32>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(FINDING) gradient_sums(Given g) {
-    if (g.kind == FLOAT32)
-        find_sums<FLOAT32>(g);
-    else if (g.kind == FLOAT16)
-        find_sums<FLOAT16>(g);
-    else
-        find_sums<BFLOAT16>(g);
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_float16(Given g) {
+    forward<FLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_bfloat16(Given g) {
+    forward<BFLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(FINDING) gradient_sums_float32(Given g) {
+    find_sums<FLOAT32>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(FINDING) gradient_sums_float16(Given g) {
+    find_sums<FLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(FINDING) gradient_sums_bfloat16(Given g) {
+    find_sums<BFLOAT16>(g);
 }
 
 // After `gradient_sums`. Writes by_bias and by_weight too.
-extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_backward(Given g) {
-    if (g.kind == FLOAT32)
-        backward<FLOAT32>(g);
-    else if (g.kind == FLOAT16)
-        backward<FLOAT16>(g);
-    else
-        backward<BFLOAT16>(g);
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_backward_float32(Given g) {
+    backward<FLOAT32>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_backward_float16(Given g) {
+    backward<FLOAT16>(g);
+}
+
+extern "C" __global__ void __launch_bounds__(WRITING, TOGETHER) norm_silu_backward_bfloat16(Given g) {
+    backward<BFLOAT16>(g);
 }

@@ -133,7 +133,9 @@ def proved_kernels(
     """
     try:
         kernels = kernels_in(file.read_text(encoding="utf-8"), device)
-        why = "" if proof(kernels, device) else "it computes something else than torch"
+        # Whoever asks first, in a pass without gradients or under autocast.
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            why = "" if proof(kernels, device) else "it computes something else than torch"
     except KernelError as error:
         why = str(error)
     if why:

@@ -80,13 +80,20 @@ def test_logits_are_those_of_torchs_operators(
         host = request.getfixturevalue("host")
         for own in (folded, silu):
             monkeypatch.setattr(own, "silu_kernels", lambda device: host)
-        found = logits(module, x)
-        assert host["bias_silu"].calls == BLOCKS
     else:
         assert silu.silu_kernels(x.device) is not None
-        with counted_launches() as launches:
-            found = logits(module, x)
-        assert launches["bias_silu"] == BLOCKS
+    split: list[bool] = []
+
+    def halves(x: Tensor, bias: Tensor) -> Any:
+        own = silu.bias_silu_halves(x, bias)
+        split.append(own[0].data_ptr() != x.data_ptr())
+        return own
+
+    monkeypatch.setattr(folded, "bias_silu_halves", halves)
+    with counted_launches() as launches:
+        found = logits(module, x)
+    assert (host["bias_silu"].calls if device == "cpu" else launches["bias_silu"]) == BLOCKS
+    assert split == [True] * 8
     assert alike(found, expected, 2e-2 if half else 1e-4)
 
 
@@ -122,7 +129,8 @@ def test_others_are_left_alone(
     module.model[0].act = nn.SiLU()  # one activation is shared by all
     module.model[0].act.register_forward_hook(lambda *given: seen.append(given))
     module.model[1].act = nn.LeakyReLU(0.1)
+    module.model[2].cv1.register_forward_hook(lambda *given: seen.append(given))
     with as_on_a_gpu():
         forward_eval(module, images())
-    assert len(seen) == 1 and host["bias_silu"].calls == before + BLOCKS - 2
+    assert len(seen) == 2 and host["bias_silu"].calls == before + BLOCKS - 2
     assert block.forward is forward

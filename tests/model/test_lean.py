@@ -16,7 +16,7 @@ from hsrloop.model import yolo
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import forward_eval, forward_train
 from hsrloop.ops import norm
-from hsrloop.ops.nvrtc import counted_launches
+from hsrloop.ops.nvrtc import counted_launches, kernel_names
 from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train.precision import set_kernels
 from tests.kernels import DEVICES, HostKernel, host_kernels
@@ -27,7 +27,7 @@ NAMES = ("a", "b")
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
-    together: dict[str, int | None] = dict.fromkeys(KERNELS)
+    together: dict[str, int | None] = dict.fromkeys(kernel_names(norm.SOURCE.read_text()))
     return host_kernels(norm.SOURCE, tmp_path_factory.mktemp("kernels"), together=together)
 
 
@@ -117,11 +117,16 @@ def test_who_looks_on_is_shown_every_layer() -> None:
     # One activation is shared by all.
     looked_at = [module.model[0].bn, module.model[1].act, module.model[2].cv1]
     hooks = [layer.register_forward_hook(lambda own, *_: seen.append(own)) for layer in looked_at]
+    backwards = module.model[4].cv1, module.model[5].bn
+    hooks += [
+        layer.register_full_backward_hook(lambda own, *_: seen.append(own)) for layer in backwards
+    ]
     with as_on_a_gpu():
-        forward_train(module, images())
+        raw = forward_train(module, images())
+        (raw.box_logits.sum() + raw.class_logits.sum()).backward()
     for hook in hooks:
         hook.remove()
-    assert all(layer in seen for layer in looked_at)
+    assert all(layer in seen for layer in (*looked_at, *backwards))
 
 
 def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
@@ -149,6 +154,13 @@ def test_all_is_as_near_to_the_truth(
     else:
         set_kernels(torch.device("cuda", 0), deterministic=True)
         assert norm.norm_kernels(torch.device("cuda", 0)) is not None
+    parts: list[int] = []
+
+    def seen(x: Tensor, own: Any, count: int) -> Any:
+        parts.append(count)
+        return norm.norm_silu(x, own, count)
+
+    monkeypatch.setattr(lean_module, "norm_silu", seen)
     try:
         with counted_launches() as launches:
             plain, lean = both(monkeypatch, device=device, half=half)
@@ -157,8 +169,10 @@ def test_all_is_as_near_to_the_truth(
     finally:
         if device == "cuda":
             set_kernels(torch.device("cuda", 0), deterministic=False)
-    for name in KERNELS:
+    for own in KERNELS:
+        name = f"{own}_{'float16' if half else 'float32'}"
         assert (host[name].calls if device == "cpu" else launches[name]) == 57
+    assert sorted(parts) == [1] * 49 + [2] * 8
     own, other = errors(lean, truth), errors(plain, truth)
     assert own.median() <= 1.2 * other.median() and own.max() <= 1.5 * other.max()
 

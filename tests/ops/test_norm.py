@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hsrloop.ops import norm as norm_module
 from hsrloop.ops.norm import SOURCE, Norm, norm_kernels, takes_norm
+from hsrloop.ops.nvrtc import kernel_names
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
-KERNELS = ["moments", "norm_silu", "gradient_sums", "norm_silu_backward"]
+KERNELS = ["moments", "norm_silu", "gradient_sums", "norm_silu_backward"]  # each for three kinds
 LAST = torch.channels_last
 KINDS = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -30,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
 
 
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
-    together: dict[str, int | None] = dict.fromkeys(KERNELS)
+    together: dict[str, int | None] = dict.fromkeys(kernel_names(SOURCE.read_text()))
     return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"), together=together)
 
 
@@ -217,18 +218,53 @@ def test_no_number_spoils_its_channel_alone(
     assert all(own[others].isfinite().all() for own in (mean, var, by_weight, by_bias))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_proved_before_they_are_used(
-    name: str, host: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+    name: str, kind: str, host: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(grid: Any, block: Any, device: Any, given: Any) -> None:
-        given.pixels -= 1
-        host[name](grid, block, device, given)
-        given.pixels += 1
-
+    """With all that a card could get wrong: other blocks' work, a kind, halves."""
     use_small_blocks(monkeypatch)
-    assert norm_module._proves(host, torch.device("cpu"))
-    assert not norm_module._proves({**host, name: wrong}, torch.device("cpu"))
+    own, grids = host[f"{name}_{kind}"], []
+
+    def wrong(grid: Any, block: Any, device: Any, given: Any) -> None:
+        grids.append(grid)
+        pixels, given.pixels = given.pixels, given.pixels // 2
+        own(grid, block, device, given)
+        given.pixels = pixels
+
+    def of_one_block(grid: Any, block: Any, device: Any, given: Any) -> None:
+        blocks, given.blocks = given.blocks, 1
+        own(grid, block, device, given)
+        given.blocks = blocks
+
+    bad = [wrong]
+    if name.startswith("norm_silu"):
+        other = "float16" if kind == "bfloat16" else "bfloat16"
+        bad.append(host[f"{name}_{other}"])
+        bad += [of_one_block] if kind == "float32" else []
+    for one in bad:
+        kernels = {**host, f"{name}_{kind}": one}
+        assert not norm_module._proves(kernels, torch.device("cpu"))  # type: ignore[arg-type]
+    assert all(grid[0] > 1 and grid[1] > 1 for grid in grids)
+
+
+def test_kernels_that_are_right_are_used(
+    host: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_small_blocks(monkeypatch)
+    assert norm_module._proves(host, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_the_proof_has_several_blocks_on_a_card() -> None:
+    seen = []
+
+    def look(grid: Any, block: Any, device: Any, given: Any) -> None:
+        seen.append(grid)
+
+    kernels: Any = dict.fromkeys(kernel_names(SOURCE.read_text()), look)
+    norm_module._proves(kernels, torch.device("cpu"))
+    assert len(seen) >= 2 and all(across > 1 and tiles > 1 for across, tiles, _ in seen)
 
 
 def test_constants_are_those_of_the_source() -> None:

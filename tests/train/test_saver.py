@@ -120,6 +120,16 @@ def test_the_writer_hands_the_interpreter_over_quickly_while_it_writes(
     assert sys.getswitchinterval() == usual
 
 
+def test_two_that_write_at_once_leave_the_interpreter_as_it_was() -> None:
+    usual, first, second = sys.getswitchinterval(), saver._quick_handover, saver._quick_handover
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert sys.getswitchinterval() < usual
+    second.__exit__()
+    assert sys.getswitchinterval() == usual
+
+
 def test_files_hold_the_state_as_it_was_when_they_were_due(bench: Bench) -> None:
     bench.step()
     frozen = Snapshot()
