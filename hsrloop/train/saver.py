@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hsrloop.errors import OutputError
 from hsrloop.events import CheckpointSaved, Event, Note
 from hsrloop.model.published import half_network, refill
+from hsrloop.ops.paths import on_cpu
 from hsrloop.train import checkpoint
 from hsrloop.train.checkpoint import LAST, PREVIOUS, RunIdentity
 from hsrloop.train.snapshot import Snapshot, copy_into
@@ -92,6 +93,7 @@ class Saver:
         self._waiting: dict[str, _Job] = {}  # weights that are not on the disk yet, in order
         self._owed = False  # last.pt could not be written
         self._failure: OutputError | None = None
+        self._beside_gpu = False
         self._writer = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoints", initializer=_give_way
         )
@@ -189,6 +191,7 @@ class Saver:
         if LAST in state.due:
             state.due.remove(LAST)
         self._next_at = self._clock() + self._every_s
+        self._beside_gpu = not on_cpu(state.device)
         self._writing = self._writer.submit(self._write, jobs)
 
     def _job(self, name: str, state: TrainState, averages: Mapping[str, Tensor] | None) -> _Job:
@@ -230,7 +233,7 @@ class Saver:
     def _write(self, jobs: Sequence[_Job]) -> _Outcome:
         """Write files one after the other; runs on the writer's thread."""
         written: list[_Job] = []
-        with _quick_handover:
+        with _quick_handover if self._beside_gpu else contextlib.nullcontext():
             for job in jobs:
                 run = self._snapshot.payload if job.averages is None else None
                 if run is not None and not _is_finite(run):
@@ -273,8 +276,9 @@ def _give_way() -> None:
 class _QuickHandover:
     """Makes all threads of this process give the interpreter up sooner, while one writes.
 
-    Pickling 1,300 tensors takes it for 80 ms. A step gives it up some thirty times, at each start
-    of a kernel, and would have to wait 5 ms to get it back each time.
+    Pickling 1,300 tensors takes it for 80 ms. Beside a GPU a step gives it up some thirty times, at
+    each start of a kernel, and would have to wait 5 ms to get it back each time. On the CPU a step
+    seldom needs it, and the writer, which gives way to training, had better not hold it often.
     """
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ from hsrloop.config import TrainConfig
 from hsrloop.errors import CheckpointError, OutputError, WeightsError
 from hsrloop.events import CheckpointSaved, Note
 from hsrloop.model.weights import read_checkpoint
+from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.records import Position
 from hsrloop.train import checkpoint, saver
 from hsrloop.train.checkpoint import LAST, PREVIOUS, RunIdentity
@@ -100,7 +101,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield made
 
 
-def test_the_writer_hands_the_interpreter_over_quickly_while_it_writes(
+def test_beside_a_gpu_the_writer_hands_the_interpreter_over_quickly(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pickling holds it; each kernel of a step that is started meanwhile would wait 5 ms for it."""
@@ -113,11 +114,16 @@ def test_the_writer_hands_the_interpreter_over_quickly_while_it_writes(
         write(path, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write", watched)
-    bench.epoch("best.pt", LAST)
+    with as_on_a_gpu():
+        bench.epoch("best.pt", LAST)
     bench.settle()
     assert seen == [pytest.approx(saver.HANDOVER_S)] * 2
     assert usual > saver.HANDOVER_S
     assert sys.getswitchinterval() == usual
+    bench.clock.now += RETRY_S
+    bench.epoch("best.pt")
+    bench.settle()
+    assert seen[2:] == [usual] * 2  # on the CPU a step seldom needs it
 
 
 def test_two_that_write_at_once_leave_the_interpreter_as_it_was() -> None:
