@@ -28,6 +28,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostKernel]:
     return host_kernels(SOURCE, tmp_path_factory.mktemp("kernels"))
 
 
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the device of the test."""
+    if request.getfixturevalue("device") == "cpu":
+        host = request.getfixturevalue("host")
+        monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
+    else:
+        assert silu_kernels(torch.device("cuda", 0)) is not None
+
+
 def numbers(
     shape: tuple[int, ...], kind: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
@@ -37,21 +47,11 @@ def numbers(
     return x.to(device, kind, memory_format=LAST), bias.to(device, kind)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [*RTOL])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_bias_and_silu_are_torchs(
-    shape: tuple[int, ...],
-    kind: torch.dtype,
-    device: str,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if device == "cpu":
-        host = request.getfixturevalue("host")
-        monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
-    else:
-        assert silu_kernels(torch.device("cuda", 0)) is not None
+def test_a_bias_and_silu_are_torchs(shape: tuple[int, ...], kind: torch.dtype, device: str) -> None:
     x, bias = numbers(shape, kind, device)
     expected = torch.nn.functional.silu((x + bias[:, None, None]).double())
     assert silu.takes(x)
@@ -60,20 +60,14 @@ def test_a_bias_and_silu_are_torchs(
     assert (found.double() - expected).norm() <= RTOL[kind] * expected.norm()
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [*RTOL])
 @pytest.mark.parametrize("shape", [(2, 8, 3, 5), (3, 16, 40, 40), (2, 80, 5, 1), (2, 12, 3, 3)])
 def test_two_halves_are_the_whole_to_the_bit(
-    shape: tuple[int, ...],
-    kind: torch.dtype,
-    device: str,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...], kind: torch.dtype, device: str
 ) -> None:
     """Twelve channels have no halves that a thread could read in one piece: torch's operators."""
-    if device == "cpu":
-        host = request.getfixturevalue("host")
-        monkeypatch.setattr(silu, "silu_kernels", lambda device: host)
     x, bias = numbers(shape, kind, device)
     before = x.clone()
     halves = bias_silu_halves(x, bias)
