@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ CONF = 0.001  # what counts as a detection at all; Source: ultralytics@8.4.190, 
 IOU = 0.7  # NMS threshold; same source
 MAX_DETECTIONS = 300
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,24 @@ class KeptDetector:
         self._detector: Detector | None = None
         self._of: tuple[object, ...] = ()
 
-    def of(self, module: nn.Module, device: torch.device, *, half: bool) -> Detector:
-        """Return what `Detector.of` does; the one returned before is changed by it."""
+    def of(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        *,
+        half: bool,
+        recorded: RecordedDetections | None = None,
+    ) -> Detector:
+        """Return what `Detector.of` does; the one returned before is changed by it.
+
+        Args:
+            recorded: refreshes it, if it can.
+        """
         if self._detector is not None and self._of == (module, device, half):
-            self._detector.refresh(module)
+            if recorded is None:
+                self._detector.refresh(module)
+            else:
+                recorded.refresh(self._detector, module)
         else:
             self._detector, self._of = (
                 Detector.of(module, device, half=half),
@@ -130,7 +147,8 @@ class _Recorded:
 class RecordedDetections:
     """Detections in batches whose shape comes again, recorded as CUDA graphs; of one detector.
 
-    Weights are read where they lie: `Detector.refresh` reaches recordings too.
+    Weights are read where they lie: refreshing a detector reaches recordings too. That is recorded
+    as well, from where the weights come to where they go.
 
     Args:
         recorder: that of the steps, whose memory is idle during a validation.
@@ -140,8 +158,25 @@ class RecordedDetections:
         self._recorder = recorder
         self._detector: Detector | None = None
         self._made: dict[torch.Size, _Recorded | None] = {}  # None: seen once, or impossible
-        self._impossible = False
+        self._refreshed: tuple[Detector, nn.Module] | None = None
+        self._refresh: Replay | None = None
+        self._impossible: set[str] = set()
         self.recordings = 0  # made so far
+
+    def refresh(self, detector: Detector, module: nn.Module) -> None:
+        """Do what `Detector.refresh` does, recorded when it is done for the second time."""
+        known = self._refreshed is not None and all(
+            own is given for own, given in zip(self._refreshed, (detector, module), strict=True)
+        )
+        if not known:
+            self._refreshed, self._refresh = (detector, module), None
+        elif self._refresh is None:
+            made = self._recorded("refreshing", lambda: detector.refresh(module))
+            self._refresh = None if made is None else made[0]
+        if self._refresh is None:
+            detector.refresh(module)
+        else:
+            self._refresh()
 
     def find(self, detector: Detector, images: Tensor) -> Found | None:
         """Return what `Detector.find_ahead` does; None: it is not recorded, or not yet."""
@@ -152,7 +187,7 @@ class RecordedDetections:
             self._made[shape] = None
             return None
         own = self._made[shape]
-        if own is None and not self._impossible:
+        if own is None:
             own = self._made[shape] = self._record(detector, images)
         if own is None:
             return None
@@ -167,14 +202,21 @@ class RecordedDetections:
             found = detector.find_ahead(own)
             return found.rows, found.settled
 
+        made = self._recorded("validation", work)
+        return None if made is None else _Recorded(own, made[0], Found(*made[1]))
+
+    def _recorded(self, what: str, work: Callable[[], T]) -> tuple[Replay, T] | None:
+        """Record work that may be done once more; None: it cannot be, now and later."""
+        if what in self._impossible:
+            return None
         try:
             if self._recorder.has_room():
                 self._recorder.warm(work)
-                replay, found = self._recorder.record(work)
+                made = self._recorder.record(work)
                 self.recordings += 1
-                return _Recorded(own, replay, Found(*found))
+                return made
         except (RuntimeError, AssertionError) as error:
             why = reason_of(error)
-            _LOG.warning("validation cannot be recorded as CUDA graphs (%s)", why)
-        self._impossible = True
+            _LOG.warning("%s cannot be recorded as CUDA graphs (%s)", what, why)
+        self._impossible.add(what)
         return None

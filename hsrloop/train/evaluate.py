@@ -51,7 +51,7 @@ def evaluate(
         total = loader.n_samples + len(places or ())
         for batch in loader if places is None else loader.of(places):
             if detector is None:  # made ready while the second batch is on its way
-                detector = kept.of(module, device, half=half)
+                detector = kept.of(module, device, half=half, recorded=recorded)
             # Kernels are looked for where most batches find them: each size costs seconds.
             with untuned(when=len(batch.images) < loader.batch):
                 found = detector.find(batch.images, ahead=ahead, recorded=recorded)

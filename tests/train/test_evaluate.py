@@ -146,14 +146,37 @@ def test_recorded_detections_are_those_of_the_network_as_it_is_by_then(
     assert rerun.replays == 5, "another detector has recordings of its own"
 
 
+@pytest.mark.parametrize("trouble", ["", "room", "error"])
+def test_a_refresh_that_is_recorded_is_as_a_new_detector(
+    trouble: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = RuntimeError("operation not permitted\nmore") if trouble == "error" else None
+    rerun, kept = Rerun(room=trouble != "room", error=error), KeptDetector()
+    recorded = RecordedDetections(rerun)
+    modules = [build("yolov8n.yaml", names=NAMES, seed=seed) for seed in range(2)]
+    for number, module in enumerate((*[modules[0]] * 5, *[modules[1]] * 4)):
+        trained_on(module, number)
+        own = kept.of(module, CPU, half=False, recorded=recorded).module.state_dict()
+        expected = Detector.of(module, CPU, half=False).module.state_dict()
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[key], expected[key]) for key in expected)
+    # A new one, one as ever, then recorded; the other network has its own.
+    assert rerun.replays == (0 if trouble else 3 + 2)
+    assert rerun.recordings == recorded.recordings + (trouble == "error")
+    assert recorded.recordings == (0 if trouble else 2)
+    assert ("refreshing cannot be recorded as CUDA graphs" in caplog.text) is (trouble == "error")
+
+
 def test_a_validation_with_recorded_detections_is_the_same(given: dict[str, Any]) -> None:
     rerun, kept = Rerun(), KeptDetector()
     recorded = RecordedDetections(rerun)
-    for _ in range(2):
+    for seed in range(4):
         got = evaluate(**given, ahead=True, kept=kept, recorded=recorded)
         assert got == evaluate(**given, ahead=True)
-    assert rerun.replays == 3
+        trained_on(given["module"], seed)
+    assert rerun.replays == 7 + 2, "all batches but the first, and the last two refreshes"
     rerun.replays = 0
+    kept = KeptDetector()
     evaluate(**given, ahead=False, kept=kept, recorded=recorded)
     assert not rerun.replays
 
