@@ -21,7 +21,7 @@ def test_parts_of_an_epoch_are_no_more_than_the_epoch(tmp_path: Path) -> None:
     within = ("validation: the detector", "validation: waiting, matching")
     apart = [own for name, own in times.items() if name not in within and "average" not in name]
     for number, total in enumerate(whole):
-        assert 0.3 * total < sum(own[number] for own in apart) < total
+        assert sum(own[number] for own in apart) < total
     for name in ("starting steps", "waiting for data", "validation in all", within[0]):
         assert min(times[name]) > 0
     text = (tmp_path / "epoch.md").read_text()

@@ -19,7 +19,7 @@ from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_names, proved_
 from hsrloop.train.build import KERNELS
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
-SOURCES = [nms.SUPPRESS, matching.MATCH, silu.SOURCE, averaging.SOURCE]
+SOURCES = [nms.SUPPRESS, matching.MATCH, norm.SOURCE, silu.SOURCE, averaging.SOURCE]
 
 
 @pytest.fixture(scope="module")
