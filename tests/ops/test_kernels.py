@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsrloop.ops import averaging, matching, nms, nvrtc, silu
+from hsrloop.ops import averaging, matching, nms, norm, nvrtc, silu
 from hsrloop.ops.matching import IOUS
 from hsrloop.ops.nms import nms_ahead
 from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_names, proved_kernels
