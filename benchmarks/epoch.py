@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--without-checkpoints", action="store_true")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs must be at least 2: the first one is left out")
     with tempfile.TemporaryDirectory() as folder:
         epochs = measure(options, Path(folder))
     names = [*(part for _, _, part in PARTS), DATA, EPOCH]

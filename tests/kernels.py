@@ -55,12 +55,6 @@ template <typename Number> static void atomicMax(Number *at, Number value) {
     while (old < value && !__atomic_compare_exchange_n(
                at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
-template <typename Number> static Number atomicAdd(Number *at, Number value) {
-    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
-}
-static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-#define __ldcg(at) (*(at))
-struct alignas(16) float4 { float x, y, z, w; };
 static inline float from_half(unsigned short bits) {
     _Float16 number;
     __builtin_memcpy(&number, &bits, 2);

@@ -13,14 +13,14 @@
 #define TOGETHER 4    // of the latter that a multiprocessor has room for
 
 struct Part {
-    void *out;         // (P, channels) of numbers, of SiLU
+    void *out;         // (P, channels) what SiLU returns
     const void *grad;  // by it; pixels are `pitch` numbers apart
     int channels, pitch;
 };
 
 struct Given {
     Part parts[2];     // of channels side by side; the second may have none
-    const void *x;     // (P, C) BatchNorm's input, of numbers
+    const void *x;     // (P, C) BatchNorm's input
     void *by_x;        // (P, C) gradient
     const float *weight, *bias;         // (C)
     float *mean, *invstd;               // (C) of the batch

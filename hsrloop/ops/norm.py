@@ -25,9 +25,11 @@ _FINDING = 1024
 _WRITING = 256
 
 _ACROSS = 8  # threads side by side, at most: 32 channels of half precision
-_FINDERS = 128  # blocks, at most: a large card's multiprocessors, and each block of the others adds
-_WRITERS = 512  # up what these found
-_PIXELS = 4  # of a thread, about: fewer blocks where there is less to do
+# Blocks that find, at most: about as many as a large card has multiprocessors. Each block that
+# writes adds up what all of them found.
+_FINDERS = 128
+_WRITERS = 512
+_PIXELS = 4  # of a thread, at least, about: fewer blocks where there is less to do
 _READ = ("x", "by_x", "weight", "bias", "mean", "invstd")
 _WRITTEN = ("running_mean", "running_var", "by_bias", "by_weight", "partial")
 

@@ -165,10 +165,7 @@ class RecordedDetections:
 
     def refresh(self, detector: Detector, module: nn.Module) -> None:
         """Do what `Detector.refresh` does, recorded when it is done for the second time."""
-        known = self._refreshed is not None and all(
-            own is given for own, given in zip(self._refreshed, (detector, module), strict=True)
-        )
-        if not known:
+        if self._refreshed != (detector, module):
             self._refreshed, self._refresh = (detector, module), None
         elif self._refresh is None:
             made = self._recorded("refreshing", lambda: detector.refresh(module))

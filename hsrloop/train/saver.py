@@ -93,7 +93,6 @@ class Saver:
         self._waiting: dict[str, _Job] = {}  # weights that are not on the disk yet, in order
         self._owed = False  # last.pt could not be written
         self._failure: OutputError | None = None
-        self._beside_gpu = False
         self._writer = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoints", initializer=_give_way
         )
@@ -191,8 +190,8 @@ class Saver:
         if LAST in state.due:
             state.due.remove(LAST)
         self._next_at = self._clock() + self._every_s
-        self._beside_gpu = not on_cpu(state.device)
-        self._writing = self._writer.submit(self._write, jobs)
+        beside_gpu = not on_cpu(state.device)
+        self._writing = self._writer.submit(self._write, jobs, beside_gpu=beside_gpu)
 
     def _job(self, name: str, state: TrainState, averages: Mapping[str, Tensor] | None) -> _Job:
         return _Job(
@@ -230,10 +229,14 @@ class Saver:
         elif failure is None and before is not None:
             self._emit(Note(text="checkpoints are written again"))
 
-    def _write(self, jobs: Sequence[_Job]) -> _Outcome:
-        """Write files one after the other; runs on the writer's thread."""
+    def _write(self, jobs: Sequence[_Job], *, beside_gpu: bool = False) -> _Outcome:
+        """Write files one after the other; runs on the writer's thread.
+
+        Args:
+            beside_gpu: steps are taken there meanwhile.
+        """
         written: list[_Job] = []
-        with _quick_handover if self._beside_gpu else contextlib.nullcontext():
+        with _quick_handover if beside_gpu else contextlib.nullcontext():
             for job in jobs:
                 run = self._snapshot.payload if job.averages is None else None
                 if run is not None and not _is_finite(run):

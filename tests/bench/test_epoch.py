@@ -11,6 +11,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "epoch.py"
 TINY = ["--train", "4", "--val", "2", "--imgsz", "32", "--batch", "2", "--epochs", "3"]
 
 
+def test_one_epoch_is_too_few() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--epochs", "1"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--epochs must be at least 2" in done.stderr
+
+
 def test_parts_of_an_epoch_are_no_more_than_the_epoch(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *TINY, "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
