@@ -138,6 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first one is left out")
+    output = results_folder(options.output)  # before minutes are spent
     with tempfile.TemporaryDirectory() as folder:
         epochs = measure(options, Path(folder))
     names = [*(part for _, _, part in PARTS), DATA, EPOCH]
@@ -147,7 +148,6 @@ def main() -> None:
     data = options.data.resolve().parent.name if options.data else "painted scenes"
     stem = "epoch" if options.device == "cpu" else "epoch_gpu"
     stem += "_without_checkpoints" if options.without_checkpoints else ""
-    output = results_folder(options.output)
     content = {"host": describe_host(), "data": data, **said, "ms": found}
     (output / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = ["# Where an epoch goes", "", describe_host(), ""]
