@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from ultralytics.engine.validator import BaseValidator
-from ultralytics.utils.metrics import ap_per_class, box_iou, smooth
+from ultralytics.utils.metrics import ap_per_class, box_iou, compute_ap, smooth
 
 from hsrloop.ops import matching
 from hsrloop.ops.ap import Evaluator, average_precision
@@ -45,6 +45,11 @@ def add(
     evaluator.add(
         Found.of(list(detections)), torch.cat(boxes), torch.cat(labels), index, places=places
     )
+
+
+def as_bits(right: np.ndarray) -> np.ndarray:
+    """Pack (n, 10) of what is right into numbers."""
+    return (right << np.arange(10)).sum(1).astype(np.uint16)
 
 
 def match_one(detections: Tensor, truth: Tensor, labels: Tensor) -> np.ndarray:
@@ -112,21 +117,36 @@ def test_match_by_hand() -> None:
 
 
 def test_ap_by_hand() -> None:
-    # two boxes; hits at ranks 1 and 3: precision 1 to recall 0.5, then 2/3 to recall 1
-    first = [0.5, 0.5, 1.0], [1.0, 0.5, 2 / 3]
-    # at a higher threshold one hit, at rank 2: precision 1/2 to recall 0.5
-    second = [0.0, 0.5, 0.5], [0.0, 0.5, 1 / 3]
-    recall, precision = np.array([first, second]).transpose(1, 2, 0)
+    # two boxes; hits at ranks 1 and 3: precision 1 to recall 0.5, then 2/3 to recall 1;
+    # at the next threshold one hit, at rank 2: precision 1/2 to recall 0.5; at the others none
+    right = np.zeros((3, 10), dtype=bool)
+    right[[0, 2], 0], right[1, 1] = True, True
     # read at 0, 0.01, ... 1 and joined by lines: 1 up to recall 0.49, 2/3 from 0.5 to 0.99, then 0;
     # 1/2 up to 0.49, then 0
-    assert average_precision(recall, precision) == pytest.approx(
+    assert average_precision(as_bits(right), 2) == pytest.approx(
         [
             0.49 + 0.01 * (1 + 2 / 3) / 2 + 0.49 * 2 / 3 + 0.01 * (2 / 3) / 2,
             0.49 * 0.5 + 0.01 * 0.5 / 2,
+            *[0.0] * 8,
         ]
     )
-    assert average_precision(np.ones((1, 1)), np.ones((1, 1))) == pytest.approx(0.995)
-    assert average_precision(np.zeros((1, 1)), np.zeros((1, 1))) == pytest.approx(0.0, abs=6e-3)
+    assert average_precision(as_bits(np.ones((1, 10), dtype=bool)), 1) == pytest.approx(
+        [0.995] * 10
+    )
+    assert (average_precision(as_bits(np.zeros((1, 10), dtype=bool)), 1) == 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 7, 400])
+def test_ap_is_the_peers(count: int, share: float) -> None:
+    rng = np.random.default_rng(count)
+    right = rng.random((count, 10)) < share * np.linspace(1, 0.5, 10)
+    boxes = max(1, int(right.sum(0).max()) + count % 3)
+    found = average_precision(as_bits(right), boxes)
+    for level, of in zip(found, right.T, strict=True):
+        hits = of.cumsum()
+        expected, _, _ = compute_ap(hits / (boxes + 1e-16), hits / np.arange(1, count + 1))
+        assert level == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 def test_perfect_detections_score_as_high_as_the_definition_allows() -> None:
