@@ -57,7 +57,7 @@ def average_precision(hits: Hits, boxes: int) -> Floats:
     after = best[:, first + 1]
     before = np.where(at[:, first + 1] == at[:, first] + 1, best[:, first], after)
     slope = (after - before) / (recall[first + 1] - recall[first])
-    read = before + slope * (_RECALLS - recall[first])
+    read = np.ascontiguousarray(before + slope * (_RECALLS - recall[first]))
     areas: Floats = (read[:, :-1] + read[:, 1:]).mean(axis=1) / 2
     return areas
 
