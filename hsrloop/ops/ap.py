@@ -40,7 +40,9 @@ def average_precision(hits: Hits, boxes: int) -> Floats:
     Returns:
         (10,) in [0, 1].
     """
-    level, place = np.nonzero(hits >> _LEVELS[:, None] & 1)  # of each right one, level by level
+    right = np.flatnonzero(hits)
+    level, which = np.nonzero(hits[right] >> _LEVELS[:, None] & 1)
+    place = right[which]  # of what is right at a level, level by level
     counts = np.bincount(level, minlength=len(IOUS))
     number = np.arange(len(place)) - np.repeat(counts.cumsum() - counts, counts)
     most = int(counts.max())
