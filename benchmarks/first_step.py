@@ -28,8 +28,8 @@ import os, sys, time
 import hsrloop.cli.run as run
 prepare = run.prepare
 
-def prepare_and_watch():
-    prepare()  # before torch is loaded
+def prepare_and_watch(device):
+    prepare(device)  # before torch is loaded
     import torch
     from hsrloop.train.graphs import StepGraphs
     step = StepGraphs.train_step

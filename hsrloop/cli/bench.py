@@ -72,7 +72,7 @@ def run_bench(
     asked = resolve_explicit(request)
     if TIERS in wanted.parts:
         _check_left_to_tiers(asked)
-    prepare()
+    prepare(asked.config.device)
     resolved = from_anywhere(add_machine(request, asked))
 
     from hsrloop.bench.machine import describe_host

@@ -55,7 +55,7 @@ def run_demo(output: Path, *, device: str, seed: int) -> int:
     stop.listen()
     begun = time.monotonic()
     console = make_console()
-    prepare()
+    prepare(device)
 
     from hsrloop.train.folder import check_writable
     from hsrloop.train.run import train

@@ -42,7 +42,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
         _need_dataset(resolved)
     elif request.fast:
         _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
-    prepare()
+    prepare(resolved.config.device)
     if resume is None:
         resolved = add_machine(request, resolved)
     resolved = from_anywhere(resolved)
@@ -81,7 +81,7 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
         _LOG.warning("%s: ignored, nothing is trained.", ", ".join(ignored))
     if json_file is not None:
         check_file_place(json_file, "--json")
-    prepare()
+    prepare(resolved.config.device)
 
     from hsrloop.train.folder import newest_best, output_of
     from hsrloop.train.validation import validate
@@ -150,7 +150,8 @@ def serve_tensorboard(logdir: Path, port: int, *, host: str) -> int:
     """Serve the event files of all runs below `logdir` until a signal comes."""
     from hsrloop.report.tensorboard import start_server
 
-    server = start_server(logdir, port, host=host)
+    server = start_server(port, host=host)
+    server.serve(logdir)
     try:
         if server.url is None:
             return 1
@@ -163,12 +164,18 @@ def serve_tensorboard(logdir: Path, port: int, *, host: str) -> int:
     return 0
 
 
-def prepare() -> None:
-    """Set what must be set before torch is loaded."""
+def prepare(device: str = "cpu") -> None:
+    """Set what must be set before torch is loaded, and let CUDA start where a GPU may be used.
+
+    Raises:
+        ConfigError: `device` is none.
+    """
     from hsrloop.hardware.threads import keep_freed_memory, prepare_environment
+    from hsrloop.hardware.waking import wake
 
     prepare_environment()
     keep_freed_memory()
+    wake(device)
 
 
 def from_anywhere(resolved: Resolved) -> Resolved:

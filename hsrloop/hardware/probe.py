@@ -60,7 +60,7 @@ def probe(
         DeviceError: a GPU is asked for and absent; or there is a GPU that torch cannot use, and
             the CPU was not asked for.
     """
-    wanted = _wanted(device)
+    wanted = wanted_device(device)
     if wanted == "cpu":
         return _describe(None, 0, DriverView())
     driver = (see_driver or _see_driver)()
@@ -113,7 +113,12 @@ def runs_on(capability: tuple[int, int], arch_list: tuple[str, ...]) -> bool:
     return False
 
 
-def _wanted(device: str) -> str | int:
+def wanted_device(device: str) -> str | int:
+    """Return "auto", "cpu", "cuda" or a number, as a setting has it.
+
+    Raises:
+        ConfigError: it is another word.
+    """
     text = str(device).strip().lower()
     if text in ("", "auto"):
         return "auto"

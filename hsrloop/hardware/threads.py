@@ -39,6 +39,9 @@ def _settings(cores: int) -> dict[str, str]:
         # torch 2.15). Beside a busy process it is the other way round: see `contention`.
         "GOMP_SPINCOUNT": "100000",
         "OMP_WAIT_POLICY": "passive",  # the spin count while throttled is 0
+        # A kernel is loaded when it is first started. torch wants it too, but says so too late:
+        # see `waking`.
+        "CUDA_MODULE_LOADING": "LAZY",
         # What --deterministic needs of cuBLAS; read once, when CUDA starts. The smaller of the two
         # that it may be: 32 MiB for each thread and stream is more than its few products need.
         "CUBLAS_WORKSPACE_CONFIG": ":16:8",

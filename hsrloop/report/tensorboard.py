@@ -7,6 +7,7 @@ is a process of its own that ends with ours, however ours ends (`tensorboard_ser
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import selectors
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +127,19 @@ class Server:
     def __init__(self, process: subprocess.Popen[str] | None) -> None:
         self._process = process
         self._url: str | None = None
-        self._asked = False
+        self._serves = self._asked = False
+
+    def serve(self, logdir: Path) -> None:
+        """Let it listen, and show the event files below a folder."""
+        self._serves = True
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(OSError):  # it has ended; `url` says so
+                self._process.stdin.write(json.dumps(str(logdir)) + "\n")
+                self._process.stdin.flush()
 
     @property
     def url(self) -> str | None:
-        """Where the server listens; the first call may wait for it. None: it did not start."""
+        """Where it listens, once it serves; the first call may wait. None: it did not start."""
         if not self._asked:
             self._asked = True
             line = self._first_line()
@@ -150,7 +160,10 @@ class Server:
         if process is None:
             return
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.close()  # the server's signal to end
+        if not self._serves:
+            process.kill()  # it is loading its parts, and has started nothing else
+        with suppress(OSError):
+            process.stdin.close()  # the server's signal to end
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -173,15 +186,16 @@ class Server:
         return self._process.stdout.readline().strip()
 
 
-def start_server(logdir: Path, port: int, *, host: str = "127.0.0.1") -> Server:
-    """Start a server of `logdir` on `port`, or on the next free one; returns at once.
+def start_server(port: int, *, host: str = "127.0.0.1") -> Server:
+    """Start a server on `port`, or on the next free one; returns at once.
 
-    A server that cannot start is a warning when its `url` is asked for, never an error.
+    It needs a second or more before it can serve, so start it before there is anything to show. A
+    server that cannot start is a warning when its `url` is asked for, never an error.
     """
-    command = [sys.executable, "-m", "hsrloop.report.tensorboard_server"]
+    command = [sys.executable, "-m", "hsrloop.report.tensorboard_server", str(port), host]
     try:
         process = subprocess.Popen(
-            [*command, str(logdir), str(port), host],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -129,8 +129,12 @@ def _train(
     resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool], fits: Path | None
 ) -> Outcome:
     run_dir = folder.of_checkpoint(saved.path) if saved else None
-    info = probe(resolved.config.device)
     with contextlib.ExitStack() as closing:
+        server = None
+        if resolved.config.tensorboard:  # it gets ready while the run does
+            server = start_server(resolved.config.tensorboard_port)
+            closing.callback(server.close)
+        info = probe(resolved.config.device)
         closing.enter_context(without_spilling(info))
         ready = _prepare(resolved, saved, run_dir, info, hub)
         state, resolved = ready.state, ready.resolved
@@ -139,9 +143,7 @@ def _train(
             closing.enter_context(folder.held(run_dir))
         else:
             folder.cut_back(run_dir, state)
-        server = _open_reports(hub, run_dir, resolved, state)
-        if server is not None:
-            closing.callback(server.close)
+        _open_reports(hub, run_dir, resolved, state, server)
         hub.emit(_started(run_dir, ready, resumed=saved is not None))
         governor = SpinGovernor() if state.device.type == "cpu" else None
         if governor is not None:
@@ -347,21 +349,21 @@ def _finish(
     return ended(result=result)
 
 
-def _open_reports(hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState) -> Server | None:
+def _open_reports(
+    hub: Hub, run_dir: Path, resolved: Resolved, state: TrainState, server: Server | None
+) -> None:
     config = resolved.config
     folder.write_config(run_dir, config.to_json(), resolved.sources)
     hub.add(TelemetrySink(run_dir / "events.jsonl"))
     hub.add(CsvSink(run_dir / "results.csv"))
-    server = None
-    if config.tensorboard:
+    if server is not None:
         logs = run_dir / "tensorboard"
         first = len(state.history) + 1
         hub.add(TensorBoardSink(logs, purge_step=first if first > 1 else None))
-        server = start_server(logs, config.tensorboard_port)
+        server.serve(logs)
         if server.url is not None:
             hub.emit(Note(text=f"TensorBoard: {server.url}"))
     hub.complete()
-    return server
 
 
 def _started(run_dir: Path, ready: _Ready, *, resumed: bool) -> RunStarted:

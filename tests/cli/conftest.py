@@ -35,6 +35,7 @@ class Calls:
     trained: list[tuple[Resolved, Path | None]] = field(default_factory=list)
     validated: list[Resolved] = field(default_factory=list)
     exported: list[tuple[Path, str, int]] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)  # devices
     reason: str = "completed"
     signum: int = 0
     metrics: Metrics | None = None
@@ -74,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     monkeypatch.setattr(train_run, "train", train)
     monkeypatch.setattr(validation, "validate", validate)
     monkeypatch.setattr(run, "_export", export)
-    monkeypatch.setattr(run, "prepare", lambda: None)
+    monkeypatch.setattr(run, "prepare", calls.prepared.append)
     monkeypatch.setattr(run.Stop, "listen", lambda self: None)
     monkeypatch.setattr(
         probe_module,

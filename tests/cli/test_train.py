@@ -27,6 +27,16 @@ def test_the_tier_lies_over_the_defaults(invoke: Invoke, calls: Calls) -> None:
     assert (sources["dataset"], sources["lr0"]) == ("command line", "default")
 
 
+def test_the_device_is_prepared_before_the_machine_is_looked_at(
+    invoke: Invoke, calls: Calls
+) -> None:
+    invoke("train", "-d", "d.yaml")
+    invoke("train", "-d", "d.yaml", "--device", "cuda:1")
+    calls.metrics = None
+    invoke("validate", "-d", "d.yaml", "-m", "best.pt", "--device", "cpu")
+    assert calls.prepared == ["auto", "cuda:1", "cpu"]
+
+
 def test_fast_lies_over_the_tier(invoke: Invoke, calls: Calls) -> None:
     invoke("train", "-d", "data.yaml", "--fast", "--gpu-tier", "cpu")
     config = calls.resolved.config
@@ -347,7 +357,7 @@ def test_a_demo_leaves_nothing_in_the_temporary_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(weights, "_open_within", no_network)
     monkeypatch.setattr(demo, "write_data_set", lambda folder, **_: folder / "data.yaml")
-    monkeypatch.setattr(demo, "prepare", lambda: None)
+    monkeypatch.setattr(demo, "prepare", lambda device: None)
     seen: list[str] = []
 
     def train(resolved: Resolved, **_: object) -> train_run.Outcome:

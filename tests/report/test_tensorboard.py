@@ -85,7 +85,8 @@ def test_the_server_takes_the_next_free_port_and_ends(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        server = start_server(tmp_path, port)
+        server = start_server(port)
+        server.serve(tmp_path)
         try:
             assert server.url is not None
             assert server.url.startswith("http://127.0.0.1:")
@@ -99,10 +100,11 @@ def test_the_server_takes_the_next_free_port_and_ends(tmp_path: Path) -> None:
         urllib.request.urlopen(server.url, timeout=5)
 
 
-def test_the_server_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("serves", [False, True])
+def test_the_server_does_not_outlive_a_killed_run(serves: bool, tmp_path: Path) -> None:
     code = (
         "import pathlib, sys, time; from hsrloop.report.tensorboard import start_server; "
-        f"s = start_server(pathlib.Path({str(tmp_path)!r}), 0); "
+        f"s = start_server(0); {serves} and s.serve(pathlib.Path({str(tmp_path)!r})); "
         "sys.stdout.write(f'{s._process.pid}\\n'); sys.stdout.flush(); time.sleep(60)"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -117,8 +119,17 @@ def test_the_server_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
     assert not _alive(pid)
 
 
+def test_a_server_that_never_served_is_gone_at_once() -> None:
+    server = start_server(0)
+    process = server._process
+    assert process is not None
+    server.close()
+    assert process.poll() is not None
+
+
 def test_processes_of_plugins_end_with_the_server(tmp_path: Path) -> None:
-    server = start_server(tmp_path, 0)
+    server = start_server(0)
+    server.serve(tmp_path)
     assert server.url is not None and server._process is not None
     leader = psutil.Process(server._process.pid)
     until = time.monotonic() + 30
@@ -134,7 +145,8 @@ def test_failing_to_start_is_one_warning(
 ) -> None:
     monkeypatch.setattr(tensorboard.sys, "executable", str(tmp_path / "no-python"))
     with caplog.at_level(logging.WARNING):
-        server = start_server(tmp_path, 0)
+        server = start_server(0)
+        server.serve(tmp_path)
         assert server.url is None
         assert server.url is None
         server.close()
