@@ -22,35 +22,70 @@ from reporting import describe_host, results_folder, write_markdown
 
 from hsrloop.bench.results import Spread
 
-# What the process runs: the command line, told to say when the first step is done.
+_LAST = "first step"
+
+# What the process runs: the command line, told to say what it has done, up to the first step.
 _CHILD = """
 import os, sys, time
 import hsrloop.cli.run as run
-prepare = run.prepare
+import hsrloop.hardware.probe as probing
 
-def prepare_and_watch(device):
-    prepare(device)  # before torch is loaded
+def said(what):
+    print("DONE", time.monotonic(), what, flush=True)
+
+def watch(owner, name, *, before="", after=""):
+    own = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        setattr(owner, name, own)
+        if before:
+            said(before)
+        done = own(*args, **kwargs)
+        if after:
+            said(after)
+        return done
+
+    setattr(owner, name, watched)
+
+def watch_the_run(device):
     import torch
+    import hsrloop.train.run as training
     from hsrloop.train.graphs import StepGraphs
+    from hsrloop.train.rehearsal import Rehearsal
+    said("modules")
+    watch(training, "_prepare", after="data set and network")
+    watch(training, "build_loaders", before="run folder, TensorBoard")
+    watch(Rehearsal, "run", before="images", after="trial step")
+    watch(StepGraphs, "train_step", before="recordings")
     step = StepGraphs.train_step
 
     def first_step(*args, **kwargs):
         step(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        print("DONE", time.monotonic(), flush=True)
+        said("first step")
         os._exit(0)
 
     StepGraphs.train_step = first_step
 
-run.prepare = prepare_and_watch
+watch(run, "prepare", after="Python")
+probe = probing.probe
+
+def first_probe(device):
+    found = probe(device)
+    probing.probe = probe
+    said("device")
+    watch_the_run(device)
+    return found
+
+probing.probe = first_probe
 from hsrloop.cli.main import main
 main(args=sys.argv[1:], prog_name="hsrloop")
 """
 
 
-def start(options: argparse.Namespace, cache: Path) -> float:
-    """Return the seconds of one start."""
+def start(options: argparse.Namespace, cache: Path) -> dict[str, float]:
+    """Return what a start had done when, in seconds from the command; the last is a step."""
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-c", _CHILD, "train", "-d", str(options.data.resolve())]
         command += ["-m", options.model, "-o", output, "--device", options.device]
@@ -58,10 +93,22 @@ def start(options: argparse.Namespace, cache: Path) -> float:
         env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         began = time.monotonic()
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    said = [line for line in done.stdout.splitlines() if line.startswith("DONE ")]
-    if len(said) != 1:
+    said = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith("DONE ")]
+    reached = {what: float(moment) - began for _, moment, what in said}
+    if _LAST not in reached:
         raise SystemExit(f"no first step:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return float(said[0].split()[1]) - began
+    return reached
+
+
+def _stages(starts: list[dict[str, float]]) -> list[str]:
+    """Return a row for each thing that was done."""
+    rows, before = [], [0.0] * len(starts)
+    for what in starts[0]:
+        moments = [reached[what] for reached in starts]
+        took = Spread.of([end - begin for begin, end in zip(before, moments, strict=True)])
+        rows.append(f"| {what} | {took.text()} | {Spread.of(moments).median:.1f} |")
+        before = moments
+    return rows
 
 
 def main() -> None:
@@ -83,8 +130,9 @@ def main() -> None:
         "data": options.data.resolve().parent.name,
         "model": Path(options.model).name,
         **{name: getattr(options, name) for name in ("device", "imgsz", "batch")},
-        "first_s": first,
-        "seen_s": seen,
+        "first_s": first[_LAST],
+        "seen_s": [reached[_LAST] for reached in seen],
+        "reached_s": seen,
     }
     folder = results_folder(options.output)
     stem = "first_step" if options.device == "cpu" else "first_step_gpu"
@@ -100,8 +148,14 @@ def main() -> None:
         "",
         "| start | s, median (lowest to highest) | n |",
         "|---|---|---|",
-        f"| the first, nothing kept | {first:.1f} | 1 |",
-        f"| of a set that was seen before | {Spread.of(seen).text()} | {len(seen)} |",
+        f"| the first, nothing kept | {first[_LAST]:.1f} | 1 |",
+        f"| of a set that was seen before | {Spread.of(found['seen_s']).text()} | {len(seen)} |",
+        "",
+        "Of the latter, by what was done:",
+        "",
+        "| done | s, median (lowest to highest) | s since the start |",
+        "|---|---|---|",
+        *_stages(seen),
     ]
     write_markdown(folder / f"{stem}.md", lines)
 
