@@ -45,8 +45,9 @@ class Assignment:
     box: Tensor  # (T,) int64: image * M + place, into the flattened (B, M) targets
     logit: Tensor  # (T,) int64, into the flattened (B, C, A) class logits
     weight: Tensor  # (T,) target score in [0, 1]
-    pairs: Pairs  # (T,) the decoded box of the anchor point, and the box it was given, px
-    ciou: Tensor  # (T,) theirs
+    truth: Tensor  # (4, T) the box it was given, xyxy px
+    ciou: Tensor  # (T,) complete IoU of the anchor point's decoded box with it
+    slope: Tensor  # (4, T) its derivative by left, top, right and bottom moved outwards, per px
 
 
 # Image, anchor point, row of the box, and whether the slot is used; (T,) each.
@@ -120,30 +121,34 @@ def assign(boxes: Tensor, class_logits: Tensor, targets: PaddedTargets) -> Assig
         places=places,
     )
     if on_cpu(boxes.device) and boxes.dtype == torch.float32:
-        return _scored(scene, *_chosen_on_cpu(scene, segments))
+        return _assigned_on_cpu(scene, segments)
     # (N, 10), (N, 10), (B * A,)
     metric, anchor, ranking = _candidates(scene, segments, len(targets.shapes))
     own = segments.rows[:, None].expand_as(anchor).reshape(-1)  # (N * 10,)
     return _scored(scene, *_resolve(scene, metric.view(-1) > 0, anchor.view(-1), own, ranking))
 
 
-def _chosen_on_cpu(scene: _Scene, segments: Segments) -> _Slots:
-    from hsrloop.ops.assign_cpu import settled_pairs  # compiles, which a GPU need not wait for
+def _assigned_on_cpu(scene: _Scene, segments: Segments) -> Assignment:
+    from hsrloop.ops import assign_cpu  # compiles, which a GPU need not wait for
 
     labels = segments.table[SEGMENT.index("label")].numpy()
     if len(labels) and not 0 <= labels.min() <= labels.max() < scene.classes:
         raise ValueError(f"a label is none of {scene.classes} classes")
-    logits = scene.logits.float()
-    found = settled_pairs(
-        *(t.numpy() for t in (scene.predicted.table, logits, scene.truth.table, segments.table)),
-        images=scene.images,
-        topk=TOPK,
-        threads=torch.get_num_threads(),
+    images, threads = scene.images, torch.get_num_threads()
+    predicted, truth = scene.predicted.table.numpy(), scene.truth.table.numpy()
+    tables = predicted, scene.logits.float().numpy(), truth
+    chosen = assign_cpu.settled_pairs(
+        *tables, segments.table.numpy(), images=images, topk=TOPK, threads=threads
     )
-    point, box = (torch.from_numpy(array) for array in found)
+    scores = assign_cpu.scored_pairs(
+        *tables, scene.labels.numpy(), *chosen, images=images, threads=threads
+    )
+    point, box, ciou, slope, weight = map(torch.from_numpy, (*chosen, *scores))
     image = box // max(scene.places, 1)
     anchor = torch.sub(point, image, alpha=scene.anchors)
-    return image, anchor, box, torch.ones_like(point, dtype=torch.bool)
+    logit = scene.logit(image, anchor, scene.labels.index_select(0, box))
+    given = scene.truth.table[:4].index_select(1, box)
+    return Assignment(image, anchor, box, logit, weight, given, ciou, slope)
 
 
 def _candidates(scene: _Scene, segments: Segments, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,4 +240,5 @@ def _scored(scene: _Scene, image: Tensor, anchor: Tensor, box: Tensor, used: Ten
     highest[0].scatter_reduce_(0, box, metric, "amax")
     highest[1].scatter_reduce_(0, box, overlap, "amax")
     weight = metric * (highest[1] / (highest[0] + _EPS)).index_select(0, box)
-    return Assignment(image, anchor, box, logit, weight, pairs, ciou)
+    truth = pairs.b.table[:4]
+    return Assignment(image, anchor, box, logit, weight, truth, ciou, pairs.by_sides())

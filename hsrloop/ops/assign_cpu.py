@@ -12,15 +12,18 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from hsrloop.ops.native import compiled, share
+from hsrloop.ops.native import compiled, exp, share
 from hsrloop.ops.targets import SEGMENT
 
-_ZERO, _QUARTER, _ONE = (np.float32(number) for number in (0, 0.25, 1))
-_EPS = np.float32(1e-7)  # as in `boxes`
+_ZERO, _QUARTER, _HALF, _ONE = (np.float32(number) for number in (0, 0.25, 0.5, 1))
+_FOUR_BY_PI = np.float32(4 / np.pi)
+_EPS, _SCORE_EPS = np.float32(1e-7), np.float32(1e-9)  # as in `boxes` and `assign`
+_HIGHEST = np.float32(87)  # of what `exp` takes
 _LAST, _IMAGE = SEGMENT.index("last"), SEGMENT.index("image")
 _OWNER = (1 << 32) - 1  # bits of a key that tell whose it is, as the difference to this
 _LANES = 8  # cells at a time; of what a narrow line fills up, no more than that is for nothing
-_PAIRS_OF_A_THREAD = 20_000  # 0.4 ms of work, five times what a thread costs (measured)
+# 0.4 ms of work, five times what a thread costs (measured).
+_PAIRS_OF_A_THREAD, _POINTS_OF_A_THREAD = 20_000, 12_000
 
 
 @numba.njit(inline="always", error_model="numpy")
@@ -95,8 +98,6 @@ def _search(
     classes, places = len(logits) // owner.size, truth.shape[1] // images
     overlaps, metrics = np.empty((2, anchors + _LANES), np.float32)
     bits, metric_bits = overlaps.view(np.int32), metrics.view(np.int32)
-    bound = np.empty(1, np.float32)
-    bound_bits = bound.view(np.int32)
     cells = np.empty(anchors + _LANES, np.int64)
     nearest = np.empty(anchors + _LANES, np.int64)
     best = np.empty((places, topk), np.int64)
@@ -115,23 +116,169 @@ def _search(
                 near = nearest[start : start + count]
                 for k in range(count):
                     near[k] = max(near[k], (np.int64(bits[k]) << 32) | (_OWNER - place))
-                bound_bits[0] = top[-1] >> 32
+                for k in range(count):
+                    cube = overlaps[k] * overlaps[k] * overlaps[k]
+                    metrics[k] = cube * cube  # a score is at most 1
+                bound, most = np.int32(top[-1] >> 32), np.int32(0)
+                for k in range(count):
+                    most = max(most, metric_bits[k])
+                if most <= bound:
+                    continue
+                own = scores[start : start + count]
+                for k in range(count):
+                    score = _ONE / (_ONE + exp(min(-own[k], _HIGHEST)))
+                    metrics[k] *= np.sqrt(score)
                 found = 0
                 for k in range(count):
                     cells[found] = k
-                    cube = overlaps[k] * overlaps[k] * overlaps[k]
-                    found += cube * cube > bound[0]  # a score is at most 1
+                    found += metric_bits[k] > bound
                 for i in range(found):
                     k = cells[i]
-                    cube = overlaps[k] * overlaps[k] * overlaps[k]
-                    score = _ONE / (_ONE + np.exp(-scores[start + k]))
-                    metrics[i] = np.sqrt(score) * cube * cube
-                for i in range(found):
-                    _insert((np.int64(metric_bits[i]) << 32) | (_OWNER - start - cells[i]), top)
+                    _insert((np.int64(metric_bits[k]) << 32) | (_OWNER - start - k), top)
         _give(best, nearest, owner[image])
 
 
-search = compiled(_search, "void(f4[:,::1], f4[::1], f4[:,::1], i8[:,::1], i8[::1], i8[:,::1])")
+_TABLES = "f4[:,::1], f4[::1], f4[:,::1]"  # predicted, logits, truth
+search = compiled(_search, f"void({_TABLES}, i8[:,::1], i8[::1], i8[:,::1])")
+
+
+def _score(
+    predicted: np.ndarray,
+    logits: np.ndarray,
+    truth: np.ndarray,
+    labels: np.ndarray,
+    point: np.ndarray,
+    box: np.ndarray,
+    ends: np.ndarray,
+    ciou: np.ndarray,
+    slope: np.ndarray,
+    weight: np.ndarray,
+    images: np.ndarray,
+) -> None:
+    """Lay points over the boxes they are given to, and score them; see `scored_pairs`.
+
+    Args:
+        ends: (B,) of each image's points, which begin where those of the one before end.
+        images: (2,) from one to another, without the latter. Others' points are left alone.
+    """
+    count, places = len(ends), truth.shape[1] // len(ends)
+    anchors = predicted.shape[1] // count
+    classes = len(logits) // predicted.shape[1]
+    highest = np.empty((2, places), np.float32)
+    for image in range(images[0], images[1]):
+        start, stop = ends[image - 1] if image else 0, ends[image]
+        at = (point[start:stop] - image * anchors).astype(np.uint32)
+        of = (box[start:stop] - image * places).astype(np.uint32)
+        a, b = np.empty((2, 6, len(at)), np.float32)
+        for row in range(6):
+            numbers, own = predicted[row, image * anchors : (image + 1) * anchors], a[row]
+            for t in range(len(at)):
+                own[t] = numbers[at[t]]
+            numbers, own = truth[row, image * places : (image + 1) * places], b[row]
+            for t in range(len(at)):
+                own[t] = numbers[of[t]]
+        own, outwards = ciou[start:stop], slope[:, start:stop]
+        _slopes(a, b, own, outwards[0], outwards[1], outwards[2], outwards[3])
+        metric = weight[start:stop]
+        for t in range(len(at)):
+            label = labels[image * places + of[t]]
+            metric[t] = logits[(image * classes + label) * anchors + at[t]]
+        for t in range(len(at)):
+            overlap = max(own[t], _ZERO)
+            cube = overlap * overlap * overlap
+            score = _ONE / (_ONE + exp(min(-metric[t], _HIGHEST)))
+            metric[t] = np.sqrt(score) * cube * cube
+        highest[:] = _ZERO
+        for t in range(len(at)):
+            highest[0, of[t]] = max(highest[0, of[t]], metric[t])
+            highest[1, of[t]] = max(highest[1, of[t]], own[t])
+        for t in range(len(at)):
+            metric[t] *= highest[1, of[t]] / (highest[0, of[t]] + _SCORE_EPS)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _slopes(
+    a: np.ndarray,
+    b: np.ndarray,
+    ciou: np.ndarray,
+    left: np.ndarray,
+    top: np.ndarray,
+    right: np.ndarray,
+    bottom: np.ndarray,
+) -> None:
+    """Write the complete IoU of boxes in pairs and its derivatives; see `boxes.Pairs`."""
+    ax1, ay1, ax2, ay2, a_area, a_angle = a
+    bx1, by1, bx2, by2, b_area, b_angle = b
+    for t in range(len(ciou)):
+        inner_x = max(min(ax2[t], bx2[t]) - max(ax1[t], bx1[t]), _ZERO)
+        inner_y = max(min(ay2[t], by2[t]) - max(ay1[t], by1[t]), _ZERO)
+        inner = inner_x * inner_y
+        union = a_area[t] + b_area[t] - inner + _EPS
+        iou = inner / union
+        hull_x = max(ax2[t], bx2[t]) - min(ax1[t], bx1[t])
+        hull_y = max(ay2[t], by2[t]) - min(ay1[t], by1[t])
+        diagonal = hull_x * hull_x + hull_y * hull_y + _EPS
+        shift_x = (bx1[t] + bx2[t]) - (ax1[t] + ax2[t])
+        shift_y = (by1[t] + by2[t]) - (ay1[t] + ay2[t])
+        apart = (shift_x * shift_x + shift_y * shift_y) / diagonal
+        turn = b_angle[t] - a_angle[t]
+        aspect = turn * turn
+        weight = aspect / (aspect - iou + (_ONE + _EPS))
+        ciou[t] = iou - _QUARTER * apart - aspect * weight
+        # By the intersection's sides, by the hull's, and by a's centre and shape.
+        per_union, half = iou / union, _HALF / diagonal
+        crossing = _ONE / union + per_union
+        crossing_x = inner_y * crossing if inner_x > _ZERO else _ZERO
+        crossing_y = inner_x * crossing if inner_y > _ZERO else _ZERO
+        around = apart * half
+        wide, high = ax2[t] - ax1[t], ay2[t] - ay1[t] + _EPS
+        turned = weight * turn * _FOUR_BY_PI / (wide * wide + high * high)
+        own_x, own_y = high * (turned - per_union), -wide * (turned + per_union)
+        left[t] = (crossing_x if ax1[t] > bx1[t] else hull_x * around) + own_x - shift_x * half
+        top[t] = (crossing_y if ay1[t] > by1[t] else hull_y * around) + own_y - shift_y * half
+        right[t] = (crossing_x if ax2[t] < bx2[t] else hull_x * around) + own_x + shift_x * half
+        bottom[t] = (crossing_y if ay2[t] < by2[t] else hull_y * around) + own_y + shift_y * half
+
+
+score = compiled(
+    _score,
+    f"void({_TABLES}, i8[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4[:,::1], f4[::1], i8[::1])",
+)
+
+
+def scored_pairs(
+    predicted: np.ndarray,
+    logits: np.ndarray,
+    truth: np.ndarray,
+    labels: np.ndarray,
+    point: np.ndarray,
+    box: np.ndarray,
+    *,
+    images: int,
+    threads: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `assign` says of points and the boxes they are given to.
+
+    Args:
+        predicted, logits, truth, images, threads: as for `settled_pairs`.
+        labels: (B * M,) classes.
+        point, box: (T,), of `settled_pairs`.
+
+    Returns:
+        (T,) complete IoU; (4, T) its derivative by sides; (T,) target scores.
+    """
+    ciou, weight = np.empty((2, len(point)), np.float32)
+    slope = np.empty((4, len(point)), np.float32)
+    if images:
+        anchors = predicted.shape[1] // images
+        ends = np.searchsorted(point, np.arange(1, images + 1) * anchors)
+
+        def some(start: int, stop: int) -> None:
+            given = predicted, logits, truth, labels, point, box, ends, ciou, slope, weight
+            score(*given, np.array((start, stop)))
+
+        share(some, images, threads=min(threads, len(point) // _POINTS_OF_A_THREAD))
+    return ciou, slope, weight
 
 
 def settled_pairs(

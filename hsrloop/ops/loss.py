@@ -160,10 +160,10 @@ def _box_terms(
 
     Both are computed only at the T slots of the assignment, which knows the CIoU already.
     """
-    own, truth = cells.index_select(1, chosen.anchor), chosen.pairs.b
+    own, truth = cells.index_select(1, chosen.anchor), chosen.truth
     point, size = own[:2], own[2]  # (2, T), (T,) px
-    aim = torch.cat((point - truth.low, truth.high - point)).div_(size)  # (4, T) in cells
-    slope = chosen.pairs.by_sides().mul_(size * chosen.weight)
+    aim = torch.cat((point - truth[:2], truth[2:] - point)).div_(size)  # (4, T) in cells
+    slope = chosen.slope * (size * chosen.weight)
     aim = aim.clamp_(0, reg_max - 1 - _DFL_MARGIN)
     logits = box_logits.contiguous()
     found = aim, chosen.weight, chosen.ciou, slope

@@ -9,64 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hsrloop.ops.native import compiled, share
+from hsrloop.ops.native import compiled, exp, share
 
-_ZERO, _HALF, _ONE, _LOG2_E = (np.float32(number) for number in (0, 0.5, 1, 1.4426950408889634))
-_LN2 = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has few bits
-# 1 / 7!, 1 / 6!, ... 1 / 2!, but for what comes after them.
-_TERMS = tuple(
-    np.float32(term)
-    for term in (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
-)
-_LOWEST, _LOWEST_POWER = np.float32(-87), np.float32(-126)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _NUMBERS_OF_A_THREAD = 200_000  # 0.4 ms of work, five times what a thread costs (measured)
 _TO_ZERO = 8  # numbers that are set to 0 while one is computed
-
-
-def _bitcast(_: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
-    """Tell numba how to turn the bits of an int32 into the float32 that is written with them."""
-
-    def build(_: Any, builder: Any, __: Any, given: Any) -> Any:
-        return builder.bitcast(given[0], ir.FloatType())
-
-    return types.float32(types.int32), build
-
-
-_float_of_bits: Any = intrinsic(_bitcast)
-
-
-@numba.njit(inline="always", error_model="numpy")
-def _exp(x: Any) -> Any:
-    """Return the exponential of a float32 of at most 88, to 1e-7 of it; of less than -87: of that.
-
-    `np.exp` is called for one number after another; a loop of this is vectorised.
-
-    Source: Moshier, Cephes 2.8, expf.
-    """
-    x = _LOWEST if x < _LOWEST else x
-    power = np.floor(x * _LOG2_E + _HALF)
-    x = x - power * _LN2[0]
-    x = x - power * _LN2[1]
-    a, b, c, d, e, f = _TERMS
-    y = ((((a * x + b) * x + c) * x + d) * x + e) * x + f
-    bits = (np.int32(max(_LOWEST_POWER, power)) + 127) << 23
-    return (y * (x * x) + x + _ONE) * _float_of_bits(bits)
 
 
 def _distributions(
@@ -92,7 +44,7 @@ def _distributions(
     sides, bins, _ = p.shape
     for image in range(images[0], images[1]):
         start, stop = ends[image - 1] if image else 0, ends[image]
-        at, near = anchor[start:stop], likely[start:stop]
+        at, near = anchor[start:stop].astype(np.uint32), likely[start:stop]
         x = np.empty((bins, len(at)), np.float32)
         top, total = np.empty((2, len(at)), np.float32)
         product = np.ones(len(at), np.float32)  # of four totals of at most R
@@ -108,11 +60,11 @@ def _distributions(
             for k in range(bins):
                 own, chance = x[k], p[side, k, start:stop]
                 for t in range(len(at)):
-                    chance[t] = _exp(own[t] - top[t])
+                    chance[t] = exp(own[t] - top[t])
                     total[t] += chance[t]
             said = aim[side, start:stop]
             for t in range(len(at)):
-                below = np.int64(said[t])
+                below = np.uint64(said[t])
                 less, more = x[below, t], x[below + 1, t]
                 near[t] += less - top[t] + (said[t] - np.float32(below)) * (more - less)
                 product[t] *= total[t]
@@ -145,8 +97,8 @@ def _gradient(
     sides, bins, _ = p.shape
     for image in range(images[0], images[1]):
         start, stop = ends[image - 1] if image else 0, ends[image]
-        at, pull = anchor[start:stop], quarter[start:stop]
-        mean, value = np.empty((2, len(at)), np.float32)
+        at, pull = anchor[start:stop].astype(np.uint32), quarter[start:stop]
+        mean, x = np.empty(len(at), np.float32), np.empty((bins, len(at)), np.float32)
         for side in range(sides):
             steep, said = slope[side, start:stop], aim[side, start:stop]
             mean[:] = _ZERO
@@ -155,17 +107,19 @@ def _gradient(
                 for t in range(len(at)):
                     mean[t] += np.float32(k) * chance[t]
             for k in range(bins):
-                row, chance = out[image, side * bins + k], p[side, k, start:stop]
+                own, chance = x[k], p[side, k, start:stop]
+                for t in range(len(at)):
+                    own[t] = ((mean[t] - np.float32(k)) * steep[t] + pull[t]) * chance[t]
+            for t in range(len(at)):
+                below = np.uint64(said[t])
+                part = (said[t] - np.float32(below)) * pull[t]
+                x[below, t] += part - pull[t]
+                x[below + 1, t] -= part
+            for k in range(bins):
+                row, own = out[image, side * bins + k], x[k]
                 row[:] = _ZERO  # just before it is written to, so that it is in cache
                 for t in range(len(at)):
-                    value[t] = ((mean[t] - np.float32(k)) * steep[t] + pull[t]) * chance[t]
-                for t in range(len(at)):
-                    row[at[t]] = value[t]
-            for t in range(len(at)):
-                below = np.int64(said[t])
-                first, part = side * bins + below, (said[t] - np.float32(below)) * pull[t]
-                out[image, first, at[t]] += part - pull[t]
-                out[image, first + 1, at[t]] -= part
+                    row[at[t]] = own[t]
 
 
 _POINTS = "i8[::1], i8[::1], f4[:,::1]"

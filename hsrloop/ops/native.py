@@ -1,4 +1,8 @@
-"""Loops compiled to machine code, for the CPU, and threads that share them."""
+"""Loops compiled to machine code, for the CPU: what they are made of, and threads that share them.
+
+Indices in them are unsigned, or of a row cut out before, where that matters: one that might be
+negative keeps a loop from being vectorised.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,26 @@ from itertools import pairwise
 from typing import Any
 
 import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
+_HALF, _ONE, _LOG2_E = (np.float32(number) for number in (0.5, 1, 1.4426950408889634))
+_LN2 = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has few bits
+# 1 / 7!, 1 / 6!, ... 1 / 2!, but for what comes after them.
+_TERMS = tuple(
+    np.float32(term)
+    for term in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+_LOWEST, _LOWEST_POWER = np.float32(-87), np.float32(-126)
 _AS_TORCH = 0  # threads: as many as operators have
 
 
@@ -30,6 +53,37 @@ def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]
             if not keep:
                 raise
     raise AssertionError("not reached")
+
+
+def _bitcast(_: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
+    """Tell numba how to turn the bits of an int32 into the float32 that is written with them."""
+
+    def build(_: Any, builder: Any, __: Any, given: Any) -> Any:
+        return builder.bitcast(given[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+_float_of_bits: Any = intrinsic(_bitcast)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def exp(x: Any) -> Any:
+    """Return the exponential of a float32 of at most 88, to 1e-7 of it; of less than -87: of that.
+
+    `np.exp` is called for one number after another; a loop of this is vectorised. It becomes part
+    of the loops that use it: code of theirs that was kept is not compiled anew when this changes.
+
+    Source: Moshier, Cephes 2.8, expf.
+    """
+    x = _LOWEST if x < _LOWEST else x
+    power = np.floor(x * _LOG2_E + _HALF)
+    x = x - power * _LN2[0]
+    x = x - power * _LN2[1]
+    a, b, c, d, e, f = _TERMS
+    y = ((((a * x + b) * x + c) * x + d) * x + e) * x + f
+    bits = (np.int32(max(_LOWEST_POWER, power)) + 127) << 23
+    return (y * (x * x) + x + _ONE) * _float_of_bits(bits)
 
 
 def share(work: Callable[[int, int], None], count: int, *, threads: int) -> None:

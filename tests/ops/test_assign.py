@@ -40,7 +40,8 @@ def assert_same(s: Scene) -> int:
     with as_on_a_gpu():
         theirs, expected = used(assigned(s))
     assert torch.equal(ours, theirs)
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
+    # A weight is an overlap to the power of six, and each way rounds it in its own.
+    torch.testing.assert_close(weights, expected, rtol=5e-6, atol=1e-12)
     return ours.shape[1]
 
 
@@ -99,6 +100,45 @@ def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     s.labels[4] = label
     with pytest.raises(ValueError, match="none of 5 classes"):
         assigned(s)
+
+
+@pytest.mark.parametrize("near", [0.02, 0.3, 3.0])
+def test_the_loop_scores_as_closely_as_operators_do(near: float) -> None:
+    """Both are held to float64, of boxes that overlap by much, by little and not at all."""
+    g = torch.Generator().manual_seed(5)
+    images, anchors, places, classes = 3, 500, 40, 7
+    low = 100 * torch.rand(2, images * places, generator=g)
+    truth = torch.cat((low, low + 5 + 60 * torch.rand(2, images * places, generator=g)))
+    point = torch.randperm(images * anchors, generator=g)[:900].sort().values
+    box = torch.randint(0, places, (900,), generator=g) + point // anchors * places
+    size = (truth[2:] - truth[:2])[:, box].repeat(2, 1)
+    predicted = 50 * torch.rand(4, images * anchors, generator=g).sort(0).values
+    predicted[:, point] = truth[:, box] + near * size * torch.randn(4, 900, generator=g)
+    predicted[2:] = torch.maximum(predicted[2:], predicted[:2])
+    logits = 4 * torch.randn(images * classes * anchors, generator=g)
+    labels = torch.randint(0, classes, (images * places,), generator=g)
+
+    def by_operators(kind: torch.dtype) -> list[Tensor]:
+        own = [Columns.of(t.to(kind)) for t in (predicted, truth)]
+        scene = assign_module._Scene(
+            own[0], logits.to(kind), own[1], labels, images, classes, anchors, places
+        )
+        used = torch.ones(900, dtype=torch.bool)
+        found = assign_module._scored(scene, point // anchors, point % anchors, box, used)
+        return [found.ciou, found.slope, found.weight]
+
+    exact, rounded = by_operators(torch.float64), by_operators(torch.float32)
+    found = assign_cpu.scored_pairs(
+        Columns.of(predicted).table.numpy(),
+        logits.numpy(),
+        Columns.of(truth).table.numpy(),
+        *(t.numpy() for t in (labels, point, box)),
+        images=images,
+        threads=1,
+    )
+    for ours, theirs, true in zip(map(torch.from_numpy, found), rounded, exact, strict=True):
+        wrong, allowed = (ours - true).norm(), (theirs - true).norm()
+        assert wrong < 1.5 * allowed and allowed < 1e-5 * true.norm()
 
 
 def test_memory_of_the_loop_grows_with_boxes_and_with_points_but_not_with_their_product(

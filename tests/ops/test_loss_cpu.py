@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsrloop.ops import assign_cpu, loss_cpu
+from hsrloop.ops import assign_cpu, loss_cpu, native
 from hsrloop.ops.loss import detection_loss, pad_targets
 from hsrloop.records import RawPredictions
 from tests.ops.peer import STRIDES, ours, scene
@@ -26,7 +26,7 @@ COUNTS = [40, 0, 25, 3, 60]
 def exponentials(x: np.ndarray) -> np.ndarray:
     out = np.empty_like(x)
     for i in range(len(x)):
-        out[i] = loss_cpu._exp(x[i])
+        out[i] = native.exp(x[i])
     return out
 
 
@@ -64,12 +64,13 @@ def test_threads_share_the_images_and_change_no_bit(
         monkeypatch.setattr(module, "share", counted)
     monkeypatch.setattr(loss_cpu, "_NUMBERS_OF_A_THREAD", 1)
     monkeypatch.setattr(assign_cpu, "_PAIRS_OF_A_THREAD", 1)
+    monkeypatch.setattr(assign_cpu, "_POINTS_OF_A_THREAD", 1)
     for threads in (1, 2, 3, 64):
         parts.clear()
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert all(map(torch.equal, found(counts), alone))
         most = min(threads, len(counts))
-        assert parts == [most if sum(counts) else 0] * 2 + [most]  # of nothing: zeros to write
+        assert parts == [most if sum(counts) else 0] * 3 + [most]  # of nothing: zeros to write
 
 
 def test_no_image_has_no_loss() -> None:
