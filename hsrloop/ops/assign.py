@@ -143,9 +143,8 @@ def _assigned_on_cpu(scene: _Scene, segments: Segments) -> Assignment:
     scores = assign_cpu.scored_pairs(
         *tables, scene.labels.numpy(), *chosen, images=images, threads=threads
     )
-    point, box, ciou, slope, weight = map(torch.from_numpy, (*chosen, *scores))
-    image = box // max(scene.places, 1)
-    anchor = torch.sub(point, image, alpha=scene.anchors)
+    image, anchor, place, ciou, slope, weight = map(torch.from_numpy, (*chosen, *scores))
+    box = torch.add(place, image, alpha=scene.places)
     logit = scene.logit(image, anchor, scene.labels.index_select(0, box))
     given = scene.truth.table[:4].index_select(1, box)
     return Assignment(image, anchor, box, logit, weight, given, ciou, slope)

@@ -147,8 +147,8 @@ def _score(
     logits: np.ndarray,
     truth: np.ndarray,
     labels: np.ndarray,
-    point: np.ndarray,
-    box: np.ndarray,
+    anchor: np.ndarray,
+    place: np.ndarray,
     ends: np.ndarray,
     ciou: np.ndarray,
     slope: np.ndarray,
@@ -167,8 +167,7 @@ def _score(
     highest = np.empty((2, places), np.float32)
     for image in range(images[0], images[1]):
         start, stop = ends[image - 1] if image else 0, ends[image]
-        at = (point[start:stop] - image * anchors).astype(np.uint32)
-        of = (box[start:stop] - image * places).astype(np.uint32)
+        at, of = anchor[start:stop].astype(np.uint32), place[start:stop].astype(np.uint32)
         a, b = np.empty((2, 6, len(at)), np.float32)
         for row in range(6):
             numbers, own = predicted[row, image * anchors : (image + 1) * anchors], a[row]
@@ -251,8 +250,9 @@ def scored_pairs(
     logits: np.ndarray,
     truth: np.ndarray,
     labels: np.ndarray,
-    point: np.ndarray,
-    box: np.ndarray,
+    image: np.ndarray,
+    anchor: np.ndarray,
+    place: np.ndarray,
     *,
     images: int,
     threads: int,
@@ -262,22 +262,21 @@ def scored_pairs(
     Args:
         predicted, logits, truth, images, threads: as for `settled_pairs`.
         labels: (B * M,) classes.
-        point, box: (T,), of `settled_pairs`.
+        image, anchor, place: (T,), of `settled_pairs`.
 
     Returns:
         (T,) complete IoU; (4, T) its derivative by sides; (T,) target scores.
     """
-    ciou, weight = np.empty((2, len(point)), np.float32)
-    slope = np.empty((4, len(point)), np.float32)
+    ciou, weight = np.empty((2, len(image)), np.float32)
+    slope = np.empty((4, len(image)), np.float32)
     if images:
-        anchors = predicted.shape[1] // images
-        ends = np.searchsorted(point, np.arange(1, images + 1) * anchors)
+        ends = np.searchsorted(image, np.arange(images), side="right")
+        given = predicted, logits, truth, labels, anchor, place, ends, ciou, slope, weight
 
         def some(start: int, stop: int) -> None:
-            given = predicted, logits, truth, labels, point, box, ends, ciou, slope, weight
             score(*given, np.array((start, stop)))
 
-        share(some, images, threads=min(threads, len(point) // _POINTS_OF_A_THREAD))
+        share(some, images, threads=min(threads, len(image) // _POINTS_OF_A_THREAD))
     return ciou, slope, weight
 
 
@@ -290,8 +289,8 @@ def settled_pairs(
     images: int,
     topk: int,
     threads: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that are given to a box, rising, and the box of each.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the points that are given to a box, image by image, and the box of each.
 
     Args:
         predicted: (6, B * A) float32 `Columns` of the decoded predictions.
@@ -303,10 +302,10 @@ def settled_pairs(
         threads: that share the images, where there is enough to do.
 
     Returns:
-        (T,) image * A + anchor; (T,) image * M + place.
+        (T,) image, rising; (T,) anchor; (T,) place of the box among the image's.
     """
     if not images:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
     owner = np.empty((images, predicted.shape[1] // images), np.int64)
 
     def look(start: int, stop: int) -> None:
@@ -314,6 +313,6 @@ def settled_pairs(
 
     enough = int(segments[_LAST].sum() // _PAIRS_OF_A_THREAD)
     share(look, images, threads=min(threads, enough))
-    point = np.flatnonzero(owner >= 0)
-    places = truth.shape[1] // images
-    return point, owner.ravel()[point] + point // owner.shape[1] * places
+    taken = owner >= 0
+    image, point = np.repeat(np.arange(images), taken.sum(1)), np.flatnonzero(taken)
+    return image, point - image * owner.shape[1], owner.ravel()[point]

@@ -132,7 +132,7 @@ def test_the_loop_scores_as_closely_as_operators_do(near: float) -> None:
         Columns.of(predicted).table.numpy(),
         logits.numpy(),
         Columns.of(truth).table.numpy(),
-        *(t.numpy() for t in (labels, point, box)),
+        *(t.numpy() for t in (labels, point // anchors, point % anchors, box % places)),
         images=images,
         threads=1,
     )
