@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -82,6 +84,19 @@ class Batch:
     image_index: Tensor  # (N,) int64, sorted, 0..B-1
     after: Position  # where the stream stands once this micro-batch is used
     ends_step: bool  # the last micro-batch of its optimizer step
+
+
+@dataclass(frozen=True, slots=True)
+class LevelLogits:
+    """What the head says, a tensor for each level, finest first."""
+
+    boxes: Sequence[Tensor]  # (B, 4 * R, h, w)
+    classes: Sequence[Tensor]  # (B, C, h, w)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of each level."""
+        return tuple((x.shape[2], x.shape[3]) for x in self.classes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,9 @@ template <typename Number> static void atomicMax(Number *at, Number value) {
     while (old < value && !__atomic_compare_exchange_n(
                at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
+template <typename Number> static Number atomicAdd(Number *at, Number more) {
+    return __atomic_fetch_add(at, more, __ATOMIC_RELAXED);
+}
 static inline float from_half(unsigned short bits) {
     _Float16 number;
     __builtin_memcpy(&number, &bits, 2);

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hsrloop.bench.meters import Work
 from hsrloop.bench.workbench import Workbench
-from hsrloop.model.yolo import forward_eval
+from hsrloop.model.yolo import forward_levels
 from hsrloop.ops.loss import GAINS
 from hsrloop.records import Batch
 from hsrloop.train.recording import rates_on_device, recorder_for
@@ -31,7 +31,7 @@ def bare_forward(bench: Workbench, module: nn.Module, inputs: Tensor) -> Callabl
     """Return what takes a bare forward pass of a validation."""
 
     def once() -> object:
-        return forward_eval(module, inputs)
+        return forward_levels(module, inputs)
 
     recorder = None if bench.graphs.detections is None else recorder_for(bench.device)
     if recorder is None:

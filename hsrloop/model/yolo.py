@@ -28,9 +28,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from hsrloop.errors import WeightsError
 from hsrloop.model.folded import folded_blocks
 from hsrloop.model.lean import lean_blocks
+from hsrloop.ops.anchors import joined
 from hsrloop.ops.paths import on_cpu
 from hsrloop.paths import expanded, has_folder, is_file
-from hsrloop.records import RawPredictions
+from hsrloop.records import LevelLogits, RawPredictions
 
 SCALES = ("n", "s", "m", "l", "x")
 SIZES = {(16, 2): "n", (32, 2): "s", (48, 4): "m", (64, 6): "l", (80, 6): "x"}  # width, depth
@@ -200,7 +201,7 @@ def prior_bias(stride: int, nc: int) -> float:
     return math.log(5 / nc / (640 / stride) ** 2)
 
 
-def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
+def forward_levels(module: nn.Module, images: Tensor) -> LevelLogits:
     """Run the network.
 
     Args:
@@ -208,18 +209,19 @@ def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
         images: (B, 3, S, S) float in [0, 1].
 
     Returns:
-        The head's logits, before decoding; A = sum of h * w over the levels.
+        The head's logits, before decoding.
     """
     detect = head(module)
     with _blocks(module, images.device):
         levels = _features(module, images)
         boxes = [branch(x) for branch, x in zip(detect.cv2, levels, strict=True)]
         classes = [branch(x) for branch, x in zip(detect.cv3, levels, strict=True)]
-    return RawPredictions(
-        box_logits=torch.cat([x.flatten(2) for x in boxes], dim=2),
-        class_logits=torch.cat([x.flatten(2) for x in classes], dim=2),
-        shapes=tuple((x.shape[2], x.shape[3]) for x in levels),
-    )
+    return LevelLogits(boxes, classes)
+
+
+def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
+    """Do what `forward_levels` does; its levels as one, with A = sum of h * w over them."""
+    return joined(forward_levels(module, images))
 
 
 def _blocks(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:

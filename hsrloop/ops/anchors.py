@@ -1,4 +1,4 @@
-"""Anchor points and the decoding of box distributions."""
+"""Levels of the head, anchor points and the decoding of box distributions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.ops.paths import on_cpu
-from hsrloop.records import RawPredictions
+from hsrloop.records import LevelLogits, RawPredictions
 
 _IMAGES_CPU = 4  # decoded at a time
 
@@ -16,6 +16,14 @@ _IMAGES_CPU = 4  # decoded at a time
 def at_least_float32(x: Tensor) -> Tensor:
     """Return half precision as float32, anything wider as it is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def joined(levels: LevelLogits) -> RawPredictions:
+    """Return the logits of all levels as one tensor of each kind."""
+    boxes, classes = (
+        torch.cat([x.flatten(2) for x in kind], dim=2) for kind in (levels.boxes, levels.classes)
+    )
+    return RawPredictions(boxes, classes, levels.shapes)
 
 
 def anchor_table(

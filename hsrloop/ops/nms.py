@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hsrloop.ops.nvrtc import Kernel, Kernels, proved_kernels
-
-_CLASS_OFFSET_PX = 7680
+CLASS_OFFSET_PX = 7680
 """Classes are laid side by side at this distance, so that they cannot suppress each other.
 
 Source: ultralytics@8.4.190 (max_wh). Boxes must be smaller than it.
@@ -22,16 +18,12 @@ Source: ultralytics@8.4.190 (max_wh). Boxes must be smaller than it.
 _FIRST_TRIED, _MORE_TRIED = 1024, 4
 """Rows of an image tried first, and the factor after that (a guess)."""
 
-_CANDIDATES = 1536
+CANDIDATES = 1536
 """Rows of an image that `nms_ahead` looks at (measured: 1,418 were enough for every image of a set
 fine-tuned for an epoch, and for all of 64 images of COCO but one)."""
 
 _ROUNDS = 12
 """Rounds that `nms_ahead` takes to settle who suppresses whom (measured: 10 were enough)."""
-
-SUPPRESS = Path(__file__).with_name("suppress.cu")
-_MOST_ROWS = 4096  # as it can take
-_THREADS = 512
 
 _PAIRS = 1 << 23
 """Pairs of boxes laid over each other at a time; 14 bytes of temporaries each (a guess)."""
@@ -102,7 +94,7 @@ def _suppress(rows: Tensor, iou: float, max_det: int, max_nms: int) -> Tensor:
     """
     order = rows[:, 4].argsort(descending=True, stable=True)[:max_nms]
     rows = rows[order]
-    shifted = rows[:, :4] + rows[:, 5:6] * _CLASS_OFFSET_PX
+    shifted = rows[:, :4] + rows[:, 5:6] * CLASS_OFFSET_PX
     tried = min(len(rows), _FIRST_TRIED)
     while True:
         kept = torchvision.ops.nms(shifted[:tried], rows[:tried, 4], iou)
@@ -118,14 +110,14 @@ def nms_ahead(
     conf: float = 0.001,
     iou: float = 0.7,
     max_det: int = 300,
-    candidates: int = _CANDIDATES,
+    candidates: int = CANDIDATES,
     rounds: int = _ROUNDS,
 ) -> Found:
     """Do what `nms` does with `multi_label`, without waiting for the device.
 
-    All shapes are known ahead: of each image the best `candidates` are tried. On CUDA a kernel of
-    our own suppresses (`suppress.cu`), else that is repeated `rounds` times for all at once. Either
-    may not be enough for an image; it is then not settled, and its detections mean nothing.
+    All shapes are known ahead: of each image the best `candidates` are tried, and suppression is
+    repeated `rounds` times for all at once. Either may not be enough for an image; it is then not
+    settled, and its detections mean nothing.
 
     Args:
         boxes_xyxy_px, scores, conf, iou, max_det: as for `nms`; at least one anchor point.
@@ -138,12 +130,8 @@ def nms_ahead(
     anchor = place - label * anchors
     boxes = boxes_xyxy_px.gather(1, anchor[..., None].expand(-1, -1, 4))  # (B, K, 4)
     rows = torch.cat((boxes, torch.stack((score, label.to(score.dtype)), 2)), 2)
-    shifted = boxes + rows[..., 5:] * _CLASS_OFFSET_PX
-    if (kernel := _kernel_for(shifted)) is not None:
-        kept = _suppressed(kernel, shifted, score > 0, iou, max_det)
-        decided = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
-    else:
-        kept, decided = _survivors(shifted, score > 0, iou, rounds)
+    shifted = boxes + rows[..., 5:] * CLASS_OFFSET_PX
+    kept, decided = _survivors(shifted, score > 0, iou, rounds)
     tried = kept.shape[1]
     falling = torch.arange(tried, 0, -1, device=kept.device, dtype=torch.float32)
     first, index = (kept * falling).topk(min(max_det, tried), dim=1)  # in their own order
@@ -153,39 +141,6 @@ def nms_ahead(
     # Rows as good as the last one tried may be missing.
     enough = (kept & (score > score[:, -1:])).sum(1) >= max_det
     return Found(rows, decided & (all_tried | enough))
-
-
-def _kernel_for(boxes: Tensor) -> Kernel | None:
-    """Return what suppresses (B, K, 4) boxes in one go; None where `_survivors` has to."""
-    if boxes.device.type != "cuda" or boxes.dtype != torch.float32 or boxes.shape[1] > _MOST_ROWS:
-        return None
-    kernels = proved_kernels(SUPPRESS, boxes.device, _proves)
-    return None if kernels is None else kernels["suppress"]
-
-
-def _suppressed(
-    kernel: Callable[..., None], shifted: Tensor, wanted: Tensor, iou: float, enough: int
-) -> Tensor:
-    """Return the rows kept of (B, K) in order, best first: the first `enough` of an image."""
-    images, rows = wanted.shape
-    kept = torch.empty_like(wanted)
-    if kept.numel():
-        grid, block = (images, 1, 1), (_THREADS, 1, 1)
-        given = (shifted.contiguous(), wanted.contiguous(), kept, rows, enough, iou)
-        kernel(grid, block, shifted.device, *given)
-    return kept
-
-
-def _proves(kernels: Kernels, device: torch.device) -> bool:
-    """Return whether one keeps what `_survivors` keeps of a crowd."""
-    generator = torch.Generator().manual_seed(0)
-    low = 40 * torch.rand(3, 200, 2, generator=generator)
-    boxes = torch.cat((low, low + 20 + 10 * torch.rand(3, 200, 2, generator=generator)), 2)
-    boxes = boxes.to(device)
-    wanted = (torch.arange(200) < torch.tensor([[200], [150], [0]])).to(device)
-    expected, decided = _survivors(boxes, wanted, 0.7, 200)
-    found = _suppressed(kernels["suppress"], boxes, wanted, 0.7, 200)
-    return torch.equal(found, expected & decided[:, None])
 
 
 def _in_order(score: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:

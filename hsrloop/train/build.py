@@ -34,7 +34,7 @@ from hsrloop.model.ema import Ema
 from hsrloop.model.groups import build_optimizer, materialise_state, parameter_groups
 from hsrloop.model.weights import find_weights, largest_smaller
 from hsrloop.model.yolo import reg_max, strides
-from hsrloop.ops import averaging, loss_gpu, matching, nms, norm, silu
+from hsrloop.ops import averaging, detections, loss_gpu, matching, norm, silu
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.compiled import compiled_for
 from hsrloop.train.images import train_images, val_image_store
@@ -45,7 +45,7 @@ from hsrloop.train.step import StepSettings
 Emit = Callable[[Event], None]
 KERNELS = (
     *(kernel.SOURCE, norm.SOURCE, loss_gpu.SOURCE, averaging.SOURCE),
-    *(silu.SOURCE, nms.SUPPRESS, matching.MATCH),
+    *(silu.SOURCE, detections.SOURCE, matching.MATCH),
 )
 """Sources of a run's own CUDA kernels, in the order in which it needs them."""
 

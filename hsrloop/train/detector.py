@@ -11,9 +11,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hsrloop.model.yolo import forward_eval, fuse_for_inference, refold, reg_max, strides
+from hsrloop.model.yolo import (
+    forward_eval,
+    forward_levels,
+    fuse_for_inference,
+    refold,
+    reg_max,
+    strides,
+)
 from hsrloop.ops.anchors import predictions
-from hsrloop.ops.nms import Found, nms, nms_ahead
+from hsrloop.ops.detections import detect_kernels, detections_ahead
+from hsrloop.ops.nms import Found, nms
 from hsrloop.ops.paths import on_cpu
 from hsrloop.train.precision import place
 from hsrloop.train.recording import Recorder, Replay, reason_of
@@ -95,8 +103,16 @@ class Detector:
 
     def find_ahead(self, images: Tensor) -> Found:
         """Do what `find` does ahead."""
-        boxes, scores = self._predicted(images)
-        return nms_ahead(boxes, scores, conf=CONF, iou=IOU, max_det=MAX_DETECTIONS)
+        levels = forward_levels(self.module, self.inputs(images))
+        return detections_ahead(
+            levels,
+            self.strides,
+            kernels=detect_kernels(self.device),
+            reg_max=self.reg_max,
+            conf=CONF,
+            iou=IOU,
+            max_det=MAX_DETECTIONS,
+        )
 
     def _predicted(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, A, 4) boxes and (B, A, C) scores."""

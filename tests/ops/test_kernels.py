@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsrloop.ops import averaging, matching, nms, norm, nvrtc, silu
+from hsrloop.ops import averaging, detections, matching, norm, nvrtc, silu
 from hsrloop.ops.matching import IOUS
-from hsrloop.ops.nms import nms_ahead
 from hsrloop.ops.nvrtc import KernelError, compile_source, kernel_names, proved_kernels
 from hsrloop.train.build import KERNELS
 from tests.kernels import DEVICES, HostKernel, host_kernels
 
-SOURCES = [nms.SUPPRESS, matching.MATCH, norm.SOURCE, silu.SOURCE, averaging.SOURCE]
+SOURCES = [detections.SOURCE, matching.MATCH, norm.SOURCE, silu.SOURCE, averaging.SOURCE]
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +26,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-def kernel_on(device: str, source: Path, folder: Path) -> Any:
-    """NVRTC's on a GPU, the host compiler's on the CPU."""
+def kernel_on(device: str, folder: Path) -> Any:
+    """What matches: NVRTC's on a GPU, the host compiler's on the CPU."""
     if device == "cpu":
-        return on_the_host(source, folder)
-    module = nms if source == nms.SUPPRESS else matching
-    found = proved_kernels(source, torch.device("cuda", 0), module._proves)
+        return on_the_host(folder)
+    found = proved_kernels(matching.MATCH, torch.device("cuda", 0), matching._proves)
     assert found is not None
-    return found[source.stem]
+    return found["match"]
 
 
-def on_the_host(source: Path, folder: Path) -> HostKernel:
-    together = {"suppress": 3, "match": 4}
-    return host_kernels(source, folder, together=together, warp=4)[source.stem]
+def on_the_host(folder: Path) -> HostKernel:
+    return host_kernels(matching.MATCH, folder, together={"match": 4}, warp=4)["match"]
 
 
 def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, Tensor]:
@@ -54,42 +51,9 @@ def crowd(images: int, rows: int, seed: int, *, spread: float) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("enough", [1, 20, 300])
-@pytest.mark.parametrize(("rows", "spread"), [(1, 9.0), (150, 20.0), (600, 90.0)])
-def test_suppression_keeps_what_rounds_keep(
-    rows: int, spread: float, enough: int, device: str, folder: Path
-) -> None:
-    kernel = kernel_on(device, nms.SUPPRESS, folder)
-    boxes, wanted = (t.to(device) for t in crowd(6, rows, seed=rows, spread=spread))
-    kept, decided = nms._survivors(boxes, wanted, 0.45, rows + 1)
-    assert bool(decided.all())
-    expected = kept & (kept.cumsum(1) <= enough)
-    assert torch.equal(nms._suppressed(kernel, boxes, wanted, 0.45, enough), expected)
-
-
-@pytest.mark.parametrize("levels", [0, 3])
-def test_nms_with_the_kernel_finds_the_same(
-    levels: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(1)
-    boxes, _ = crowd(4, 400, seed=2, spread=60.0)
-    scores = torch.rand(4, 400, 3, generator=generator) ** 4
-    if levels:
-        scores = (scores * levels).round() / levels
-    scores[1] = 0
-    expected = nms_ahead(boxes, scores, candidates=900, rounds=900)
-    kernel = on_the_host(nms.SUPPRESS, folder)
-    monkeypatch.setattr(nms, "_kernel_for", lambda boxes: kernel)
-    found = nms_ahead(boxes, scores, candidates=900)
-    assert kernel.calls == 1
-    assert torch.equal(found.rows, expected.rows)
-    assert torch.equal(found.settled, expected.settled)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("boxes", [1, 3, 33, 200])
 def test_matching_finds_what_turns_find(boxes: int, device: str, folder: Path) -> None:
-    kernel = kernel_on(device, matching.MATCH, folder)
+    kernel = kernel_on(device, folder)
     generator = torch.Generator().manual_seed(boxes)
     iou = torch.rand(7, boxes, 60, generator=generator)
     iou = torch.where(iou > 0.4, iou, 0.0)
@@ -108,7 +72,7 @@ def test_a_validation_matched_by_the_kernel_is_the_same(
     detections = torch.cat((boxes, torch.rand(5, 80, 1), labels[..., None].float()), 2)
     truth = boxes[:, 10:40] + 1.5
     expected = matching.match(detections, truth, labels[:, 10:40])
-    kernel = on_the_host(matching.MATCH, folder)
+    kernel = on_the_host(folder)
     monkeypatch.setattr(matching, "_kernel_for", lambda iou: kernel)
     assert torch.equal(matching.match(detections, truth, labels[:, 10:40]), expected)
     assert kernel.calls == 1 and bool(expected.any())
@@ -158,18 +122,16 @@ def test_code_of_an_embedded_card_is_for_that_alone(card: tuple[int, int], code:
     assert nvrtc._architecture(library, card) == code
 
 
-@pytest.mark.parametrize("module", [nms, matching], ids=["suppress", "match"])
-def test_a_kernel_is_proved_before_it_is_used(module: Any, folder: Path) -> None:
-    source = nms.SUPPRESS if module is nms else matching.MATCH
-    kernel = kernel_on("cpu", source, folder)
-    assert module._proves({source.stem: kernel}, torch.device("cpu"))
+def test_a_kernel_is_proved_before_it_is_used(folder: Path) -> None:
+    kernel = on_the_host(folder)
+    assert matching._proves({"match": kernel}, torch.device("cpu"))
 
     def wrong(*args: Any) -> None:
         kernel(*args)
         filled = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.bool][-1]
         filled.view(-1)[3] ^= True
 
-    assert not module._proves({source.stem: wrong}, torch.device("cpu"))
+    assert not matching._proves({"match": wrong}, torch.device("cpu"))
 
 
 def test_one_that_fails_is_named_and_not_used(
@@ -181,8 +143,8 @@ def test_one_that_fails_is_named_and_not_used(
     device = torch.device("cuda", 7)
     monkeypatch.setattr(nvrtc, "kernels_in", refuse)
     with caplog.at_level(logging.WARNING):
-        assert proved_kernels(nms.SUPPRESS, device, lambda kernels, device: True) is None
-    assert "suppress.cu is not used" in caplog.text and "libnvrtc.so.13" in caplog.text
+        assert proved_kernels(detections.SOURCE, device, lambda kernels, device: True) is None
+    assert "detect.cu is not used" in caplog.text and "libnvrtc.so.13" in caplog.text
     caplog.clear()
     monkeypatch.setattr(nvrtc, "kernels_in", lambda source, device: {})
     with caplog.at_level(logging.WARNING):
@@ -191,7 +153,7 @@ def test_one_that_fails_is_named_and_not_used(
 
 
 def test_the_cpu_takes_its_own_way() -> None:
-    assert nms._kernel_for(torch.zeros(1, 2, 4)) is None
+    assert detections.detect_kernels(torch.device("cpu")) is None
     assert matching._kernel_for(torch.zeros(1, 2, 4)) is None
 
 

@@ -13,7 +13,7 @@ from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.yolo import build
-from hsrloop.ops.nms import nms_ahead
+from hsrloop.ops.detections import detections_ahead
 from hsrloop.train import detector
 from hsrloop.train.detector import Detector, KeptDetector, RecordedDetections
 from hsrloop.train.evaluate import evaluate
@@ -38,7 +38,7 @@ def test_images_that_are_not_settled_are_looked_at_again(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = evaluate(**given, ahead=False)
-    monkeypatch.setattr(detector, "nms_ahead", partial(nms_ahead, candidates=20))
+    monkeypatch.setattr(detector, "detections_ahead", partial(detections_ahead, candidates=20))
     progress: list[tuple[int, int]] = []
     got = evaluate(**given, ahead=True, on_progress=lambda *said: progress.append(said))
     assert got == expected
@@ -49,7 +49,7 @@ def test_images_that_are_not_settled_are_looked_at_again(
 def test_it_stops_after_any_batch(
     given: dict[str, Any], batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(detector, "nms_ahead", partial(nms_ahead, candidates=20))
+    monkeypatch.setattr(detector, "detections_ahead", partial(detections_ahead, candidates=20))
     asked = iter(range(1, 5))
     assert evaluate(**given, ahead=True, stop=lambda: next(asked) == batches) is None
     assert next(asked, None) == (batches + 1 if batches < 4 else None)

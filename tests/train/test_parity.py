@@ -19,7 +19,7 @@ from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.base import load_base
 from hsrloop.model.yolo import import_ultralytics
 from hsrloop.ops.ap import Evaluator
-from hsrloop.ops.nms import nms_ahead
+from hsrloop.ops.detections import detections_ahead
 from hsrloop.train import detector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.run import train
@@ -75,7 +75,9 @@ def test_metrics_are_the_same_whether_the_host_waits_or_not(
     candidates: int, real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """24 images of val2017; with few candidates most of them have to be looked at again."""
-    monkeypatch.setattr(detector, "nms_ahead", partial(nms_ahead, candidates=candidates))
+    monkeypatch.setattr(
+        detector, "detections_ahead", partial(detections_ahead, candidates=candidates)
+    )
     spec = load_dataset(str(real_data / "data" / "coco128_val128" / "data.yaml"))
     base = load_base(real_data / "weights" / "yolov8n_coco_rebuilt.pt", names=spec.names, seed=0)
     refs = spec.val[:24]
