@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 from makers import measure, one_core_options, ours, theirs  # noqa: E402
 from reporting import describe_host, results_folder  # noqa: E402
 
-from hsrloop.data.pixels.colour import recolour  # noqa: E402
+from hsrloop.data.pixels.colour_cpu import recolour  # noqa: E402
 
 
 def floor(imgsz: int, repeats: int = 30) -> dict[str, float]:

@@ -139,11 +139,17 @@ def test_modules_form_no_cycle() -> None:
         visit(name, ())
 
 
+def loaded_by(module: str, libraries: tuple[str, ...]) -> str:
+    """Return which of these libraries a module loads."""
+    code = f"import sys, {module}; print([m for m in {libraries} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return shown.stdout.strip()
+
+
 @pytest.mark.parametrize("module", ["hsrloop", "hsrloop.cli.main", "hsrloop.__main__"])
 def test_doors_open_without_heavy_libraries(module: str) -> None:
-    code = (
-        f"import sys, {module}; "
-        "print([m for m in ('torch', 'numpy', 'ultralytics', 'cv2', 'rich') if m in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    assert loaded_by(module, ("torch", "numpy", "ultralytics", "cv2", "rich")) == "[]"
+
+
+def test_a_run_on_a_gpu_does_not_wait_for_what_compiles_for_the_cpu() -> None:
+    assert loaded_by("hsrloop.train.run", ("torch", "numba")) == "['torch']"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import cv2
 import numpy as np
 
-from hsrloop.data.pixels.colour import colour_factors, recolour
+from hsrloop.data.pixels.colour import colour_factors
 from hsrloop.data.pixels.geometry import Box, Matrix, between_pixels, bounds, inverse
 from hsrloop.data.pixels.store import GREY, ImageStore
 from hsrloop.data.plan import AugmentPlan, Layer, plan_labels
@@ -50,6 +50,10 @@ class Renderer:
     """Scratch memory for rendering at one size; one per thread or process."""
 
     def __init__(self, imgsz: int) -> None:
+        # Compiles, which a run that renders on a GPU need not wait for.
+        from hsrloop.data.pixels.colour_cpu import recolour
+
+        self._recolour_planes = recolour
         self.imgsz = imgsz
         self._canvas = np.empty((imgsz, imgsz, 4), np.uint8)
         self._partner = np.empty((0, 0, 4), np.uint8)  # made at the first mixup
@@ -149,7 +153,7 @@ class Renderer:
             rows = slice(top, min(top + _STRIP, self.imgsz))
             planes = [plane[: rows.stop - top] for plane in self._planes]
             cv2.split(self._canvas[rows], planes)
-            recolour(planes[:3], factors)
+            self._recolour_planes(planes[:3], factors)
             cv2.merge(planes[:3], dst=out[rows])
 
 
