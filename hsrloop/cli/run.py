@@ -108,6 +108,8 @@ def check_file_place(file: Path, option: str) -> None:
     Raises:
         OutputError: it cannot.
     """
+    if str(file) == "-":
+        raise OutputError(f"{option} -: name a file. Standard output is for the tables.")
     new = not exists(file)
     try:
         with file.open("ab"):

@@ -113,12 +113,15 @@ class ConsoleSink:
         self._print()
         self._print(groups_table(event.groups, lr0=float(event.config["lr0"])))
         self._print()
-        verb = "Going on" if event.resumed else "Starting"
-        self._print(
-            f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training and "
-            f"{event.val_images} validation images, {counted(len(event.names), 'class')}, "
-            f"{event.parameters / 1e6:.1f} M parameters."
-        )
+        verb, epochs = "Going on" if event.resumed else "Starting", int(event.config["epochs"])
+        if event.epoch > epochs:
+            self._print(f"Nothing is left to train: {counted(epochs, 'epoch')} of {epochs} done.")
+        else:
+            self._print(
+                f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training "
+                f"and {event.val_images} validation images, {counted(len(event.names), 'class')}, "
+                f"{event.parameters / 1e6:.1f} M parameters."
+            )
         self._console.print(f"Run folder: {event.run_dir}", soft_wrap=True)
         self._print()
 

@@ -78,4 +78,6 @@ def test_a_json_file_that_cannot_be_written_is_an_error_before_the_work(
     file = tmp_path / ("x" * 300)
     result = invoke("validate", "-d", "d.yaml", "-m", "a.pt", "--json", file)
     assert result.exit_code == 2 and "cannot be written (File name too long)" in result.stderr
+    result = invoke("validate", "-d", "d.yaml", "-m", "a.pt", "--json", "-")
+    assert result.exit_code == 2 and "--json -: name a file" in result.stderr
     assert not calls.validated
