@@ -47,7 +47,8 @@ Ultralytics with the best of three settings (`auto`; AdamW 0.001; AdamW 0.001 wi
 The recipe was chosen on kitchen_containers among others, not on ycb_household."""
 WHERE = """### Where
 
-Family 26 is Zen 5, with AVX-512; family 25 is Zen 3."""
+Family 26 is Zen 5, with AVX-512; family 25, here without AVX-512, is Zen 3; family 6 is Intel's,
+here with AVX-512."""
 
 
 class Hosts:
@@ -141,7 +142,7 @@ def _speed(results: Path, hosts: Hosts) -> Iterator[Sequence[str]]:
     kinds = {"train_s": "training, s an epoch", "val_s": "validation, s", "wall_s": "whole run, s"}
     for file in sorted(results.glob("vs_ultralytics_speed*.jsonl")):
         rows, where = _rows(file), hosts.letter(file.with_suffix(".md"))
-        processor = file.stem.rpartition("_")[2].replace("zen", "Zen ")
+        processor = file.stem.rpartition("_")[2].capitalize().replace("Zen", "Zen ")
         ours = {row["pair"]: row for row in rows if row["trainer"] == "ours"}
         for trainer in sorted({row["trainer"] for row in rows} - {"ours"}, reverse=True):
             theirs = {row["pair"]: row for row in rows if row["trainer"] == trainer}

@@ -36,6 +36,7 @@ class RunStarted(Event):
     val_images: int
     parameters: int
     groups: list[dict[str, Any]]  # name, lr_scale, weight_decay, parameters
+    epochs: int  # to be trained in all; fewer than planned once early stopping has ended it
     epoch: int = 1
     resumed: bool = False
 

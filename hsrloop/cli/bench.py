@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsrloop.cli.layers import Request, add_machine, resolve_explicit
+from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explicit
 from hsrloop.cli.run import check_file_place, from_anywhere, prepare
 from hsrloop.config import Resolved
 from hsrloop.errors import ConfigError, OutputError
@@ -72,6 +72,7 @@ def run_bench(
     asked = resolve_explicit(request)
     if TIERS in wanted.parts:
         _check_left_to_tiers(asked)
+    check_asked(asked)
     prepare(asked.config.device)
     resolved = from_anywhere(add_machine(request, asked))
 

@@ -55,6 +55,30 @@ def resolve_explicit(request: Request) -> Resolved:
     return resolve(request.explicit(), complete=False)
 
 
+def check_asked(asked: Resolved) -> None:
+    """Refuse or warn about settings of a new run that would have no effect.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    config, sources = asked.config, asked.sources
+
+    def meant(name: str) -> bool:
+        # A run's own config.yaml names every setting; only its changes are meant.
+        default = TrainConfig.__dataclass_fields__[name].default
+        return sources[name] == COMMAND_LINE or (
+            sources[name] != "default" and getattr(config, name) != default
+        )
+
+    if meant("llrd_decay_rate") and not config.llrd:
+        raise ConfigError(
+            f"llrd_decay_rate is {config.llrd_decay_rate:g}, but layer-wise decay is off. "
+            "Add --llrd, or drop --llrd-decay-rate."
+        )
+    if meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
+        _LOG.warning("--gpu-tier is ignored: auto-scaling is off.")
+
+
 def add_machine(request: Request, asked: Resolved) -> Resolved:
     """Return the config of a new run: `asked` over the preset over the machine's tier.
 
@@ -64,7 +88,6 @@ def add_machine(request: Request, asked: Resolved) -> Resolved:
         ConfigError: an unknown tier, or settings that contradict each other.
         DeviceError: the device asked for is absent or unusable.
     """
-    _check(asked)
     return resolve([*_machine_layers(request, asked), *request.explicit()])
 
 
@@ -135,26 +158,6 @@ def _merge(options: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key} is given twice. Drop --set {text} or the other one.")
         merged[key] = value
     return merged
-
-
-def _check(asked: Resolved) -> None:
-    """Refuse or warn about settings that would have no effect."""
-    config, sources = asked.config, asked.sources
-
-    def meant(name: str) -> bool:
-        # A run's own config.yaml names every setting; only its changes are meant.
-        default = TrainConfig.__dataclass_fields__[name].default
-        return sources[name] == COMMAND_LINE or (
-            sources[name] != "default" and getattr(config, name) != default
-        )
-
-    if meant("llrd_decay_rate") and not config.llrd:
-        raise ConfigError(
-            f"llrd_decay_rate is {config.llrd_decay_rate:g}, but layer-wise decay is off. "
-            "Add --llrd, or drop --llrd-decay-rate."
-        )
-    if meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
-        _LOG.warning("--gpu-tier is ignored: auto-scaling is off.")
 
 
 def _machine_layers(request: Request, asked: Resolved) -> list[tuple[str, Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from hsrloop.cli.layers import Request, add_machine, resolve_explicit
+from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explicit
 from hsrloop.cli.options import VALIDATION_SETTINGS
 from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
@@ -40,9 +40,12 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
     check_export(resolved.config.export)
     if resume is None:
         _need_dataset(resolved)
+        check_asked(resolved)
     elif request.fast:
         _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
-    prepare(resolved.config.device)
+    # What a run that goes on is on is not known before its checkpoint is read.
+    known = resume is None or resolved.sources["device"] != "default"
+    prepare(resolved.config.device if known else "cpu")
     if resume is None:
         resolved = add_machine(request, resolved)
     resolved = from_anywhere(resolved)

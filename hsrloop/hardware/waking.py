@@ -31,9 +31,8 @@ def wake(device: str, *, drivers: tuple[str, ...] = _DRIVERS) -> threading.Threa
     if wanted == "cpu":
         return None
     index = wanted if isinstance(wanted, int) else None
-    thread = threading.Thread(
-        target=_start, args=(drivers, index), name="hsrloop-waking", daemon=True
-    )
+    # No daemon: a process must not end while a thread of its is in the driver.
+    thread = threading.Thread(target=_start, args=(drivers, index), name="hsrloop-waking")
     thread.start()
     return thread
 

@@ -201,7 +201,7 @@ def prior_bias(stride: int, nc: int) -> float:
     return math.log(5 / nc / (640 / stride) ** 2)
 
 
-def forward_levels(module: nn.Module, images: Tensor) -> LevelLogits:
+def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
     """Run the network.
 
     Args:
@@ -209,8 +209,26 @@ def forward_levels(module: nn.Module, images: Tensor) -> LevelLogits:
         images: (B, 3, S, S) float in [0, 1].
 
     Returns:
-        The head's logits, before decoding.
+        The head's logits, before decoding; A = sum of h * w over the levels.
     """
+    return joined(_levels(module, images))
+
+
+def forward_eval(module: nn.Module, images: Tensor) -> RawPredictions:
+    """Run the network in eval mode: the same logits, no decoding, no gradient.
+
+    The caller decides on eval mode (`module.eval()` or `fuse_for_inference`).
+    """
+    return joined(forward_levels(module, images))
+
+
+def forward_levels(module: nn.Module, images: Tensor) -> LevelLogits:
+    """Do what `forward_eval` does; the levels stay apart, as they lie."""
+    with torch.no_grad():
+        return _levels(module, images)
+
+
+def _levels(module: nn.Module, images: Tensor) -> LevelLogits:
     detect = head(module)
     with _blocks(module, images.device):
         levels = _features(module, images)
@@ -219,25 +237,11 @@ def forward_levels(module: nn.Module, images: Tensor) -> LevelLogits:
     return LevelLogits(boxes, classes)
 
 
-def forward_train(module: nn.Module, images: Tensor) -> RawPredictions:
-    """Do what `forward_levels` does; its levels as one, with A = sum of h * w over them."""
-    return joined(forward_levels(module, images))
-
-
 def _blocks(module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
     """Return what lets the network's blocks do as is best on a device, meanwhile."""
     if on_cpu(device) or torch.compiler.is_compiling():
         return nullcontext()
     return lean_blocks(module) if torch.is_grad_enabled() else folded_blocks(module, device)
-
-
-def forward_eval(module: nn.Module, images: Tensor) -> RawPredictions:
-    """Run the network in eval mode: the same logits, no decoding, no gradient.
-
-    The caller decides on eval mode (`module.eval()` or `fuse_for_inference`).
-    """
-    with torch.no_grad():
-        return forward_train(module, images)
 
 
 def _features(module: nn.Module, x: Tensor) -> list[Tensor]:

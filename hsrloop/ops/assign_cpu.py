@@ -18,7 +18,7 @@ from hsrloop.ops.targets import SEGMENT
 _ZERO, _QUARTER, _HALF, _ONE = (np.float32(number) for number in (0, 0.25, 0.5, 1))
 _FOUR_BY_PI = np.float32(4 / np.pi)
 _EPS, _SCORE_EPS = np.float32(1e-7), np.float32(1e-9)  # as in `boxes` and `assign`
-_HIGHEST = np.float32(87)  # of what `exp` takes
+_HIGHEST = np.float32(87)  # of what `exp` takes; a score is 0 beyond (torch: beyond 104)
 _LAST, _IMAGE = SEGMENT.index("last"), SEGMENT.index("image")
 _OWNER = (1 << 32) - 1  # bits of a key that tell whose it is, as the difference to this
 _LANES = 8  # cells at a time; of what a narrow line fills up, no more than that is for nothing
@@ -127,7 +127,7 @@ def _search(
                 own = scores[start : start + count]
                 for k in range(count):
                     score = _ONE / (_ONE + exp(min(-own[k], _HIGHEST)))
-                    metrics[k] *= np.sqrt(score)
+                    metrics[k] *= np.sqrt(score) if own[k] > -_HIGHEST else _ZERO
                 found = 0
                 for k in range(count):
                     cells[found] = k
@@ -186,7 +186,7 @@ def _score(
             overlap = max(own[t], _ZERO)
             cube = overlap * overlap * overlap
             score = _ONE / (_ONE + exp(min(-metric[t], _HIGHEST)))
-            metric[t] = np.sqrt(score) * cube * cube
+            metric[t] = np.sqrt(score) * cube * cube if metric[t] > -_HIGHEST else _ZERO
         highest[:] = _ZERO
         for t in range(len(at)):
             highest[0, of[t]] = max(highest[0, of[t]], metric[t])

@@ -213,9 +213,10 @@ static __device__ bool overlap(const float *a, const float *b, float iou) {
 
 // Of what `candidates` wrote, write the first `enough` that no better one of their class overlaps,
 // and 0 where there are fewer; and whether candidates that were not among `tried` would change that.
-extern "C" __global__ void suppress(const float *rows, const int *counts, float *found,
-                                    unsigned char *settled, int tried, int enough, float iou,
-                                    float class_offset) {
+extern "C" __global__ void __launch_bounds__(1024) suppress(const float *rows, const int *counts,
+                                                            float *found, unsigned char *settled,
+                                                            int tried, int enough, float iou,
+                                                            float class_offset) {
     __shared__ float boxes[MOST * 4];
     __shared__ unsigned char alive[MOST];
     __shared__ short kept[MOST];

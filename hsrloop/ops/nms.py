@@ -22,7 +22,7 @@ CANDIDATES = 1536
 """Rows of an image that `nms_ahead` looks at (measured: 1,418 were enough for every image of a set
 fine-tuned for an epoch, and for all of 64 images of COCO but one)."""
 
-_ROUNDS = 12
+ROUNDS = 12
 """Rounds that `nms_ahead` takes to settle who suppresses whom (measured: 10 were enough)."""
 
 _PAIRS = 1 << 23
@@ -111,7 +111,7 @@ def nms_ahead(
     iou: float = 0.7,
     max_det: int = 300,
     candidates: int = CANDIDATES,
-    rounds: int = _ROUNDS,
+    rounds: int = ROUNDS,
 ) -> Found:
     """Do what `nms` does with `multi_label`, without waiting for the device.
 

@@ -113,9 +113,10 @@ class ConsoleSink:
         self._print()
         self._print(groups_table(event.groups, lr0=float(event.config["lr0"])))
         self._print()
-        verb, epochs = "Going on" if event.resumed else "Starting", int(event.config["epochs"])
-        if event.epoch > epochs:
-            self._print(f"Nothing is left to train: {counted(epochs, 'epoch')} of {epochs} done.")
+        verb = "Going on" if event.resumed else "Starting"
+        if event.epoch > event.epochs:
+            done = f"{event.epochs} of {counted(int(event.config['epochs']), 'epoch')} trained"
+            self._print(f"Nothing is left to train: {done}.")
         else:
             self._print(
                 f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training "

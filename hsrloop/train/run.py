@@ -379,6 +379,7 @@ def _started(run_dir: Path, ready: _Ready, *, resumed: bool) -> RunStarted:
         parameters=sum(p.numel() for p in state.model.parameters()),
         groups=groups_table(state.optimizer.param_groups),
         epoch=state.position.epoch + 1,
+        epochs=ready.resolved.config.epochs - state.epochs_skipped,
         resumed=resumed,
     )
 

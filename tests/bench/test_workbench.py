@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch._dynamo
 
+from hsrloop.bench.bare import bare_forward
 from hsrloop.bench.measures import waits_of_a_step
 from hsrloop.bench.workbench import workbench
 from hsrloop.config import Resolved, resolve
 from hsrloop.events import Event
+from hsrloop.records import LevelLogits
 from hsrloop.train.compiled import Compiled
 from hsrloop.train.detector import CONF, Detector
 
@@ -52,6 +54,15 @@ def test_a_compiled_step_is_not_watched_by_operator_and_stays_compiled(asked: Re
         assert waits_of_a_step(bench, batches) is None, "on the CPU nothing else can count them"
         assert len(runs) == 3 * before
     torch._dynamo.reset()
+
+
+def test_a_bare_forward_pass_is_that_of_a_validation(asked: Resolved) -> None:
+    with workbench(asked, ignore) as bench:
+        detector = Detector.of(bench.state.ema.module, bench.device, half=False)
+        (batch,) = list(bench.loaders.val)[:1]
+        levels = bare_forward(bench, detector.module, detector.inputs(batch.images))()
+        assert isinstance(levels, LevelLogits)
+        assert not any(logits.requires_grad for logits in (*levels.boxes, *levels.classes))
 
 
 def test_an_untrained_network_finds_no_more_candidates_than_a_trained_one(

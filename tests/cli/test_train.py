@@ -37,6 +37,21 @@ def test_the_device_is_prepared_before_the_machine_is_looked_at(
     assert calls.prepared == ["auto", "cuda:1", "cpu"]
 
 
+def test_what_goes_on_touches_no_gpu_before_its_checkpoint_names_one(
+    invoke: Invoke, calls: Calls, tmp_path: Path
+) -> None:
+    last = tmp_path / "last.pt"
+    last.touch()
+    invoke("train", "--resume", last)
+    invoke("train", "--resume", last, "--device", "cuda:1")
+    assert calls.prepared == ["cpu", "cuda:1"] and len(calls.trained) == 2
+
+
+def test_contradictions_are_found_before_anything_is_prepared(invoke: Invoke, calls: Calls) -> None:
+    assert invoke("train", "-d", "d.yaml", "--llrd-decay-rate", "0.9").exit_code == 2
+    assert not calls.prepared
+
+
 def test_fast_lies_over_the_tier(invoke: Invoke, calls: Calls) -> None:
     invoke("train", "-d", "data.yaml", "--fast", "--gpu-tier", "cpu")
     config = calls.resolved.config

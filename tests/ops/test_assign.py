@@ -59,6 +59,11 @@ def test_scores_may_be_nearly_0_and_nearly_1(shift: float) -> None:
     assert assert_same(replace(s, class_logits=s.class_logits + shift)) > 50
 
 
+def test_a_score_of_0_wants_nothing() -> None:
+    s = scene([30, 40], size=0.3, imgsz=320, seed=9)
+    assert assert_same(replace(s, class_logits=s.class_logits - 200)) == 0
+
+
 def test_nothing_to_assign() -> None:
     assert assert_same(scene([0, 0])) == 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -34,8 +34,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detections, "_THREADS", 6)
 
 
-def kernels_on(device: str, host: Kernels) -> Kernels:
+def kernels_on(device: str, host: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The host's with small blocks, a GPU's as they are."""
     if device == "cpu":
+        monkeypatch.setattr(detections, "_THREADS", 6)
         return host
     found = detect_kernels(torch.device("cuda", 0))
     assert found is not None
@@ -43,17 +45,22 @@ def kernels_on(device: str, host: Kernels) -> Kernels:
 
 
 def head_of(
-    classes: int, *, shift: float, images: int = 3, kind: torch.dtype = torch.float32, seed: int = 0
+    classes: int,
+    *,
+    shift: float,
+    images: int = 3,
+    kind: torch.dtype = torch.float32,
+    sides: Sequence[int] = SIDES,
 ) -> LevelLogits:
     """Return logits of which few are close to each other."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
 
     def noise(channels: int, side: int) -> Tensor:
         numbers = (2 * torch.randn(images, channels, side, side, generator=g)).bfloat16()
         return numbers.to(kind).contiguous(memory_format=torch.channels_last)
 
-    boxes = [noise(64, side) for side in SIDES]
-    return LevelLogits(boxes, [noise(classes, side) + shift for side in SIDES])
+    boxes = [noise(64, side) for side in sides]
+    return LevelLogits(boxes, [noise(classes, side) + shift for side in sides])
 
 
 def on(device: str, levels: LevelLogits) -> LevelLogits:
@@ -72,11 +79,9 @@ def assert_same(found: Found, expected: Found, *, settled: list[bool] | None = N
 def both(
     kernels: Kernels, levels: LevelLogits, device: str = "cpu", **more: Any
 ) -> tuple[Found, Found]:
-    found, expected = (
-        detections_ahead(on(device, levels), STRIDES, kernels=own, **more)
-        for own in (kernels, None)
-    )
-    return found, expected
+    given = on(device, levels)
+    found = detections_ahead(given, STRIDES, kernels=kernels, **more)
+    return found, detections_ahead(given, STRIDES, kernels=None, **more)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -90,14 +95,23 @@ def test_they_find_what_operators_find(
     kind: torch.dtype,
     device: str,
     host: Kernels,
-    small_blocks: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nms, "_ROUNDS", 900)
     levels = head_of(classes, shift=shift, kind=kind)
-    found, expected = both(kernels_on(device, host), levels, device, candidates=tried, max_det=40)
+    kernels = kernels_on(device, host, monkeypatch)
+    found, expected = both(kernels, levels, device, candidates=tried, max_det=40, rounds=900)
     assert_same(found, expected)
     assert bool(found.settled.any()) and bool((found.rows[..., 4] > 0).any())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shift", [-6.0, -13.0])
+def test_more_logits_than_a_block_reads_at_a_time(
+    shift: float, device: str, host: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = head_of(20, shift=shift, images=2, kind=torch.float16, sides=(80, 40, 20))
+    found, expected = both(kernels_on(device, host, monkeypatch), levels, device, rounds=900)
+    assert_same(found, expected, settled=[True, True])
 
 
 @pytest.mark.parametrize("levels", [2, 40])
@@ -184,7 +198,10 @@ def test_a_batch_takes_two_launches(host: dict[str, HostKernel], small_blocks: N
     }
 
 
-def test_what_they_cannot_take_goes_the_other_way(host: dict[str, HostKernel]) -> None:
+def test_what_they_cannot_take_goes_the_other_way(
+    host: dict[str, HostKernel], caplog: pytest.LogCaptureFixture
+) -> None:
+    detections._say_otherwise.cache_clear()
     levels = head_of(3, shift=0.0)
     before = host["candidates"].calls
     planes = LevelLogits([x.contiguous() for x in levels.boxes], levels.classes)
@@ -195,17 +212,34 @@ def test_what_they_cannot_take_goes_the_other_way(host: dict[str, HostKernel]) -
     detections_ahead(levels, STRIDES, kernels=host, candidates=5000)
     detections_ahead(head_of(3, shift=0.0, images=0), STRIDES, kernels=host)
     assert host["candidates"].calls == before
+    assert caplog.text.count("detect.cu is not used") == 1
 
 
 @pytest.mark.parametrize("name", ["candidates", "suppress"])
+@pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_they_are_proved_before_they_are_used(
-    name: str, host: dict[str, HostKernel], small_blocks: None
+    error: float, name: str, host: dict[str, HostKernel], small_blocks: None
 ) -> None:
-    assert detections._proves(host, CPU)
-
     def wrong(*args: Any) -> None:
         host[name](*args)
         rows = next(a for a in args[::-1] if isinstance(a, Tensor) and a.dtype == torch.float32)
-        rows[1, 3, 0] += 0.5
+        rows[1, 3, 0] += error
 
     assert not detections._proves({**host, name: wrong}, CPU)
+
+
+def test_what_is_right_is_proved(host: dict[str, HostKernel], small_blocks: None) -> None:
+    assert detections._proves(host, CPU)
+
+
+def test_of_images_that_are_never_settled_nothing_is_proved(
+    host: dict[str, HostKernel], small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsettled(*args: Any) -> None:
+        host["suppress"](*args)
+        args[3].zero_()
+
+    monkeypatch.setattr(
+        detections, "nms_ahead", lambda *_, **__: Found(torch.zeros(3, 40, 6), torch.zeros(3) > 0)
+    )
+    assert not detections._proves({**host, "suppress": unsettled}, CPU)

@@ -54,6 +54,7 @@ def run_started() -> RunStarted:
         train_images=80,
         val_images=20,
         parameters=3_200_000,
+        epochs=100,
         groups=[
             {"name": "weights", "lr_scale": 0.5, "weight_decay": 5e-4, "parameters": 3_100_000}
         ],

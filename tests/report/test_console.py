@@ -83,8 +83,8 @@ def test_a_resumed_run_says_so(run_started: RunStarted) -> None:
     resumed = dataclasses.replace(run_started, resumed=True, epoch=7)
     assert "Going on at epoch 7" in show(resumed)
     epochs = int(run_started.config["epochs"])
-    over = dataclasses.replace(run_started, resumed=True, epoch=epochs + 1)
-    assert f"Nothing is left to train: {epochs} epochs of {epochs} done." in show(over)
+    over = dataclasses.replace(run_started, resumed=True, epoch=41, epochs=40)
+    assert f"Nothing is left to train: 40 of {epochs} epochs trained." in show(over)
 
 
 def test_one_line_an_epoch_when_not_on_a_terminal(epoch_done: Make) -> None:

@@ -13,10 +13,12 @@ from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.model.yolo import build
+from hsrloop.ops import detections
 from hsrloop.ops.detections import detections_ahead
 from hsrloop.train import detector
 from hsrloop.train.detector import Detector, KeptDetector, RecordedDetections
 from hsrloop.train.evaluate import evaluate
+from tests.kernels import host_kernels
 from tests.train.test_graphs import Rerun
 
 NAMES = ("square", "disc", "bar")
@@ -43,6 +45,24 @@ def test_images_that_are_not_settled_are_looked_at_again(
     got = evaluate(**given, ahead=True, on_progress=lambda *said: progress.append(said))
     assert got == expected
     assert progress == [(2, 4), (4, 4), (6, 8), (8, 8)]
+
+
+def test_kernels_find_in_a_network_what_operators_find(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = {"candidates": None, "suppress": None}
+    kernels = host_kernels(detections.SOURCE, tmp_path, together=together)
+    expected = evaluate(**given, ahead=True)
+    monkeypatch.setattr(detections, "_THREADS", 6)
+    monkeypatch.setattr(detector, "detect_kernels", lambda device: kernels)
+    place = detector.place
+    monkeypatch.setattr(
+        detector, "place", lambda *given: place(*given).to(memory_format=torch.channels_last)
+    )  # as on a GPU
+    got = evaluate(**given, ahead=True)
+    assert [kernel.calls for kernel in kernels.values()] == [len(given["loader"])] * 2
+    assert got is not None and expected is not None
+    assert (got.ap50, got.ap50_95) == pytest.approx((expected.ap50, expected.ap50_95), abs=1e-6)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])

@@ -18,6 +18,7 @@ from hsrloop.hardware.peak import peak_bytes
 from hsrloop.model.base import load_base
 from hsrloop.ops import loss
 from hsrloop.ops.loss_gpu import SOURCE
+from hsrloop.ops.nvrtc import counted_launches
 from hsrloop.ops.paths import as_on_a_gpu
 from hsrloop.train import checkpoint, graphs
 from hsrloop.train import step as step_module
@@ -513,6 +514,17 @@ def test_on_a_gpu_detections_are_recorded_too_and_leave_the_steps_alone(
             assert torch.equal(found.rows, own.find(images).rows)
         ends.append(contents(parts[0]))
     assert same(*ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [True, False])
+def test_on_a_gpu_two_kernels_find_a_batch(half: bool, card: torch.device) -> None:
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, device=card)
+    found = KeptDetector().of(make(card)[0].ema.module, card, half=half)
+    found.find(images)  # the first proves them
+    with counted_launches() as launches:
+        found.find(images)
+    assert (launches["candidates"], launches["suppress"]) == (1, 1)
 
 
 @pytest.mark.gpu
