@@ -126,6 +126,7 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[str] | None) -> None:
         self._process = process
+        self._line: str | None = None
         self._url: str | None = None
         self._serves = self._asked = False
 
@@ -138,11 +139,16 @@ class Server:
                 self._process.stdin.flush()
 
     @property
+    def answered(self) -> bool:
+        """Whether asking for `url` would not wait."""
+        return self._asked or self._first_line(wait_s=0) is not None
+
+    @property
     def url(self) -> str | None:
         """Where it listens, once it serves; the first call may wait. None: it did not start."""
         if not self._asked:
             self._asked = True
-            line = self._first_line()
+            line = self._first_line(wait_s=_START_LIMIT_S) or ""
             if line.startswith("http"):
                 self._url = line
             else:
@@ -176,14 +182,16 @@ class Server:
         if self._process is not None:
             self._process.wait()
 
-    def _first_line(self) -> str:
+    def _first_line(self, *, wait_s: float) -> str | None:
+        """Return what it says first; None: nothing yet."""
         if self._process is None or self._process.stdout is None:
             return "its process could not be made"
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout=_START_LIMIT_S):
-                return ""
-        return self._process.stdout.readline().strip()
+        if self._line is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._process.stdout, selectors.EVENT_READ)
+                if selector.select(timeout=wait_s):
+                    self._line = self._process.stdout.readline().strip()
+        return self._line
 
 
 def start_server(port: int, *, host: str = "127.0.0.1") -> Server:

@@ -25,6 +25,7 @@ class Hub:
         self._clock = clock
         self._blocked = False  # a file could not be written, and the user was told
         self._early: list[Event] | None = []  # said before the run folder's listeners existed
+        self._due: tuple[Callable[[], bool], Callable[[], None]] | None = None  # of `when`
 
     def add(self, sink: Sink) -> None:
         """Let `sink`, which writes a file, listen; it first hears what was said before."""
@@ -43,6 +44,13 @@ class Hub:
         for file in self._files:
             file.handle(stamped, self._clock())
         self._say_what_changed()
+        if self._due is not None and self._due[0]():
+            (_, say), self._due = self._due, None
+            say()
+
+    def when(self, ready: Callable[[], bool], say: Callable[[], None]) -> None:
+        """Call `say`, which emits something, at the first event that finds `ready`."""
+        self._due = ready, say
 
     def complete(self) -> None:
         """Declare that nobody joins any more, so that nothing need be remembered."""

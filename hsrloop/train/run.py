@@ -361,8 +361,12 @@ def _open_reports(
         first = len(state.history) + 1
         hub.add(TensorBoardSink(logs, purge_step=first if first > 1 else None))
         server.serve(logs)
-        if server.url is not None:
-            hub.emit(Note(text=f"TensorBoard: {server.url}"))
+
+        def say_where() -> None:
+            if server.url is not None:
+                hub.emit(Note(text=f"TensorBoard: {server.url}"))
+
+        hub.when(lambda: server.answered, say_where)
     hub.complete()
 
 

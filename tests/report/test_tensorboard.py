@@ -86,9 +86,10 @@ def test_the_server_takes_the_next_free_port_and_ends(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         server = start_server(port)
+        assert not server.answered
         server.serve(tmp_path)
         try:
-            assert server.url is not None
+            assert server.url is not None and server.answered
             assert server.url.startswith("http://127.0.0.1:")
             assert not server.url.endswith(f":{port}/")
             with urllib.request.urlopen(server.url, timeout=20) as answer:
@@ -153,6 +154,7 @@ def test_failing_to_start_is_one_warning(
     with caplog.at_level(logging.WARNING):
         server = start_server(0)
         server.serve(tmp_path)
+        assert server.answered
         assert server.url is None
         assert server.url is None
         server.close()
