@@ -4,7 +4,8 @@
 
 Claim: at most 10 s for a set that was seen before. `hsrloop train` is started in a process of its
 own, with everything on that is on by default, and ended once its first step is done. The first
-start has an empty cache folder; those after it find there what it left.
+start has an empty cache folder; those after it find there what it left. `--without-waking` lets
+CUDA start where torch asks for it, for comparison.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def watch_the_run(device):
 
     StepGraphs.train_step = first_step
 
+if not int(os.environ["WAKING"]):
+    import hsrloop.hardware.waking as waking
+    waking.wake = lambda device: None
+
 watch(run, "prepare", after="Python")
 probe = probing.probe
 
@@ -90,7 +95,7 @@ def start(options: argparse.Namespace, cache: Path) -> dict[str, float]:
         command = [sys.executable, "-c", _CHILD, "train", "-d", str(options.data.resolve())]
         command += ["-m", options.model, "-o", output, "--device", options.device]
         command += ["--imgsz", str(options.imgsz), "--batch", str(options.batch)]
-        env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+        env = {**os.environ, "XDG_CACHE_HOME": str(cache), "WAKING": str(int(options.waking))}
         began = time.monotonic()
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     said = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith("DONE ")]
@@ -118,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--without-waking", dest="waking", action="store_false")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
@@ -129,13 +135,14 @@ def main() -> None:
         "host": describe_host(),
         "data": options.data.resolve().parent.name,
         "model": Path(options.model).name,
-        **{name: getattr(options, name) for name in ("device", "imgsz", "batch")},
+        **{name: getattr(options, name) for name in ("device", "imgsz", "batch", "waking")},
         "first_s": first[_LAST],
         "seen_s": [reached[_LAST] for reached in seen],
         "reached_s": seen,
     }
     folder = results_folder(options.output)
     stem = "first_step" if options.device == "cpu" else "first_step_gpu"
+    stem += "" if options.waking else "_without_waking"
     (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [
         "# From the command to the first step",

@@ -51,7 +51,11 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
         found = [(host, figures(rows)) for host, rows in visits]
         yield from _table_rows(words, [(h, f) for h, f in found if f != Figures()], letter)
     starts = [json.loads(file.read_text()) for file in sorted(results.glob("first_step*.json"))]
-    seen = [(s["host"], _first_step(s["seen_s"])) for s in starts if s["device"] != "cpu"]
+    seen = [
+        (s["host"], _first_step(s["seen_s"]))
+        for s in starts
+        if s["device"] != "cpu" and s.get("waking", True)
+    ]
     yield from _table_rows("from the command to the first step, s", seen, letter)
 
 
