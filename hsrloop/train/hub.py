@@ -36,6 +36,9 @@ class Hub:
 
     def emit(self, event: Event) -> None:
         """Stamp and deliver."""
+        if self._due is not None and self._due[0]():
+            (_, say), self._due = self._due, None
+            say()
         stamped = dataclasses.replace(event, time=time.time())
         if self._early is not None and not isinstance(event, Progress):
             self._early.append(stamped)
@@ -44,12 +47,9 @@ class Hub:
         for file in self._files:
             file.handle(stamped, self._clock())
         self._say_what_changed()
-        if self._due is not None and self._due[0]():
-            (_, say), self._due = self._due, None
-            say()
 
     def when(self, ready: Callable[[], bool], say: Callable[[], None]) -> None:
-        """Call `say`, which emits something, at the first event that finds `ready`."""
+        """Call `say`, which emits something, before the first event that finds `ready`."""
         self._due = ready, say
 
     def complete(self) -> None:

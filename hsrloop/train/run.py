@@ -338,7 +338,7 @@ def _finish(
         "rollbacks": state.rollbacks,
         "imgsz_trained": sizes_trained(resolved.config, state),
         "peak_memory_bytes": peak,
-        "tensorboard_url": server.url if server else None,
+        "tensorboard_url": server.url if server and server.answered else None,
         "config": resolved.config.to_json(),
     }
     checkpoint.drop_previous(run_dir / "weights")

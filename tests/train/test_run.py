@@ -22,6 +22,7 @@ from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Metrics
 from hsrloop.report.files import json_text
 from hsrloop.train import checkpoint, folder, graphs, loop
+from hsrloop.train import run as run_module
 from hsrloop.train.build import build_state
 from hsrloop.train.run import train
 from hsrloop.train.validation import validate
@@ -284,6 +285,31 @@ def test_a_home_folder_is_understood_in_output(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     outcome = train(settings(output="~/my runs", epochs=1))
     assert outcome.run_dir.parent == tmp_path / "home" / "my runs"
+
+
+class Silent:
+    """A server of event files that never answers."""
+
+    answered = False
+
+    @property
+    def url(self) -> str:
+        raise AssertionError("somebody waits for it")
+
+    def serve(self, logdir: Path) -> None:
+        assert logdir.is_dir()
+
+    def close(self) -> None:
+        pass
+
+
+def test_no_run_waits_for_a_server_that_never_answers(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "start_server", lambda port: Silent())
+    outcome = train(settings(epochs=1, tensorboard=True))
+    assert outcome.result is not None and outcome.result["tensorboard_url"] is None
+    assert list((outcome.run_dir / "tensorboard").iterdir())
 
 
 def test_names_that_are_not_utf8_are_no_matter(tmp_path: Path, settings: Settings) -> None:
