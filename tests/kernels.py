@@ -1,7 +1,7 @@
 """CUDA C++ compiled for the host: tested without a GPU.
 
-A thread is a turn of a loop; threads of a block that wait for each other are threads indeed. A warp
-is as wide as a test wants it.
+A thread is a turn of a loop; those of a block that wait for each other have stacks of their own and
+take turns. A warp is as wide as a test wants it.
 """
 
 from __future__ import annotations
@@ -32,24 +32,61 @@ DEVICES = [
 ]
 _HOST = r"""
 #include <algorithm>
-#include <barrier>
 #include <deque>
 #include <math.h>
-#include <thread>
+#include <memory>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
 #include <vector>
 #define WARP %(warp)d
 typedef unsigned long long Key;
 struct Place { int x, y, z; };
-static Place blockIdx, blockDim, gridDim;
-static thread_local Place threadIdx;
-static std::barrier<> *door;
-static std::deque<std::barrier<>> doors;  // of warps
+static Place blockIdx, blockDim, gridDim, threadIdx;
+
+// Threads of a block take turns, each up to where it waits for others; in every other block the
+// last one is the first.
+struct Turn {
+    ucontext_t place;
+    Place index;
+    std::unique_ptr<char[]> stack;
+    bool over;
+};
+struct Door { size_t of, waiting, opened; };
+static const size_t STACK = 1 << 16;
+static ucontext_t scheduler;
+static std::deque<Turn> turns;  // kept from block to block
+static Turn *own;
+static size_t moves;  // doors opened and threads ended
+static void pass(Door *door) {
+    const size_t before = door->opened;
+    if (++door->waiting == door->of) {
+        door->waiting = 0, door->opened++, moves++;
+        return;
+    }
+    while (door->opened == before) {
+        swapcontext(&own->place, &scheduler);
+        threadIdx = own->index;
+    }
+}
+template <typename Work> struct Taken {
+    static const Work *work;
+    static void run() {
+        threadIdx = own->index;
+        (*work)();
+        own->over = true, moves++;
+    }
+};
+template <typename Work> const Work *Taken<Work>::work;
+
+static Door *door;
+static std::deque<Door> doors;  // of warps
 static std::vector<Key> offered;  // by thread
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static
-static inline void __syncthreads() { if (door) door->arrive_and_wait(); }
+static inline void __syncthreads() { if (door) pass(door); }
 template <typename Number> static void atomicMax(Number *at, Number value) {
     Number old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (old < value && !__atomic_compare_exchange_n(
@@ -73,11 +110,50 @@ static Key greatest_in_warp(Key key) {
     if (WARP == 1) return key;
     const int thread = threadIdx.x, warp = thread / WARP;
     offered[thread] = key;
-    doors[warp].arrive_and_wait();
+    pass(&doors[warp]);
     const auto first = offered.begin() + warp * WARP;
     key = *std::max_element(first, first + WARP);
-    doors[warp].arrive_and_wait();
+    pass(&doors[warp]);
     return key;
+}
+template <typename Work> static void take_turns(const Work &work) {
+    const size_t count = (size_t)blockDim.x * blockDim.y * blockDim.z;
+    Door waiting = {count, 0, 0};
+    door = &waiting;
+    offered.assign(blockDim.x, 0);
+    doors.assign(blockDim.x / WARP, {WARP, 0, 0});
+    while (turns.size() < count) {
+        turns.emplace_back();
+        turns.back().stack.reset(new char[STACK]);
+    }
+    Taken<Work>::work = &work;
+    for (size_t i = 0; i < count; i++) {
+        const int row = i / blockDim.x, x = i %% blockDim.x;
+        turns[i].index = {x, row %% blockDim.y, row / blockDim.y};
+        turns[i].over = false;
+        getcontext(&turns[i].place);
+        turns[i].place.uc_stack.ss_sp = turns[i].stack.get();
+        turns[i].place.uc_stack.ss_size = STACK;
+        turns[i].place.uc_link = &scheduler;
+        makecontext(&turns[i].place, Taken<Work>::run, 0);
+    }
+    const bool falling = (blockIdx.x + blockIdx.y + blockIdx.z) %% 2;
+    for (size_t left = count; left;) {
+        const size_t before = moves;
+        left = 0;
+        for (size_t i = 0; i < count; i++) {
+            own = &turns[falling ? count - 1 - i : i];
+            if (!own->over) {
+                swapcontext(&scheduler, &own->place);
+                left += !own->over;
+            }
+        }
+        if (left && moves == before) {
+            fprintf(stderr, "%%zu threads of a block wait for ever\n", left);
+            abort();
+        }
+    }
+    door = nullptr;
 }
 template <typename Work>
 static void start(const int *grid, const int *block, bool together, Work work) {
@@ -87,19 +163,15 @@ static void start(const int *grid, const int *block, bool together, Work work) {
         for (int y = 0; y < grid[1]; y++)
             for (int x = 0; x < grid[0]; x++) {
                 blockIdx = {x, y, z};
-                std::barrier<> waiting(block[0] * block[1] * block[2]);
-                door = together ? &waiting : nullptr;
-                offered.assign(block[0], 0);
-                doors.clear();
-                for (int x = 0; x < block[0]; x += WARP) doors.emplace_back(WARP);
-                std::vector<std::thread> threads;
-                for (int c = 0; c < block[2]; c++)
-                    for (int b = 0; b < block[1]; b++)
-                        for (int a = 0; a < block[0]; a++) {
-                            auto run = [=] { threadIdx = {a, b, c}; work(); };
-                            if (together) threads.emplace_back(run); else run();
-                        }
-                for (auto &thread : threads) thread.join();
+                if (together)
+                    take_turns(work);
+                else
+                    for (int c = 0; c < block[2]; c++)
+                        for (int b = 0; b < block[1]; b++)
+                            for (int a = 0; a < block[0]; a++) {
+                                threadIdx = {a, b, c};
+                                work();
+                            }
             }
 }
 #define __expf expf
@@ -114,7 +186,7 @@ extern "C" void launch_%(name)s(const int *grid, const int *block, int together,
 """
 _FLAGS = (
     *("-O1", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
-    *("-pthread", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"),
+    *("-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"),
 )
 _CLEAN_UP_TO = 12  # of g++: newer ones warn of more
 _NUMBERS = ctypes.c_int * 3

@@ -11,6 +11,9 @@ from typing import Any
 import torchvision  # noqa: F401  (before ultralytics)
 import ultralytics.nn.tasks  # noqa: F401
 
+import hsrloop.data.pixels.colour_cpu
+import hsrloop.ops.assign_cpu
+import hsrloop.ops.loss_cpu  # noqa: F401
 from hsrloop.config import resolve
 from hsrloop.train.run import train
 
