@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,6 +17,12 @@ import pytest
 GIB = 2**30
 SHAPES = ("square", "disc", "bar")
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 80, 230))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for among what tests make only: all modules are loaded."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries call what is left over at the end a leak
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hsrloop.cli.run import prepare
+from hsrloop.cli.run import loading, prepare
 from hsrloop.cli.stop import Stop
 from hsrloop.cli.tabletop import write_data_set
 from hsrloop.config import Resolved, resolve
@@ -56,10 +56,9 @@ def run_demo(output: Path, *, device: str, seed: int) -> int:
     begun = time.monotonic()
     console = make_console()
     prepare(device)
-
-    from hsrloop.train.folder import check_writable
-    from hsrloop.train.run import train
-
+    with loading():
+        from hsrloop.train.folder import check_writable
+        from hsrloop.train.run import train
     check_writable(output)
     console.print("Painting a tabletop data set: 8 classes, with clutter and occlusion.")
     dataset = write_data_set(output / "dataset", **_SCENES, seed=seed)

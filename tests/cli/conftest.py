@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ RUNG = Rung(micro_batch=4, imgsz=64, cache=False, workers=0, val_batch=4, bank="
 
 
 @pytest.fixture
-def invoke() -> Invoke:
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Return a function that runs `hsrloop` with the arguments given."""
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # the process goes on, with other garbage
     return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args])
 
 

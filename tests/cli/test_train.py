@@ -47,6 +47,32 @@ def test_what_goes_on_touches_no_gpu_before_its_checkpoint_names_one(
     assert calls.prepared == ["cpu", "cuda:1"] and len(calls.trained) == 2
 
 
+LOOKED_THROUGH = """
+import gc, sys
+looked = []
+def see(phase, info):
+    if phase == "start" and "torch" in sys.modules:
+        ready = hasattr(sys.modules.get("hsrloop.train.run"), "train")
+        looked.append((ready, info["generation"]))
+gc.callbacks.append(see)
+from hsrloop.cli.main import main
+try:
+    main(["train", "-d", "nowhere.yaml", "--device", "cpu"], prog_name="hsrloop")
+except SystemExit as error:
+    assert error.code == 2, error.code
+assert "torch" in sys.modules and gc.isenabled()
+before = [generation for ready, generation in looked if not ready]
+assert not before, before
+assert gc.get_freeze_count() > 100_000, "modules are looked through again and again"
+"""
+
+
+def test_no_garbage_is_looked_for_while_modules_are_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKED_THROUGH], capture_output=True, text=True)
+    assert done.returncode == 0 and "nowhere.yaml" in done.stderr, done.stderr
+    assert "leak" not in done.stderr, "said by libraries at the end"
+
+
 def test_contradictions_are_found_before_anything_is_prepared(invoke: Invoke, calls: Calls) -> None:
     assert invoke("train", "-d", "d.yaml", "--llrd-decay-rate", "0.9").exit_code == 2
     assert not calls.prepared
