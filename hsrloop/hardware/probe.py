@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from hsrloop.errors import ConfigError, DeviceError
 from hsrloop.hardware.memory import gpu_memory, host_memory, shm_free_bytes, usable_cores
 from hsrloop.records import DeviceInfo
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
@@ -19,7 +22,6 @@ class Card:
     name: str
     uuid: str = ""
     total_bytes: int = 0
-    free_bytes: int = 0
     capability: tuple[int, int] = (0, 0)
     bf16: bool = False
 
@@ -41,6 +43,8 @@ class TorchView:
     arch_list: tuple[str, ...] = ()  # such as "sm_75"; what the build has kernels for
     cuda: str = ""  # CUDA of the build, "" for a build without
     version: str = ""
+    # Of the card of a number; starts CUDA on it, which takes memory there until the process ends.
+    free_bytes: Callable[[int], int] = lambda index: 0
 
 
 def probe(
@@ -57,8 +61,8 @@ def probe(
 
     Raises:
         ConfigError: another word for `device`.
-        DeviceError: a GPU is asked for and absent; or there is a GPU that torch cannot use, and
-            the CPU was not asked for.
+        DeviceError: a GPU is asked for and absent; or there is a GPU that torch cannot use, or
+            that others have to themselves, and the CPU was not asked for.
     """
     wanted = wanted_device(device)
     if wanted == "cpu":
@@ -83,7 +87,19 @@ def probe(
     usable = [i for i in choice if runs_on(torch_view.cards[i].capability, torch_view.arch_list)]
     if not usable:
         raise DeviceError(_why_no_kernels(torch_view.cards[choice[0]], driver, torch_view))
-    return _describe(torch_view.cards[usable[0]], usable[0], driver)
+    for index in usable:
+        card = torch_view.cards[index]
+        try:
+            return _describe(card, index, driver, free_bytes=torch_view.free_bytes(index))
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            why = (
+                f"CUDA does not start on cuda:{index}, {card.name} ({said}). Another program may "
+                "hold all its memory, or have it to itself: see `nvidia-smi`."
+            )
+        if index != usable[-1]:
+            _LOG.warning("%s Trying another.", why)
+    raise DeviceError(f"{why} {_OR_CPU}")
 
 
 def torch_device(info: DeviceInfo) -> str:
@@ -135,7 +151,9 @@ def _hidden() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
 
 
-def _describe(card: Card | None, index: int, driver: DriverView) -> DeviceInfo:
+def _describe(
+    card: Card | None, index: int, driver: DriverView, *, free_bytes: int = 0
+) -> DeviceInfo:
     memory = host_memory()
     card_fields = card or Card(name="CPU")
     return DeviceInfo(
@@ -144,7 +162,7 @@ def _describe(card: Card | None, index: int, driver: DriverView) -> DeviceInfo:
         name=card_fields.name,
         uuid=card_fields.uuid,
         total_bytes=card_fields.total_bytes,
-        free_bytes=card_fields.free_bytes,
+        free_bytes=free_bytes,
         capability=card_fields.capability,
         bf16=card_fields.bf16,
         driver=driver.driver,
@@ -268,6 +286,7 @@ def _see_torch() -> TorchView:
         arch_list=arch_list,
         cuda=torch.version.cuda or "",
         version=torch.__version__,
+        free_bytes=lambda index: gpu_memory(f"cuda:{index}").free_bytes,
     )
 
 
@@ -280,7 +299,6 @@ def _torch_card(index: int) -> Card:
         name=properties.name,
         uuid=str(properties.uuid),
         total_bytes=properties.total_memory,
-        free_bytes=gpu_memory(f"cuda:{index}").free_bytes,
         capability=capability,
         bf16=capability >= (8, 0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -137,17 +138,43 @@ def test_this_machine() -> None:
     assert view.version and len(view.cards) >= 0
 
 
+def test_cuda_starts_on_no_other_card(caplog: pytest.LogCaptureFixture) -> None:
+    """It takes memory there, and fails where another program has left none."""
+    asked: list[int] = []
+
+    def free_bytes(index: int) -> int:
+        asked.append(index)
+        if index == 1:
+            raise torch.AcceleratorError("CUDA error: out of memory\nSearch for it somewhere")
+        return 3 * GIB
+
+    sees = dataclasses.replace(torch_sees(RTX, BIG)(), free_bytes=free_bytes)
+    seams = {"see_driver": driver(RTX, BIG), "see_torch": lambda: sees}
+    assert p.probe("cuda:0", **seams).free_bytes == 3 * GIB and asked == [0]
+    text = failure("cuda:1", **seams)
+    for words in ("cuda:1, RTX 6000 (CUDA error: out of memory). ", "nvidia-smi", "--device cpu"):
+        assert words in text
+    assert "Search" not in text and asked == [0, 1] and not caplog.records
+    info = p.probe("auto", **seams)  # the largest that starts
+    assert (info.index, info.free_bytes) == (0, 3 * GIB) and asked == [0, 1, 1, 0]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("CUDA does not start on cuda:1, RTX 6000")
+
+
 def test_free_memory_is_what_this_process_may_take(
     card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     properties = SimpleNamespace(name="H100", uuid="GPU-1", total_memory=80 * GIB, major=9, minor=0)
     for name, answer in (
         ("is_available", True),
-        ("device_count", 1),
+        ("device_count", 2),
         ("get_arch_list", ["sm_90"]),
         ("get_device_properties", properties),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     card_memory.share, card_memory.reserved = 6 / 80, 1
-    info = p.probe("cuda", see_driver=driver())
+    looked_at, real = [], torch.cuda.mem_get_info
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: looked_at.append(i) or real(i))
+    info = p.probe("cuda:1", see_driver=driver())
+    assert looked_at == [1]
     assert info.total_bytes == 80 * GIB and info.free_bytes == pytest.approx(5 * GIB, abs=1)
