@@ -45,11 +45,13 @@ def _start(drivers: tuple[str, ...], index: int | None) -> None:
     driver = _loaded(drivers)
     if driver is None or driver.cuInit(0):
         return
-    if index is None:
-        count = ctypes.c_int()
-        if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value != 1:
-            return
+    count = ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)):
+        return
+    if index is None and count.value == 1:
         index = 0
+    if index is None or index >= count.value:
+        return
     device, context = ctypes.c_int(), ctypes.c_void_p()
     if not driver.cuDeviceGet(ctypes.byref(device), index):
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

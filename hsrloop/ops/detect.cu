@@ -5,6 +5,7 @@
 #define LEVELS 4    // of a head
 #define BUCKETS 1024
 #define BUCKET_BITS 10
+#define CHUNK 32    // buckets
 #define SCORE_BITS 30  // of a float in (0, 1]
 #define DEEP 4      // times a thread reads before it looks
 
@@ -117,7 +118,7 @@ static __device__ void decode(const Head &h, int image, unsigned place, float *r
 // What the threads of a block share.
 struct Shared {
     Key keys[MOST];
-    int buckets[BUCKETS];
+    int buckets[BUCKETS], sums[BUCKETS / CHUNK];
     int total, above, chosen, taken, equal;
 };
 
@@ -147,10 +148,22 @@ static __device__ void best(const Head &h, Shared &s, float *rows, int *counts, 
         __syncthreads();
         if (s.total <= wanted)
             break;
+        for (int c = thread; c < BUCKETS / CHUNK; c += threads) {
+            int sum = 0;
+            for (int k = 0; k < CHUNK; k++)
+                sum += s.buckets[c * CHUNK + (k + c) % CHUNK];  // each thread in its own bank
+            s.sums[c] = sum;
+        }
+        __syncthreads();
         if (!thread) {
-            s.chosen = BUCKETS - 1;
-            while (s.above + s.buckets[s.chosen] < wanted)
-                s.above += s.buckets[s.chosen--];
+            int above = s.above, chunk = BUCKETS / CHUNK - 1;
+            while (above + s.sums[chunk] < wanted)
+                above += s.sums[chunk--];
+            int chosen = chunk * CHUNK + CHUNK - 1;
+            while (above + s.buckets[chosen] < wanted)
+                above += s.buckets[chosen--];
+            s.above = above;
+            s.chosen = chosen;
         }
         __syncthreads();
         last = last << BUCKET_BITS | s.chosen;

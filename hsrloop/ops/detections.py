@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hsrloop.ops.anchors import joined, predictions
-from hsrloop.ops.nms import CANDIDATES, CLASS_OFFSET_PX, ROUNDS, Found, nms_ahead
+from hsrloop.ops.nms import CANDIDATES, CLASS_OFFSET_PX, ROUNDS, Found, nms, nms_ahead
 from hsrloop.ops.nvrtc import Kernels, proved_kernels
 from hsrloop.ops.silu import KINDS
 from hsrloop.ops.targets import STRIDES
@@ -23,7 +24,9 @@ SOURCE = Path(__file__).with_name("detect.cu")
 _LOG = logging.getLogger(__name__)
 _MOST, _LEVELS = 2048, 4  # as in `detect.cu`
 _THREADS = 1024
-_PROOF_ROUNDS = 64  # enough for any of its images
+_PROOF_CONF, _PROOF_MOST = 0.001, 40  # detections
+# Subtracted from logits, candidates tried: they are enough, they are all, they may not be enough.
+_PROOF_CASES = ((4, 1024), (11, 1024), (4, 40))
 _PROOF_SIDES = (64, 6, 3)  # cells: more than a block reads at a time, and an odd number
 _PX_APART = 1e-3  # what rounding may do to a box
 _MARGIN = 1e-3  # of a logit: many times what rounding does to it
@@ -140,25 +143,48 @@ def _head(levels: LevelLogits, strides: Sequence[int], *, reg_max: int, conf: fl
 
 
 def _proves(kernels: Mapping[str, Callable[..., None]], device: torch.device) -> bool:
-    """Return whether they find what torch's operators find in a crowd, but for rounding."""
+    """Return whether they find what `nms` finds in a crowd on the CPU, but for rounding.
+
+    On a GPU torch's operators would have to be loaded, for this alone.
+    """
     g = torch.Generator().manual_seed(0)
 
     def noise(channels: int, side: int, kind: torch.dtype) -> Tensor:
         numbers = 2 * torch.randn(3, channels, side, side, generator=g)
-        numbers = numbers.half().to(device, kind)  # few are close to each other
+        numbers = numbers.half().to(kind)  # few are close to each other
         return numbers.contiguous(memory_format=torch.channels_last)
 
     for kind in KINDS:
         boxes, classes = ([noise(n, side, kind) for side in _PROOF_SIDES] for n in (64, 5))
-        for shift in (4, 11):  # there are more candidates than are tried, and fewer
-            levels = LevelLogits(boxes, [x - shift for x in classes])
-            found = detections_ahead(levels, STRIDES, kernels=kernels, max_det=40, candidates=1024)
-            expected = detections_ahead(
-                levels, STRIDES, kernels=None, max_det=40, candidates=1024, rounds=_PROOF_ROUNDS
+        for shift, tried in _PROOF_CASES:
+            lower = [x - shift for x in classes]
+            levels = LevelLogits([x.to(device) for x in boxes], [x.to(device) for x in lower])
+            found = detections_ahead(
+                levels,
+                STRIDES,
+                kernels=kernels,
+                conf=_PROOF_CONF,
+                max_det=_PROOF_MOST,
+                candidates=tried,
             )
-            rows = zip(found.rows, expected.rows, expected.settled.tolist(), strict=True)
-            apart = [float((own - other).abs().max()) for own, other, known in rows if known]
-            close = bool(apart) and all(distance <= _PX_APART for distance in apart)
-            if not close or not torch.equal(found.settled, expected.settled):
+            here = LevelLogits([x.float() for x in boxes], [x.float() for x in lower])
+            if not _agrees(found, tried, *predictions(joined(here), STRIDES)):
+                return False
+    return True
+
+
+def _agrees(found: Found, tried: int, boxes: Tensor, scores: Tensor) -> bool:
+    """Return whether `nms` finds the same, where that many candidates say what it finds."""
+    ends = scores.flatten(1).topk(tried + 1).values[:, -2:].tolist()
+    expected = nms(boxes, scores, conf=_PROOF_CONF, max_det=_PROOF_MOST)
+    for rows, settled, wanted, (last, beyond) in zip(
+        found.rows.cpu(), found.settled.tolist(), expected, ends, strict=True
+    ):
+        enough = len(wanted) == _PROOF_MOST and float(wanted[-1, 4]) > last
+        if settled is not (enough or beyond <= _PROOF_CONF):
+            return False
+        if settled:
+            apart = rows - F.pad(wanted, (0, 0, 0, _PROOF_MOST - len(wanted)))
+            if not float(apart.abs().max()) <= _PX_APART:
                 return False
     return True

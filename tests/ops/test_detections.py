@@ -232,14 +232,12 @@ def test_what_is_right_is_proved(host: dict[str, HostKernel], small_blocks: None
     assert detections._proves(host, CPU)
 
 
-def test_of_images_that_are_never_settled_nothing_is_proved(
-    host: dict[str, HostKernel], small_blocks: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("said", [False, True])
+def test_it_is_proved_that_they_know_what_is_settled(
+    said: bool, host: dict[str, HostKernel], small_blocks: None
 ) -> None:
-    def unsettled(*args: Any) -> None:
+    def suppress(*args: Any) -> None:
         host["suppress"](*args)
-        args[3].zero_()
+        args[6].fill_(said)
 
-    monkeypatch.setattr(
-        detections, "nms_ahead", lambda *_, **__: Found(torch.zeros(3, 40, 6), torch.zeros(3) > 0)
-    )
-    assert not detections._proves({**host, "suppress": unsettled}, CPU)
+    assert not detections._proves({**host, "suppress": suppress}, CPU)
