@@ -8,6 +8,7 @@ Source: ultralytics@8.4.190, v8DetectionLoss; its terms are gain * sum / max(tar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from hsrloop.records import RawPredictions
 __all__ = ["GAINS", "LossGains", "LossSums", "PaddedTargets", "detection_loss", "pad_targets"]
 
 _DFL_MARGIN = 0.01  # distances end this far below the last bin; ultralytics@8.4.190
+_PROOF_APART = 1e-3  # of half precision's gradients
 _CHUNK_CPU = 1 << 20  # logits at a time: need no fresh memory each time (measured)
 
 
@@ -120,30 +122,39 @@ def loss_kernels(device: torch.device) -> Kernels | None:
 
 
 def _proves(kernels: Kernels, device: torch.device) -> bool:
-    """Return whether they give the sums and gradients that torch's operators give of a crowd."""
+    """Return whether they give the sums and gradients that torch's operators give of a crowd.
+
+    The operators compute on the CPU, in float64: on a GPU they would have to be loaded for this.
+    """
     g = torch.Generator().manual_seed(0)
     shapes, boxes = ((20, 20), (10, 10), (5, 5)), 60
     side = 0.02 + 0.6 * torch.rand(boxes, 2, generator=g) ** 2
     centre = side / 2 + (1 - side) * torch.rand(boxes, 2, generator=g)
     truth = torch.cat((centre, side), 1), torch.arange(boxes) % 5, torch.arange(boxes) // 25
     noise = [torch.randn(4, channels, 525, generator=g) for channels in (64, 5)]
-
-    def found(kind: torch.dtype, *, segments: bool) -> list[Tensor]:
-        targets = pad_targets(*truth, images=4, imgsz=160, places=40, segments=segments).to(device)
-        box, cls = (logits.to(device, kind).requires_grad_() for logits in noise)
-        raw = RawPredictions(box, cls, shapes)
-        if segments:
-            sums = detection_loss(raw, STRIDES, targets)
-        else:
-            sums = LossSums(*kernel_loss(raw, STRIDES, targets, reg_max=16, kernels=kernels))
-        gradients = torch.autograd.grad(GAINS.weigh(sums), (box, cls))
-        return [part.detach().float() for part in (*sums.parts, *gradients)]
-
-    for kind, tolerance in ((torch.float32, 1e-3), (torch.float16, 1e-3)):  # TF32 is 6e-4 off
-        pairs = zip(found(kind, segments=False), found(kind, segments=True), strict=True)
-        if not all(bool((own - other).norm() <= tolerance * other.norm()) for own, other in pairs):
+    targets = pad_targets(*truth, images=4, imgsz=160, places=40)
+    bare = dataclasses.replace(targets, segments=None).to(device)
+    for kind in (torch.float32, torch.float16):
+        rounded = [logits.to(kind) for logits in noise]
+        own = _raw([logits.to(device) for logits in rounded], shapes)
+        sums = LossSums(*kernel_loss(own, STRIDES, bare, reg_max=16, kernels=kernels))
+        exact = _raw([logits.double() for logits in rounded], shapes)
+        wanted = detection_loss(exact, STRIDES, targets)
+        pairs = zip(_numbers(sums, own), _numbers(wanted, exact), strict=True)
+        if not all(bool((a - b).norm() <= _PROOF_APART * b.norm()) for a, b in pairs):
             return False
     return True
+
+
+def _raw(logits: Sequence[Tensor], shapes: tuple[tuple[int, int], ...]) -> RawPredictions:
+    box, cls = (part.requires_grad_() for part in logits)
+    return RawPredictions(box, cls, shapes)
+
+
+def _numbers(sums: LossSums, raw: RawPredictions) -> list[Tensor]:
+    """Return sums and gradients, float64 on the CPU."""
+    gradients = torch.autograd.grad(GAINS.weigh(sums), (raw.box_logits, raw.class_logits))
+    return [part.detach().double().cpu() for part in (*sums.parts, *gradients)]
 
 
 def _decoded_columns(box_logits: Tensor, cells: Tensor, *, reg_max: int) -> Tensor:
