@@ -27,7 +27,7 @@ _LAST = "first step"
 
 # What the process runs: the command line, told to say what it has done, up to the first step.
 _CHILD = """
-import os, sys, time
+import contextlib, os, sys, time
 import hsrloop.cli.run as run
 import hsrloop.hardware.probe as probing
 
@@ -48,7 +48,7 @@ def watch(owner, name, *, before="", after=""):
 
     setattr(owner, name, watched)
 
-def watch_the_run(device):
+def watch_the_run():
     import torch
     import hsrloop.train.run as training
     from hsrloop.train.graphs import StepGraphs
@@ -74,16 +74,16 @@ if not int(os.environ["WAKING"]):
     waking.wake = lambda device: None
 
 watch(run, "prepare", after="Python")
-probe = probing.probe
+watch(probing, "probe", after="device")
+loading = run.loading
 
-def first_probe(device):
-    found = probe(device)
-    probing.probe = probe
-    said("device")
-    watch_the_run(device)
-    return found
+@contextlib.contextmanager
+def watched_loading():
+    with loading():
+        yield
+    watch_the_run()
 
-probing.probe = first_probe
+run.loading = watched_loading
 from hsrloop.cli.main import main
 main(args=sys.argv[1:], prog_name="hsrloop")
 """
