@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hsrloop.bench.machine import describe_host  # noqa: E402
 
-__all__ = ["describe_host", "results_folder", "write_markdown"]
+__all__ = ["describe_host", "results_folder", "unused", "write_markdown"]
 
 
 def results_folder(given: Path | None = None) -> Path:
@@ -18,6 +19,15 @@ def results_folder(given: Path | None = None) -> Path:
     folder = given or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def unused(stem: Path) -> Path:
+    """Return it, or with a number what no earlier run wrote: its JSON would be lost."""
+    numbers = itertools.count(2)
+    free = stem
+    while free.with_suffix(".json").exists():
+        free = stem.with_name(f"{stem.name}_{next(numbers)}")
+    return free
 
 
 def write_markdown(path: Path, lines: Sequence[str]) -> None:

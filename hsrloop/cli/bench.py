@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Wanted:
                 "--seconds is nothing to --against, which trains whole epochs. Use --rounds, "
                 "--epochs or --imgsz to make it shorter."
             )
+        if self.seconds is not None and not math.isfinite(self.seconds):
+            raise ConfigError(f"--seconds is {self.seconds}; it must be a number up to 600.")
         if self.profile is not None and (self.against or set(self.parts) == {TIERS}):
             raise ConfigError("--profile records steps of this machine's own settings.")
 
@@ -67,6 +70,8 @@ def run_bench(
     for file, option in ((json_file, "--json"), (plot, "--plot")):
         if file is not None:
             check_file_place(file, option)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise OutputError(f"--plot {plot}: it must end in .png.")
     if wanted.profile is not None:
         make_folder(wanted.profile, "--profile")
     asked = resolve_explicit(request)

@@ -291,7 +291,8 @@ def bench(
     from hsrloop.cli.layers import Request
 
     request = Request(options=given_settings(options), assignments=assignments, file=file)
-    wanted = Wanted(parts, against is not None, rounds, seconds, profile)
+    once = tuple(dict.fromkeys(parts))
+    wanted = Wanted(once, against is not None, rounds, seconds, profile)
     code = run_bench(request, wanted, json_file=json_file, plot=plot)
     click.get_current_context().exit(code)
 

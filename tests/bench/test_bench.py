@@ -246,13 +246,30 @@ def test_the_command_measures_all_parts(tiny_dataset: Path, tmp_path: Path) -> N
 
 
 def test_only_the_parts_named_are_measured(tiny_dataset: Path, tmp_path: Path) -> None:
-    arguments = ["bench", "loader", "--dataset", tiny_dataset, "--model", "yolov8n.yaml"]
+    named = ("loader", "loader")  # once is enough
+    arguments = ["bench", *named, "--dataset", tiny_dataset, "--model", "yolov8n.yaml"]
     arguments += ["--device", "cpu", "--imgsz", 64, "--rounds", 1, "--seconds", 0.01]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    assert "measuring the loader" in done.output
+    assert done.output.count("measuring the loader") == 1
     others = ("step", "validation", "training")
     assert not any(f"measuring {what}" in done.output.replace("the ", "") for what in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seconds", "nan"], "--seconds is nan; it must be a number up to 600."),
+        (["--plot", "bars.jpg"], "--plot bars.jpg: it must end in .png."),
+    ],
+)
+def test_odd_values_are_refused_in_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["bench", "step", *arguments])
+    assert done.exit_code == 2 and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hsrloop.bench.counting import DeviceWatch
 from hsrloop.config import TrainConfig
@@ -27,7 +28,14 @@ from hsrloop.train.build import build_state
 from hsrloop.train.detector import Detector
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.state import TrainState
-from hsrloop.train.step import StepSettings, Transaction, forward_backward, train_step
+from hsrloop.train.step import (
+    StepSettings,
+    Transaction,
+    forward_backward,
+    to_input,
+    to_targets,
+    train_step,
+)
 from tests.train.test_step import NAMES, make_batches
 
 CPU = torch.device("cpu")
@@ -74,6 +82,33 @@ def test_a_steady_step_waits_for_nothing_and_sends_each_batch_in_two_copies(
             forward_backward(state, batch, settings)
     added = sum(watch.kernels.values()) - sum(network.kernels.values())
     assert added < 100, "clipping, optimizer, averages and what guards them"
+
+
+class _Sends(TorchFunctionMode):
+    """Writes down whether what is sent to a device lets the host go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free: list[bool] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.to and any(isinstance(arg, torch.device) for arg in args[1:]):
+            self.free.append(bool(kwargs.get("non_blocking")))
+        return func(*args, **kwargs)
+
+
+def test_a_batch_is_sent_without_waiting_for_it() -> None:
+    settings = StepSettings(
+        device=CPU, strides=(8, 16, 32), reg_max=16, amp=False, ema_decay=0.9, ema_tau=10.0
+    )
+    (batch,) = make_batches([4], imgsz=64, seed=0)
+    with _Sends() as sends:
+        to_input(batch.images, CPU)
+        to_targets(batch, settings)
+    assert sends.free == [True, True]
 
 
 @pytest.mark.parametrize("batch", [2, 5])
@@ -164,6 +199,10 @@ def test_the_cache_holds_the_images_at_their_stored_size_and_nothing_else(
     with_cache = ImageStore(refs, imgsz=64, cache="ram", threads=1)
     assert with_cache.cached_bytes == sum(with_cache[i].nbytes for i in range(len(refs)))
     assert with_cache.cached_bytes <= len(refs) * 3 * 64 * 64
+    memory = with_cache[0]
+    while isinstance(memory.base, np.ndarray):
+        memory = memory.base
+    assert memory.nbytes == with_cache.cached_bytes, "what they lie in"
     with_cache.close()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hsrloop.bench import suite
 from hsrloop.bench.results import Row
@@ -159,6 +160,38 @@ def test_chosen_parts_alone_go_into_a_file_beside(tmp_path: Path) -> None:
     assert {row["name"].split(",")[0] for row in rows} == {
         *("criterion", "Ultralytics' criterion", "recovery"),
     }
+
+
+def test_an_earlier_visit_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import reporting
+
+    stem = tmp_path / "gpu_suite_nvidia_h200"
+    for expected in ("", "_2", "_3"):
+        free = reporting.unused(stem)
+        assert free == tmp_path / f"gpu_suite_nvidia_h200{expected}"
+        free.with_suffix(".json").touch()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--smoke", "--minutes", "nan"], "'nan' are no minutes"),
+        (["--smoke", "--minutes", "0"], "'0' are no minutes"),
+        (["--smoke", "--output", __file__], "File exists"),
+        pytest.param(
+            ["--only", "criterion"],
+            "there is no GPU here; --smoke tries the suite on the CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments: list[str], words: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
