@@ -216,6 +216,7 @@ def said_of(bench: Workbench) -> dict[str, Any]:
         "micro_batch": bench.state.rung.micro_batch,
         "precision": precision.removeprefix("torch."),
         "compile": config.compile,
+        "deterministic": config.deterministic,
         "cuda_graphs": bool(bench.graphs.gradients),
         "threads": torch.get_num_threads(),
         "load": round(load_average(), 1),

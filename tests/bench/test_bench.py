@@ -240,6 +240,7 @@ def test_the_command_measures_all_parts(tiny_dataset: Path, tmp_path: Path) -> N
         assert rows[name]["efficiency"]["n"] == 2
     assert 0 < rows["train"]["data_wait"]["median"] < 1
     assert report["settings"]["micro_batch"] == 2 and report["settings"]["batch"] == 4
+    assert report["settings"]["deterministic"] is False
     picture = cv2.imread(str(tmp_path / "bench.png"))
     assert picture is not None and picture.std() > 5
     assert "images/s" in done.output and "measuring training: 2" in done.output
@@ -251,7 +252,7 @@ def test_only_the_parts_named_are_measured(tiny_dataset: Path, tmp_path: Path) -
     arguments += ["--device", "cpu", "--imgsz", 64, "--rounds", 1, "--seconds", 0.01]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    assert done.output.count("measuring the loader") == 1
+    assert "measuring the loader" in done.output and done.output.count("cv2, ") == 1
     others = ("step", "validation", "training")
     assert not any(f"measuring {what}" in done.output.replace("the ", "") for what in others)
 
