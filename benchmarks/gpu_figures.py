@@ -14,6 +14,7 @@ SCALES = "nsmlx"
 GIB = 2**30
 ABSENT = "not measured"
 TRAIN = "train, {}, fp16, rendered on the GPU"
+KINDS = ("fp16", "without graphs", "bf16", "compiled")
 STEP, VALIDATION, EXACT = "step, {}, fp16", "validation, {}", "step, {}, deterministic"
 OURS, THEIRS = "against Ultralytics, {}: hsrloop", "against Ultralytics, {}: Ultralytics"
 
@@ -36,7 +37,7 @@ class Figures:
 
 
 def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[str]]:
-    """Yield for each goal a row of every visit to a card that tells of it, or "not measured".
+    """Yield for each goal a row of every visit to a card that tells of it, and what none does.
 
     Of what several visits to a card found the newest counts.
 
@@ -50,7 +51,10 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
     for words, figures in GOALS.items():
         visits = _newest(reports, TOGETHER.get(figures, ()))
         found = [(host, figures(rows)) for host, rows in visits]
-        yield from _table_rows(words, [(h, f) for h, f in found if f != Figures()], letter)
+        found = [(host, f) for host, f in found if f != Figures()]
+        yield from _table_rows(words, found, letter)
+        if found and (missing := _missing(visits, WANTED.get(figures, {}))):
+            yield words, f"{missing}: {ABSENT}", "", "", "", ""
     starts = [json.loads(file.read_text()) for file in sorted(results.glob("first_step*.json"))]
     seen = [
         (s["host"], _first_step(s["seen_s"]))
@@ -138,8 +142,7 @@ def _waits(rows: Rows) -> Figures:
 
 
 def _steps(rows: Rows) -> Figures:
-    kinds = ("fp16", "without graphs", "bf16", "compiled")
-    speeds = {kind: _by_scale(rows, f"step, {{}}, {kind}", _speed) for kind in kinds}
+    speeds = {kind: _by_scale(rows, f"step, {{}}, {kind}", _speed) for kind in KINDS}
     return Figures(_listed(speeds), n=_rounds(rows, STEP))
 
 
@@ -193,6 +196,22 @@ TOGETHER: Mapping[Callable[[Rows], Figures], Sequence[tuple[str, str]]] = {
     _criterion: [(CRITERION.format(n), PEERS_CRITERION.format(n)) for n in OBJECTS],
     _deterministic: [(STEP.format(scale), EXACT.format(scale)) for scale in SCALES],
 }
+
+
+# Of each goal's parts the rows of which one is enough.
+WANTED: Mapping[Callable[[Rows], Figures], Mapping[str, Sequence[str]]] = {
+    _training: {scale: [TRAIN.format(scale)] for scale in SCALES},
+    _against: {scale: [OURS.format(scale)] for scale in SCALES},
+    _validation: {f"{scale} alone": [VALIDATION.format(scale)] for scale in SCALES},
+    _waits: {scale: [STEP.format(scale)] for scale in SCALES},
+    _steps: {kind: [f"step, {scale}, {kind}" for scale in SCALES] for kind in KINDS},
+}
+
+
+def _missing(visits: Sequence[tuple[str, Rows]], wanted: Mapping[str, Sequence[str]]) -> str:
+    """Return the parts that no visit measured."""
+    measured = {name for _, rows in visits for name in rows if _median(rows[name]) is not None}
+    return ", ".join(part for part, names in wanted.items() if measured.isdisjoint(names))
 
 
 def _first_step(seconds: Sequence[float]) -> Figures:

@@ -35,8 +35,11 @@ def test_the_readme_says_what_the_results_say(readme: Any) -> None:
 
 
 def gpu_lines(readme: Any, results: Path) -> dict[str, list[str]]:
-    """Return the rows of a GPU's figures, their cells by the words they begin with."""
-    lines = readme.block(results)
+    """Return the rows of a GPU's figures, their cells by the words they begin with.
+
+    But for those that say what parts of it nobody measured.
+    """
+    lines = [line for line in readme.block(results) if ": not measured" not in line]
     start = lines.index(readme.COLUMNS, lines.index("### Speed on a GPU")) + 2
     rows = [line.split("|")[1:-1] for line in lines[start : lines.index("", start)]]
     return {words.strip(): [cell.strip() for cell in cells] for words, *cells in rows}
@@ -94,6 +97,21 @@ def test_every_goal_on_a_gpu_is_not_measured_before_anybody_did(
     assert all(cells == ["not measured", "", "", "", ""] for cells in lines.values())
 
 
+def test_parts_that_nobody_measured_are_named(readme: Any, results: Path) -> None:
+    speed = once(100.0)
+    rows = [
+        Row(name="step, s, fp16", images_per_s=speed, host_waits=0),
+        Row(name="step, n, fp16", note="skipped: no time left"),
+        Row(name="step, x, compiled", images_per_s=speed),
+    ]
+    write_suite(results, rows)
+    said = [line for line in readme.block(results) if ": not measured" in line]
+    assert said == [
+        "| waits of the host | n, m, l, x: not measured |  |  |  |  |",
+        f"| {GOALS['steps']} | without graphs, bf16: not measured |  |  |  |  |",
+    ]
+
+
 def test_what_the_suite_wrote_is_in_the_table(
     readme: Any, results: Path, smoke_results: Path
 ) -> None:
@@ -144,7 +162,8 @@ def test_of_what_was_measured_again_the_newest_is_in_the_table(readme: Any, resu
     write_suite(results, [step("n", 30.0), lost], time="2026-12-01T10:05", file="a")
     write_suite(results, [step("n", 10.0), step("m", 5.0)], time="2026-12-01T10:00", file="b")
     write_suite(results, [step("n", 7.0)], card="other")
-    lines = [line.split("|")[1:-1] for line in readme.block(results) if GOALS["steps"] in line]
+    said = [line for line in readme.block(results) if GOALS["steps"] in line]
+    lines = [line.split("|")[1:-1] for line in said if ": not measured" not in line]
     assert [cells[1].strip() for cells in lines] == ["fp16: n 7", "fp16: m 5", "fp16: n 30"]
     assert len({cells[-1] for cells in lines}) == 3  # hosts
 
