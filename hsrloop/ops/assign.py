@@ -5,7 +5,10 @@ looks at them in blocks of bounded size, without ever being waited for; what the
 is in `assign_cpu` (float64 goes the GPU's way).
 
 Source: Feng et al. 2021, arXiv:2108.07755; constants and order of the decisions as
-ultralytics@8.4.190, TaskAlignedAssigner with topk 10, alpha 0.5, beta 6.
+ultralytics@8.4.190, TaskAlignedAssigner with topk 10, alpha 0.5, beta 6. One thing differs: a box
+with fewer than 10 points of positive metric has those alone. There it is filled up with points of
+metric 0, whichever `torch.topk` names, and these may take a point from a box beside it
+(noise and 300 boxes in 160 px: losses a thousandth apart; in 640 px none; measured).
 """
 
 from __future__ import annotations
