@@ -45,7 +45,6 @@ def gpu_rows(results: Path, letter: Callable[[str], str]) -> Iterator[Sequence[s
         letter: returns the letter of a host that is described in one line.
     """
     files = sorted(results.glob("gpu_suite_*.json"))
-    files = [file for file in files if not file.stem.startswith("gpu_suite_smoke")]
     reports = sorted((json.loads(file.read_text()) for file in files), key=_time)
     reports = [report for report in reports if report["settings"].get("device") != "CPU"]
     for words, figures in GOALS.items():

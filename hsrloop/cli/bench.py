@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explicit
-from hsrloop.cli.run import check_file_place, from_anywhere, prepare
+from hsrloop.cli.run import check_file_place, check_png, from_anywhere, prepare
 from hsrloop.config import Resolved
 from hsrloop.errors import ConfigError, OutputError
 from hsrloop.events import Note
@@ -70,8 +70,8 @@ def run_bench(
     for file, option in ((json_file, "--json"), (plot, "--plot")):
         if file is not None:
             check_file_place(file, option)
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise OutputError(f"--plot {plot}: it must end in .png.")
+    if plot is not None:
+        check_png(plot, "--plot")
     if wanted.profile is not None:
         make_folder(wanted.profile, "--profile")
     asked = resolve_explicit(request)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from hsrloop.cli.run import check_png
 from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.sets.manifest import Manifest, read_manifest
 from hsrloop.errors import OutputError
@@ -49,8 +50,7 @@ def run_check(dataset: str, *, imgsz: int, plot: Path | None, as_json: bool) -> 
 
 def _check_place(plot: Path, manifest: Manifest) -> None:
     """Refuse a place for the picture before the work: none, or one inside the data set."""
-    if plot.suffix.lower() != ".png":
-        raise OutputError(f"--plot {plot}: it must end in .png.")
+    check_png(plot, "--plot")
     if is_folder(plot):
         raise OutputError(f"--plot {plot} is a folder. Give a file.")
     if not is_folder(plot.absolute().parent):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hsrloop.cli.run import check_file_place, prepare
-from hsrloop.errors import OutputError
+from hsrloop.cli.run import check_file_place, check_png, prepare
 from hsrloop.report.checkup import clean
 from hsrloop.report.console import make_console
 from hsrloop.report.files import SPELLED_OUT, json_text
@@ -35,8 +34,7 @@ def run_replay(
         HsrloopError: the capsule cannot be read, or a file not be written.
     """
     sheet = path.with_suffix(".png") if sheet is None else sheet
-    if sheet.suffix.lower() != ".png":
-        raise OutputError(f"--sheet {sheet}: it must end in .png.")
+    check_png(sheet, "--sheet")
     prepare()
 
     from hsrloop.report.plots import contact_sheet, save_picture

@@ -128,6 +128,16 @@ def check_file_place(file: Path, option: str) -> None:
         file.unlink()
 
 
+def check_png(file: Path, option: str) -> None:
+    """Check that a picture's name ends in .png.
+
+    Raises:
+        OutputError: it does not.
+    """
+    if file.suffix.lower() != ".png":
+        raise OutputError(f"{option} {file}: it must end in .png.")
+
+
 def check_export(form: str | None) -> None:
     """Check that what an export needs is installed, before anyone waits for a training.
 
