@@ -22,6 +22,7 @@ class Card:
     name: str
     uuid: str = ""
     total_bytes: int = 0
+    free_bytes: int = 0  # the driver's figure; torch has none without starting CUDA
     capability: tuple[int, int] = (0, 0)
     bf16: bool = False
 
@@ -55,6 +56,9 @@ def probe(
 ) -> DeviceInfo:
     """Return the device to train on; "auto" is the largest usable GPU, else the CPU.
 
+    Of GPUs of one size it is the one with the most memory free: another program, or the screen, may
+    have the first.
+
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "N".
         see_driver, see_torch: for tests.
@@ -81,9 +85,7 @@ def probe(
             )
         choice = [wanted]
     else:
-        choice = sorted(
-            range(len(torch_view.cards)), key=lambda i: -torch_view.cards[i].total_bytes
-        )
+        choice = _largest_first(torch_view.cards, driver.cards)
     usable = [i for i in choice if runs_on(torch_view.cards[i].capability, torch_view.arch_list)]
     if not usable:
         raise DeviceError(_why_no_kernels(torch_view.cards[choice[0]], driver, torch_view))
@@ -100,6 +102,22 @@ def probe(
         if index != usable[-1]:
             _LOG.warning("%s Trying another.", why)
     raise DeviceError(f"{why} {_OR_CPU}")
+
+
+def _largest_first(cards: tuple[Card, ...], driver: tuple[Card, ...]) -> list[int]:
+    """Return their numbers; equal ones by what the driver says is free, then as torch counts."""
+    free = {_bare(card.uuid): card.free_bytes for card in driver}
+
+    def rank(index: int) -> tuple[int, int]:
+        card = cards[index]
+        return -card.total_bytes, -free.get(_bare(card.uuid), 0)
+
+    return sorted(range(len(cards)), key=rank)
+
+
+def _bare(uuid: str) -> str:
+    """Return it as torch spells it, which leaves out what NVML puts before."""
+    return uuid.removeprefix("GPU-")
 
 
 def torch_device(info: DeviceInfo) -> str:
@@ -250,16 +268,18 @@ def _see_driver() -> DriverView:
         return DriverView()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        memory = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
         version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         return DriverView(
             cards=tuple(
                 Card(
                     name=str(pynvml.nvmlDeviceGetName(handle)),
                     uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
-                    total_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                    total_bytes=int(own.total),
+                    free_bytes=int(own.free),
                     capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
                 )
-                for handle in handles
+                for handle, own in zip(handles, memory, strict=True)
             ),
             driver=str(pynvml.nvmlSystemGetDriverVersion()),
             cuda=(version // 1000, version % 1000 // 10),

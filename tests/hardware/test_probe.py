@@ -59,6 +59,23 @@ def test_the_largest_or_the_numbered_gpu(device: str, index: int) -> None:
     assert info.driver == "595.10" and p.torch_device(info) == f"cuda:{index}"
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_of_equal_cards_the_emptiest(device: str) -> None:
+    """NVML writes "GPU-" before what identifies a card, counts otherwise and sees hidden ones."""
+    mine = [dataclasses.replace(BIG, uuid=uuid) for uuid in ("a", "b", "c")]
+    free = {"hidden": 40, "c": 30, "b": 31, "a": 2}
+    cards = [
+        dataclasses.replace(BIG, uuid=f"GPU-{uuid}", free_bytes=gib * GIB)
+        for uuid, gib in free.items()
+    ]
+    info = p.probe(device, see_driver=driver(*cards), see_torch=torch_sees(RTX, *mine))
+    assert (info.index, info.uuid) == (2, "b")
+    assert p.probe(device, see_driver=driver(), see_torch=torch_sees(RTX, *mine)).index == 1
+    smaller = dataclasses.replace(RTX, free_bytes=12 * GIB)
+    full = p.probe(device, see_driver=driver(smaller, BIG), see_torch=torch_sees(smaller, BIG))
+    assert full.index == 1  # it is the larger one
+
+
 def test_auto_passes_over_a_card_without_kernels() -> None:
     old = card("Titan V", (7, 0), 48)
     info = p.probe("auto", see_driver=driver(old, RTX), see_torch=torch_sees(old, RTX))
