@@ -46,6 +46,7 @@ class TorchView:
     version: str = ""
     # Of the card of a number; starts CUDA on it, which takes memory there until the process ends.
     free_bytes: Callable[[int], int] = lambda index: 0
+    started: Callable[[int], bool] = lambda index: False  # by this process, on that card
 
 
 def probe(
@@ -57,7 +58,7 @@ def probe(
     """Return the device to train on; "auto" is the largest usable GPU, else the CPU.
 
     Of GPUs of one size it is the one with the most memory free: another program, or the screen, may
-    have the first.
+    have the first. Once this process has begun to use one, it stays with it.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "N".
@@ -85,7 +86,7 @@ def probe(
             )
         choice = [wanted]
     else:
-        choice = _largest_first(torch_view.cards, driver.cards)
+        choice = _largest_first(torch_view, driver)
     usable = [i for i in choice if runs_on(torch_view.cards[i].capability, torch_view.arch_list)]
     if not usable:
         raise DeviceError(_why_no_kernels(torch_view.cards[choice[0]], driver, torch_view))
@@ -104,15 +105,18 @@ def probe(
     raise DeviceError(f"{why} {_OR_CPU}")
 
 
-def _largest_first(cards: tuple[Card, ...], driver: tuple[Card, ...]) -> list[int]:
-    """Return their numbers; equal ones by what the driver says is free, then as torch counts."""
-    free = {_bare(card.uuid): card.free_bytes for card in driver}
+def _largest_first(view: TorchView, driver: DriverView) -> list[int]:
+    """Return the numbers of cards; equal ones by what the driver says is free.
 
-    def rank(index: int) -> tuple[int, int]:
-        card = cards[index]
-        return -card.total_bytes, -free.get(_bare(card.uuid), 0)
+    The one in use comes before those: what is free on it no longer tells of others.
+    """
+    free = {_bare(card.uuid): card.free_bytes for card in driver.cards}
 
-    return sorted(range(len(cards)), key=rank)
+    def rank(index: int) -> tuple[int, bool, int]:
+        card = view.cards[index]
+        return -card.total_bytes, not view.started(index), -free.get(_bare(card.uuid), 0)
+
+    return sorted(range(len(view.cards)), key=rank)
 
 
 def _bare(uuid: str) -> str:
@@ -307,6 +311,8 @@ def _see_torch() -> TorchView:
         cuda=torch.version.cuda or "",
         version=torch.__version__,
         free_bytes=lambda index: gpu_memory(f"cuda:{index}").free_bytes,
+        # A build without CUDA has no such function, nor cards to ask about.
+        started=lambda index: bool(torch._C._cuda_hasPrimaryContext(index)),
     )
 
 

@@ -71,6 +71,8 @@ def test_of_equal_cards_the_emptiest(device: str) -> None:
     info = p.probe(device, see_driver=driver(*cards), see_torch=torch_sees(RTX, *mine))
     assert (info.index, info.uuid) == (2, "b")
     assert p.probe(device, see_driver=driver(), see_torch=torch_sees(RTX, *mine)).index == 1
+    started = dataclasses.replace(torch_sees(*mine)(), started=lambda index: index == 2)
+    assert p.probe(device, see_driver=driver(*cards), see_torch=lambda: started).index == 2
     smaller = dataclasses.replace(RTX, free_bytes=12 * GIB)
     full = p.probe(device, see_driver=driver(smaller, BIG), see_torch=torch_sees(smaller, BIG))
     assert full.index == 1  # it is the larger one
