@@ -30,8 +30,8 @@ def measure(options: argparse.Namespace, *, threads: int, classes: int) -> Itera
     """Yield a row for each number of objects an image: seconds of a run in each round."""
     import torch
 
-    from hsrloop.bench.criterion import CriterionInput, PeersCriterion, kernels_of, repeat
-    from hsrloop.bench.meters import in_turn
+    from hsrloop.bench.criterion import CriterionInput, PeersCriterion, kernels_of
+    from hsrloop.bench.meters import in_turn, repeat
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")
@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace, *, threads: int, classes: int) -> Itera
         apart[objects] = abs(float(ours.run() / theirs.run()) - 1)
         works |= {("ours", objects): ours, ("theirs", objects): theirs}
     times = in_turn(
-        {f"{who} {objects}": repeat(work) for (who, objects), work in works.items()},
+        {f"{who} {objects}": repeat(work.run) for (who, objects), work in works.items()},
         rounds=options.rounds,
         seconds=0,
         device=cpu,

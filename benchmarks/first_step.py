@@ -50,12 +50,13 @@ def watch(owner, name, *, before="", after=""):
 
 def watch_the_run():
     import torch
+    import hsrloop.train.build as building
     import hsrloop.train.run as training
     from hsrloop.train.graphs import StepGraphs
     from hsrloop.train.rehearsal import Rehearsal
     said("modules")
     watch(training, "_prepare", after="data set and network")
-    watch(training, "build_loaders", before="run folder, TensorBoard")
+    watch(building, "build_loaders", before="run folder, TensorBoard")
     watch(Rehearsal, "run", before="images", after="trial step")
     watch(StepGraphs, "train_step", before="recordings")
     step = StepGraphs.train_step

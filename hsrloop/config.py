@@ -25,6 +25,8 @@ PRETRAINED_LR_SCALE = 0.3
 KNOWN_LR_SCALE = 0.02
 HEAD_LR_SCALE = 5.0
 AUTO = "auto"
+COMMAND_LINE = "command line"
+_CHOSEN_HERE = ("default", "tier ", "preset ")  # how the names of layers begin that no user wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,9 +195,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():
-            value = coerce(name, getattr(self, name), kind)
-            object.__setattr__(self, name, value)
             rule = rule_of(name)
+            value = coerce(name, getattr(self, name), kind, choices=rule.choices)
+            object.__setattr__(self, name, value)
             if value is not None and rule.problem(value):
                 allowed, remedy = rule.describe(), _remedy(name, value)
                 raise ConfigError(f"{name} is {spell(value)}; it must be {allowed}.{remedy}")
@@ -313,6 +315,19 @@ class Resolved:
 
     config: TrainConfig
     sources: Mapping[str, str]
+
+    def chosen_here(self, name: str) -> bool:
+        """Return whether a setting is as it is by default, by the machine or by a preset."""
+        return self.sources[name].startswith(_CHOSEN_HERE)
+
+    def meant(self, name: str) -> bool:
+        """Return whether a user wants a setting to be as it is.
+
+        A run's own config.yaml names every setting; only its changes are meant.
+        """
+        default = TrainConfig.__dataclass_fields__[name].default
+        changed = not self.chosen_here(name) and getattr(self.config, name) != default
+        return changed or self.sources[name] == COMMAND_LINE
 
 
 def resolve(layers: Iterable[tuple[str, Mapping[str, Any]]], *, complete: bool = True) -> Resolved:

@@ -150,7 +150,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStopped(Event):
-    """A run ended before its last epoch; `reason` is "interrupted" or "error"."""
+    """A run ended before its last epoch; `reason` is "interrupted"."""
 
     reason: str
     text: str

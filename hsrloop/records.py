@@ -26,9 +26,6 @@ class DeviceInfo:
     capability: tuple[int, int] = (0, 0)
     bf16: bool = False
     driver: str = ""
-    ram_total_bytes: int = 0  # cgroup limits counted in
-    ram_free_bytes: int = 0
-    shm_free_bytes: int = 0
     cores: int = 1
 
 

@@ -67,12 +67,13 @@ def spell(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = ()) -> Any:
     """Return `value` as `kind`, accepting whole floats for int and any int for float.
 
     Args:
         name: of the setting, for the message.
         kind: a type, or a union of types.
+        choices: where "on" or "off" is one of them, YAML's truth values mean these.
 
     Raises:
         ConfigError: a value of another type.
@@ -80,6 +81,8 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if name == "cache":
         value = "ram" if value is True else value
+    if isinstance(value, bool) and (word := "on" if value else "off") in choices:
+        return word
     if value is None and type(None) in members:
         return None
     for member in members:

@@ -108,6 +108,24 @@ def test_messages_state_value_and_rule(changes: dict[str, object], message: str)
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(("yaml_says", "word"), [(False, "off"), (True, "on"), ("auto", "auto")])
+def test_yamls_truth_values_are_words_where_words_are_choices(yaml_says: object, word: str) -> None:
+    assert TrainConfig(compile=yaml_says).compile == word  # type: ignore[arg-type]
+    assert TrainConfig(cache=yaml_says is True).cache == ("ram" if yaml_says is True else False)
+
+
+def test_what_a_user_means() -> None:
+    layers = [
+        ("tier cpu", {"model": "yolov8n.pt", "batch": 4}),
+        ("file tier_of_mine.yaml", {"workers": 8, "epochs": 7}),
+        ("command line", {"patience": 10, "imgsz": 64}),
+    ]
+    resolved = resolve(layers)
+    meant = {name for name in resolved.sources if resolved.meant(name)}
+    assert meant == {"epochs", "patience", "imgsz"}, "8 workers are the default"
+    assert resolved.chosen_here("model") and not resolved.chosen_here("workers")
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="epoch is not a setting. Did you mean epochs?"):
         TrainConfig.from_json({"epoch": 3})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hsrloop.bench.meters import Work
+from hsrloop.bench.meters import Work, repeat
 from hsrloop.bench.workbench import Workbench
 from hsrloop.model.yolo import forward_levels
 from hsrloop.ops.loss import GAINS
@@ -38,16 +38,6 @@ def bare_forward(bench: Workbench, module: nn.Module, inputs: Tensor) -> Callabl
         return once
     recorder.warm(once)
     return recorder.record(once)[0]
-
-
-def repeat(once: Callable[[], None]) -> Work:
-    """Return the work of doing something so many times."""
-
-    def work(steps: int) -> None:
-        for _ in range(steps):
-            once()
-
-    return work
 
 
 def _plain(bench: Workbench, batches: list[Batch]) -> Callable[[], None]:

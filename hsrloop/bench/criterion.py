@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrloop.bench.counting import DeviceWatch
-from hsrloop.bench.meters import in_turn, rates
+from hsrloop.bench.meters import in_turn, rates, repeat
 from hsrloop.bench.results import Row
 from hsrloop.model.yolo import import_ultralytics
 from hsrloop.ops.loss import GAINS, PaddedTargets, detection_loss, loss_kernels, pad_targets
@@ -171,7 +170,7 @@ def measure_criterion(
             name = f"{PEERS}, {count} objects an image"
             works[name] = PeersCriterion(given)
     times = in_turn(
-        {name: repeat(work) for name, work in works.items()},
+        {name: repeat(work.run) for name, work in works.items()},
         rounds=rounds,
         seconds=seconds,
         device=device,
@@ -187,13 +186,3 @@ def measure_criterion(
     if not has_peer:
         rows.append(Row(name=PEERS, note="skipped: ultralytics is not installed"))
     return rows
-
-
-def repeat(criterion: Criterion) -> Callable[[int], None]:
-    """Return a work of so many runs."""
-
-    def work(steps: int) -> None:
-        for _ in range(steps):
-            criterion.run()
-
-    return work

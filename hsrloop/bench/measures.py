@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hsrloop.bench.bare import bare_forward, bare_step, repeat
+from hsrloop.bench.bare import bare_forward, bare_step
 from hsrloop.bench.counting import DeviceWatch, synchronisations
 from hsrloop.bench.machine import load_average
 from hsrloop.bench.meters import (
@@ -28,6 +28,7 @@ from hsrloop.bench.meters import (
     nvml_reader,
     power,
     rates,
+    repeat,
     shares,
 )
 from hsrloop.bench.results import Row, Spread
@@ -211,7 +212,7 @@ def said_of(bench: Workbench) -> dict[str, Any]:
     return {
         "device": bench.info.name,
         "model": Path(config.model).name,
-        "imgsz": config.imgsz,
+        "imgsz": bench.state.rung.imgsz,
         "batch": config.batch,
         "micro_batch": bench.state.rung.micro_batch,
         "precision": precision.removeprefix("torch."),

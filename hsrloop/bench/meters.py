@@ -133,6 +133,16 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def repeat(once: Callable[[], object]) -> Work:
+    """Return the work of doing something so many times."""
+
+    def work(steps: int) -> None:
+        for _ in range(steps):
+            once()
+
+    return work
+
+
 def in_turn(
     works: Mapping[str, Work],
     *,

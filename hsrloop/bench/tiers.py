@@ -25,11 +25,12 @@ from hsrloop.bench.meters import (
 from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
-from hsrloop.errors import HsrloopError
+from hsrloop.errors import ConfigError, HsrloopError
 from hsrloop.events import Climbed, EpochDone, Event, Progress, Recovered
 from hsrloop.hardware.memory import GIB, capped, release_gpu_memory
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.hardware.probe import probe, torch_device
+from hsrloop.hardware.threads import threads_at_start
 from hsrloop.hardware.tiers import CPU, TIERS, nominal_gib, settings_of
 from hsrloop.records import DeviceInfo, Tier
 from hsrloop.train.fits import FILE
@@ -152,7 +153,11 @@ def measure_tiers(
             continue
         device = "cpu" if tier is CPU else torch_device(info)
         sources = {**resolved.sources, **dict.fromkeys(values, f"tier {tier.name}")}
-        asked = Resolved(resolved.config.replace(**values, device=device), sources)
+        try:
+            asked = Resolved(resolved.config.replace(**values, device=device), sources)
+        except ConfigError as error:  # a micro-batch larger than the tier's batch
+            yield Row(name=tier.name, note=str(error), settings={k: values[k] for k in DECIDED})
+            continue
         yield _measured(tier, at_hand(asked, emit), info, steps)
     emit(Progress(task="trying the tiers", done=len(tiers), total=len(tiers)))
 
@@ -171,6 +176,21 @@ def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[No
         release_gpu_memory()
 
 
+@contextmanager
+def threads_of(device: torch.device) -> Iterator[None]:
+    """Let the CPU have the threads of a process of its own: one that used a GPU has a single one.
+
+    On the CPU memory is the process' most so far, whatever used it.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(threads_at_start())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     config = asked.config
     device = torch.device(config.device)
@@ -180,6 +200,7 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     with (
         tempfile.TemporaryDirectory(prefix="hsrloop-tier-") as output,
         memory_of(tier, device, info.total_bytes),
+        threads_of(device),
         power(reader) as reading,
     ):
         watch = StepWatch(steps, reading=reading, stopwatch=stopwatch_of(device))

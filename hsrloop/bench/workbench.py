@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hsrloop.config import Resolved, TrainConfig
+from hsrloop.config import AUTO, Resolved, TrainConfig
 from hsrloop.data.sets.dataset import DatasetSpec
 from hsrloop.errors import WeightsError
 from hsrloop.events import Event, Note
@@ -23,11 +23,10 @@ from hsrloop.ops.nvrtc import compile_ahead
 from hsrloop.records import Batch, DeviceInfo, Position
 from hsrloop.train.build import (
     KERNELS,
+    Built,
     Loaders,
-    build_loaders,
     build_state,
     dataset_of,
-    first_rung,
     load_data,
     load_model,
     step_settings,
@@ -36,6 +35,8 @@ from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.guard import Guard
 from hsrloop.train.loop import set_modes
 from hsrloop.train.precision import autocast_dtype, set_kernels
+from hsrloop.train.recovery import find_first_rung, must_fit, with_recovery
+from hsrloop.train.rehearsal import Rehearsal
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import StepSettings, Transaction
 
@@ -103,8 +104,10 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     Weights that are not on this machine are replaced by an untrained network of the same shape,
     which costs the same: its head is made to be as sure of nothing as a trained one is of most.
 
+    Memory that runs out is answered as a run answers it: what is measured is what would train.
+
     Raises:
-        HsrloopError: as a run would raise.
+        HsrloopError: as a run would raise; also when memory runs out later.
     """
     resolved = at_hand(resolved, emit)
     config = resolved.config
@@ -121,14 +124,19 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     half = amp_dtype is torch.float16
     state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
     settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
-    if settings.compiled is not None:
-        settings.compiled.micro_batch = state.rung.micro_batch
     set_modes(state, config)
     transaction, graphs = Transaction(state), StepGraphs()
     governor = SpinGovernor() if device.type == "cpu" else None
-    rung = first_rung(config)
+    built = Built(
+        resolved=resolved,
+        spec=spec,
+        synthesis=synthesis,
+        info=info,
+        state=state,
+        settings=settings,
+    )
     try:
-        with build_loaders(resolved, spec, synthesis.scenes, info, rung=rung, emit=emit) as loaders:
+        with must_fit(info, when="while measuring"), _settled(built, transaction, emit) as loaders:
             graphs.prepare(state, settings, transaction, loaders.train.sizes, emit)
             yield Workbench(
                 config=config,
@@ -146,6 +154,27 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     finally:
         if governor is not None:
             governor.close()
+
+
+def _settled(built: Built, transaction: Transaction, emit: Emit) -> Loaders:
+    """Return loaders on the rung that a run would come to before its first step."""
+    config = built.resolved.config
+    rehearsal = Rehearsal.of(built, transaction, emit)
+    find_first_rung(rehearsal, built.images, choose=config.micro_batch == AUTO)
+    fitting: list[Loaders] = []
+
+    def attempt() -> str:
+        with ExitStack() as closing:
+            loaders = closing.enter_context(built.loaders(emit))
+            rehearsal.run()
+            closing.pop_all()
+        fitting.append(loaders)
+        return "fits"
+
+    with_recovery(attempt, built.state, transaction, config=config, info=built.info, emit=emit)
+    if built.settings.compiled is not None:
+        built.settings.compiled.micro_batch = built.state.rung.micro_batch
+    return fitting[0]
 
 
 def _quieten(module: nn.Module) -> None:

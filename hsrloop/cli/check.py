@@ -9,7 +9,9 @@ import click
 from rich.console import Console
 
 from hsrloop.cli.run import check_png
+from hsrloop.config import TrainConfig
 from hsrloop.data.doctor.check import check_dataset
+from hsrloop.data.scenes.synthesis import find_folders
 from hsrloop.data.sets.manifest import Manifest, read_manifest
 from hsrloop.errors import OutputError
 from hsrloop.hardware.threads import prepare_environment
@@ -22,12 +24,16 @@ _INTERRUPTED = 130
 
 def run_check(dataset: str, *, imgsz: int, plot: Path | None, as_json: bool) -> int:
     """Check a data set and say what was found; return 1 when training would suffer, else 0."""
-    manifest = read_manifest(dataset)
+    # What `train` would find beside data.yaml.
+    train_optional = find_folders(TrainConfig(), dataset).suffice
+    manifest = read_manifest(dataset, train_optional=train_optional)
     if plot is not None:
         _check_place(plot, manifest)
     try:
         with CheckBar(Console(stderr=True)) as bar:
-            report = check_dataset(manifest, imgsz=imgsz, progress=bar)
+            report = check_dataset(
+                manifest, imgsz=imgsz, train_optional=train_optional, progress=bar
+            )
     except KeyboardInterrupt:
         return _INTERRUPTED
     if plot is not None:

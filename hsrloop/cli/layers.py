@@ -10,8 +10,8 @@ from typing import Any
 
 from hsrloop.config import (
     AUTO,
+    COMMAND_LINE,
     Resolved,
-    TrainConfig,
     check_key,
     parse_assignment,
     parse_scalar,
@@ -20,7 +20,6 @@ from hsrloop.config import (
 from hsrloop.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
-COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ class Request:
         """
         layers: list[tuple[str, dict[str, Any]]] = []
         if self.file is not None:
-            layers.append((str(self.file), auto_batch(read_file(self.file))))
+            layers.append((f"file {self.file}", auto_batch(read_file(self.file))))
         layers.append((COMMAND_LINE, auto_batch(_merge(self.options, self.assignments))))
         return layers
 
@@ -61,21 +60,13 @@ def check_asked(asked: Resolved) -> None:
     Raises:
         ConfigError: they contradict each other.
     """
-    config, sources = asked.config, asked.sources
-
-    def meant(name: str) -> bool:
-        # A run's own config.yaml names every setting; only its changes are meant.
-        default = TrainConfig.__dataclass_fields__[name].default
-        return sources[name] == COMMAND_LINE or (
-            sources[name] != "default" and getattr(config, name) != default
-        )
-
-    if meant("llrd_decay_rate") and not config.llrd:
+    config = asked.config
+    if asked.meant("llrd_decay_rate") and not config.llrd:
         raise ConfigError(
             f"llrd_decay_rate is {config.llrd_decay_rate:g}, but layer-wise decay is off. "
             "Add --llrd, or drop --llrd-decay-rate."
         )
-    if meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
+    if asked.meant("gpu_tier") and config.gpu_tier is not None and not config.auto_scale:
         _LOG.warning("--gpu-tier is ignored: auto-scaling is off.")
 
 

@@ -8,9 +8,9 @@ import click
 import numpy as np
 
 from hsrloop.cli.layers import Request, resolve_explicit
-from hsrloop.cli.run import prepare
+from hsrloop.cli.run import need_dataset, prepare
 from hsrloop.config import TrainConfig
-from hsrloop.errors import ConfigError
+from hsrloop.errors import OutputError
 
 _COLUMNS = 6
 
@@ -21,14 +21,15 @@ def write_preview(request: Request, sheet: Path, *, images: int) -> int:
     Raises:
         HsrloopError: anything the user can mend.
     """
-    config = resolve_explicit(request).config.check_together()
-    if config.dataset is None:
-        raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
+    resolved = resolve_explicit(request)
+    config, dataset = resolved.config.check_together(), need_dataset(resolved)
+    if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise OutputError(f"--output {sheet}: it must end in .png or .jpg.")
     prepare()
 
     from hsrloop.report.plots import contact_sheet, save_picture
 
-    tiles, text = preview_tiles(config, config.dataset, images=images)
+    tiles, text = preview_tiles(config, dataset, images=images)
     save_picture(sheet, contact_sheet(tiles, columns=min(_COLUMNS, len(tiles))))
     click.echo(text)
     click.echo(f"Written: {sheet}")

@@ -42,7 +42,7 @@ def start(request: Request, *, resume: str | None, newest: bool) -> int:
     resolved = resolve_explicit(request)
     check_export(resolved.config.export)
     if resume is None:
-        _need_dataset(resolved)
+        need_dataset(resolved)
         check_asked(resolved)
     elif request.fast:
         _LOG.warning("--fast is ignored: the run goes on with the settings it started with.")
@@ -78,10 +78,10 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
     stop = Stop()
     stop.listen()
     resolved = resolve_explicit(request)
-    _need_dataset(resolved)
+    need_dataset(resolved)
     if request.fast:
         _LOG.warning("--fast is ignored: nothing is trained.")
-    given = [k for k, source in resolved.sources.items() if source != "default"]
+    given = [key for key in resolved.sources if resolved.meant(key)]
     ignored = [key for key in given if key not in VALIDATION_SETTINGS]
     if ignored:
         _LOG.warning("%s: ignored, nothing is trained.", ", ".join(ignored))
@@ -222,9 +222,15 @@ def from_anywhere(resolved: Resolved) -> Resolved:
     return Resolved(dataclasses.replace(resolved.config, **absolute), resolved.sources)
 
 
-def _need_dataset(resolved: Resolved) -> None:
+def need_dataset(resolved: Resolved) -> str:
+    """Return the path of data.yaml.
+
+    Raises:
+        ConfigError: none is given.
+    """
     if resolved.config.dataset is None:
         raise ConfigError("No data set is given. Use --dataset path/to/data.yaml.")
+    return resolved.config.dataset
 
 
 def _checkpoint(given: Path) -> Path:

@@ -97,7 +97,7 @@ class TrainLoader:
         self._refs = self.stream.images
         self._store = store
         self._cutouts = cutouts
-        self.workers = workers
+        self.workers = workers if renderer is None else min(workers, 1)
         self._prefetch = prefetch
         self._device = device
         self._renderer = renderer
@@ -191,8 +191,7 @@ class TrainLoader:
         self, work: Callable[[_Task, np.ndarray], Any], slot_bytes: int
     ) -> WorkerPool[_Task, Any]:
         if self._pool is None:
-            count = self.workers if self._renderer is None else 1
-            self._pool = WorkerPool(work, count=count, slot_bytes=slot_bytes)
+            self._pool = WorkerPool(work, count=self.workers, slot_bytes=slot_bytes)
         return self._pool
 
     def _planned(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,19 +54,6 @@ def usable_cores(root: Path = _ROOT) -> int:
     if hasattr(os, "sched_getaffinity"):  # absent on Windows and macOS
         cores = len(os.sched_getaffinity(0))
     return max(1, min([cores, *(int(quota) for quota in _core_quotas(root))]))
-
-
-def shm_free_bytes(folder: Path = Path("/dev/shm")) -> int:
-    """Return the free bytes of shared memory; 0 where there is none."""
-    return disk_free_bytes(folder) if folder.is_dir() else 0
-
-
-def disk_free_bytes(path: Path | str) -> int:
-    """Return the bytes this user can still write at `path`, or at its nearest existing parent."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def gpu_memory(device: torch.device | str) -> GpuMemory:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hsrloop.errors import ConfigError, DeviceError
-from hsrloop.hardware.memory import gpu_memory, host_memory, shm_free_bytes, usable_cores
+from hsrloop.hardware.memory import gpu_memory, usable_cores
 from hsrloop.records import DeviceInfo
 
 _LOG = logging.getLogger(__name__)
@@ -176,7 +176,6 @@ def _hidden() -> bool:
 def _describe(
     card: Card | None, index: int, driver: DriverView, *, free_bytes: int = 0
 ) -> DeviceInfo:
-    memory = host_memory()
     card_fields = card or Card(name="CPU")
     return DeviceInfo(
         kind="cpu" if card is None else "cuda",
@@ -188,9 +187,6 @@ def _describe(
         capability=card_fields.capability,
         bf16=card_fields.bf16,
         driver=driver.driver,
-        ram_total_bytes=memory.total_bytes,
-        ram_free_bytes=memory.free_bytes,
-        shm_free_bytes=shm_free_bytes(),
         cores=usable_cores(),
     )
 

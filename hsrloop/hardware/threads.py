@@ -25,6 +25,12 @@ def prepare_environment(*, cores: int | None = None) -> None:
         os.environ.setdefault(key, value)
 
 
+def threads_at_start() -> int:
+    """Return the threads that torch's operators begin with on the CPU."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # what follows is for nested ones
+    return int(first) if first.strip().isdecimal() and int(first) else usable_cores()
+
+
 def as_found(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without what `prepare_environment` sets, for other programs."""
     ours = _settings(usable_cores())

@@ -370,8 +370,3 @@ def scale_of(module: nn.Module) -> str:
     stem: Any = layers(module)[0]
     blocks: Any = layers(module)[4]
     return SIZES[(stem.conv.out_channels, len(blocks.m))]
-
-
-def describe(module: nn.Module) -> str:
-    """Return the model's name, such as "yolov8n"."""
-    return f"yolov8{scale_of(module)}"

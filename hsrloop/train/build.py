@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,8 @@ from hsrloop.data.pixels import kernel
 from hsrloop.data.pixels.bank import BankPlace
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.scenes.cutouts import CutoutStore
-from hsrloop.data.scenes.scene import Scenes
 from hsrloop.data.scenes.synthesis import Synthesis, find_folders, load_synthesis
-from hsrloop.data.sets.dataset import DatasetSpec, load_dataset
+from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.errors import ConfigError, WeightsError
 from hsrloop.events import Event, Note
@@ -78,6 +78,32 @@ class Loaders:
             store.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What a run stands on, but for its loaders, which recovery builds anew."""
+
+    resolved: Resolved
+    spec: DatasetSpec
+    synthesis: Synthesis
+    info: DeviceInfo
+    state: TrainState
+    settings: StepSettings
+
+    @property
+    def images(self) -> Sequence[ImageRef]:
+        """What `Layer.source` counts in: training images, then backgrounds."""
+        scenes = self.synthesis.scenes
+        return (*self.spec.train, *scenes.backgrounds) if scenes else self.spec.train
+
+    def loaders(self, emit: Emit) -> Loaders:
+        """Return loaders on the state's rung, which is told where the images came to lie."""
+        loaders = build_loaders(self, emit)
+        self.state.rung = dataclasses.replace(
+            self.state.rung, bank=loaders.bank, workers=loaders.train.workers
+        )
+        return loaders
+
+
 def dataset_of(resolved: Resolved) -> str:
     """Return the path of data.yaml.
 
@@ -102,17 +128,15 @@ def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis
 
 def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> str | None:
     """Return what to say about settings of synthesis given in vain; None when there are none."""
-    given = [
-        name
-        for name in SYNTHESIS_SETTINGS
-        if not resolved.sources[name].startswith(("default", "tier", "preset"))
-    ]
+    given = [name for name in SYNTHESIS_SETTINGS if resolved.meant(name)]
     why = synthesis.text
     if synthesis.scenes is not None:
         vain = "synthetic_images" if spec.train else "synthetic_ratio"
         instead = "synthetic_ratio" if spec.train else "synthetic_images"
-        given = [name for name in given if name == vain]
         why = f"with {len(spec.train)} real images, {instead} counts"
+        if vain not in given and not synthesis.scenes.backgrounds:
+            vain, why = "negative_share", "without backgrounds, every image shows an object"
+        given = [name for name in given if name == vain]
     elif resolved.config.synthetic_ratio == 0:
         given = [name for name in given if name != "synthetic_ratio"]  # it says so itself
     return (
@@ -146,8 +170,7 @@ def locate(resolved: Resolved, emit: Emit) -> Path:
     try:
         return find_weights(resolved.config.model)
     except WeightsError:
-        chosen_here = resolved.sources["model"] in ("default", "preset fast")
-        if not (chosen_here or resolved.sources["model"].startswith("tier")):
+        if not resolved.chosen_here("model"):
             raise
         smaller = largest_smaller(resolved.config.model)
         if smaller is None:
@@ -267,33 +290,24 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
     return body, body + (head - body) * fresh_share
 
 
-def build_loaders(
-    resolved: Resolved,
-    spec: DatasetSpec,
-    scenes: Scenes | None,
-    info: DeviceInfo,
-    *,
-    rung: Rung,
-    emit: Emit,
-) -> Loaders:
+def build_loaders(built: Built, emit: Emit) -> Loaders:
     """Decode what fits into the caches and return both loaders.
 
-    Args:
-        rung: replaces what the settings say; validation keeps their imgsz.
+    The state's rung replaces what the settings say; validation keeps their imgsz.
 
     Raises:
         DeviceError: augmentation is to run on a GPU, and training does not.
     """
-    asked = resolved.config
-    config = at(asked, rung)
+    asked, rung, spec = built.resolved.config, built.state.rung, built.spec
+    config, scenes = at(asked, rung), built.synthesis.scenes
     cutouts = None
     if scenes is not None:
         cutouts = CutoutStore(scenes.cutouts, imgsz=config.imgsz, threads=usable_cores())
     budget = cache_budget(host_memory().free_bytes)
-    device = torch.device(torch_device(info))
+    device = torch.device(torch_device(built.info))
     made = train_images(
         config,
-        (*spec.train, *scenes.backgrounds) if scenes else spec.train,
+        built.images,
         cutouts,
         device,
         micro_batch=rung.micro_batch,
@@ -311,7 +325,7 @@ def build_loaders(
         spec.train,
         made.store,
         config,
-        workers=worker_count(config, resolved.sources, info),
+        workers=worker_count(config.workers, built.info, meant=built.resolved.meant("workers")),
         device=device,
         scenes=scenes,
         cutouts=cutouts,
@@ -322,8 +336,8 @@ def build_loaders(
     return Loaders(train, val, (made.store, val_store), made.place)
 
 
-def worker_count(config: TrainConfig, sources: Mapping[str, str], info: DeviceInfo) -> int:
-    """Return the loader processes: none on the CPU unless asked for, else at most cores - 1."""
-    if info.kind == "cpu" and sources["workers"] == "default":
+def worker_count(workers: int, info: DeviceInfo, *, meant: bool) -> int:
+    """Return the loader processes: none on the CPU unless `meant`, else at most cores - 1."""
+    if info.kind == "cpu" and not meant:
         return 0  # measured: on two cores a worker takes time from the network
-    return max(0, min(config.workers, info.cores - 1))
+    return max(0, min(workers, info.cores - 1))

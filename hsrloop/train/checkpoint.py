@@ -272,6 +272,11 @@ def read(path: Path, *, trust: bool = False) -> Saved:
             f"{path} holds weights but no run to go on with; --resume takes weights/last.pt "
             f"of a run. To start from these weights use --model {path}."
         )
+    if extra.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version of hsrloop. To start from its weights use "
+            f"--model {path}."
+        )
     try:
         odd = next((o for k, like in _KINDS.items() if (o := misfit(extra[k], like, k))), None)
         if odd is None and extra["fresh_share"] is not None:

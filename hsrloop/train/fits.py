@@ -17,6 +17,7 @@ import torch
 
 import hsrloop
 from hsrloop.config import TrainConfig
+from hsrloop.data.pixels.bank import PLACES
 from hsrloop.errors import OutputError
 from hsrloop.paths import cache_folder
 from hsrloop.records import DeviceInfo, Rung
@@ -26,7 +27,6 @@ _LOG = logging.getLogger(__name__)
 FILE = "fits.json"
 KEPT = 200  # results; the oldest go first
 FREE_STEP_BYTES = 2**29  # free memory counts in steps of this: a desktop takes a little and gives
-_PLACES = ("device", "pinned", "cv2")  # where images are rendered from, from fast to frugal
 
 
 def key_of(
@@ -121,10 +121,10 @@ def at_most(rung: Rung, known: Rung) -> Rung:
         micro_batch=min(rung.micro_batch, known.micro_batch),
         imgsz=min(rung.imgsz, known.imgsz),
         val_batch=min(rung.val_batch, known.val_batch),
-        bank=max(rung.bank, known.bank, key=_PLACES.index),
+        bank=max(rung.bank, known.bank, key=PLACES.index),
     )
 
 
 def _is_sound(rung: Rung) -> bool:
     sizes = (rung.micro_batch, rung.imgsz, rung.val_batch)
-    return rung.bank in _PLACES and all(isinstance(n, int) and n > 0 for n in sizes)
+    return rung.bank in PLACES and all(isinstance(n, int) and n > 0 for n in sizes)

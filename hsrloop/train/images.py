@@ -10,7 +10,15 @@ from typing import cast
 import torch
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.pixels.bank import Bank, BankPlace, DeviceBank, Sources, TileBank, bank_place
+from hsrloop.data.pixels.bank import (
+    PLACES,
+    Bank,
+    BankPlace,
+    DeviceBank,
+    Sources,
+    TileBank,
+    bank_place,
+)
 from hsrloop.data.pixels.kernel import RenderKernel
 from hsrloop.data.pixels.render_torch import TorchRenderer, gpu_bytes
 from hsrloop.data.pixels.store import ImageStore
@@ -23,7 +31,6 @@ from hsrloop.ops.nvrtc import KernelError
 from hsrloop.paths import cache_folder
 
 Emit = Callable[[Event], None]
-_PLACES: tuple[BankPlace, ...] = ("device", "pinned", "cv2")  # from fast to frugal
 SCRATCH_SHARE = 1 / 24  # of the free GPU memory for the renderer's temporaries (a guess)
 SCRATCH_LIMITS = (64 * 2**20, 2**30)  # more than the upper one is not faster (a guess)
 
@@ -70,7 +77,7 @@ def train_images(
         gpu_free_bytes=free,
         ram_free_bytes=budget_bytes,
     )
-    place = max(place, cast(BankPlace, at_best), key=_PLACES.index)
+    place = max(place, cast(BankPlace, at_best), key=PLACES.index)
     _say(config, device.type, place, sources, emit)
     if place == "device" and config.cache != "disk":  # each is asked for once, for the bank
         kept = decoded_folder() if config.cache else None

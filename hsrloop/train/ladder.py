@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -199,6 +199,11 @@ def describe_change(before: Rung, after: Rung) -> str:
     return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key])
 
 
-def gave_up_recordings(recovery: Mapping[str, Any]) -> bool:
-    """Return whether a step down, an `events.Recovered` as a dict, was that of recorded steps."""
-    return str(recovery.get("change", "")).startswith("cuda_graphs ")
+def given_up(recoveries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return what steps down changed of a `Rung`, by name.
+
+    Args:
+        recoveries: `events.Recovered`, as dicts.
+    """
+    changes = [str(row.get("change", "")).split(", ") for row in recoveries]
+    return {part.partition(" ")[0] for change in changes for part in change}

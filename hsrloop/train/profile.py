@@ -59,6 +59,13 @@ class StepProfiler:
             self._emit(Note(text=text, level="warning"))
 
     def _ready(self, recorded: Any) -> None:
+        try:
+            self._write(recorded)
+        except OSError as error:  # a full disk ends no run
+            text = f"the profile cannot be written ({error.strerror})"
+            self._emit(Note(text=text, level="warning"))
+
+    def _write(self, recorded: Any) -> None:
         traces = self._folder / "tensorboard"
         tensorboard_trace_handler(str(traces))(recorded)
         steps = min(self._seen - SKIPPED - WARM, RECORDED)

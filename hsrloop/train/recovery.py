@@ -6,13 +6,14 @@ Recovery happens outside the `except` block, when the exception, its frames and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from hsrloop.config import TrainConfig
+from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.errors import ResourceError, first_line
 from hsrloop.events import Climbed, Event, Recovered
 from hsrloop.hardware.memory import GIB, gpu_neighbours, release_gpu_memory
@@ -28,7 +29,8 @@ from hsrloop.train.ladder import (
     next_rung,
 )
 from hsrloop.train.loop import ROOM, next_larger
-from hsrloop.train.rehearsal import RehearsalFailed
+from hsrloop.train.pace import choose_micro_batch
+from hsrloop.train.rehearsal import Rehearsal, RehearsalFailed
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import Transaction, finish_commit
 
@@ -144,7 +146,20 @@ def _go_on_at(
     emit(event)
 
 
-def start_where_it_fitted(
+def find_first_rung(rehearsal: Rehearsal, images: Sequence[ImageRef], *, choose: bool) -> None:
+    """Put the state on the rung that a run can start on, as far as that is known.
+
+    Args:
+        images: that will lie in GPU memory beside the training.
+        choose: the fastest micro-batch is to be found out.
+    """
+    if choose:
+        choose_micro_batch(rehearsal, images)
+    if rehearsal.wanted:
+        _start_where_it_fitted(rehearsal.state, rehearsal.fits, rehearsal.config, rehearsal.emit)
+
+
+def _start_where_it_fitted(
     state: TrainState, fits: Fits, config: TrainConfig, emit: Callable[[Event], None]
 ) -> None:
     """Let a run that has not begun start at the rung that an earlier one had to go down to."""
@@ -211,8 +226,11 @@ def _last_words(state: TrainState, failure: _Failure, config: TrainConfig, info:
 
 
 @contextmanager
-def must_fit(info: DeviceInfo) -> Iterator[None]:
-    """Say it in one line when not even network and optimizer find room; nothing smaller helps.
+def must_fit(info: DeviceInfo, *, when: str = "before training began") -> Iterator[None]:
+    """Say it in one line when memory runs out where nothing smaller would help.
+
+    Args:
+        when: that would be, in words.
 
     Raises:
         ResourceError: memory ran out meanwhile.
@@ -223,7 +241,7 @@ def must_fit(info: DeviceInfo) -> Iterator[None]:
         cause = cause_of(error)
         if cause is None:
             raise
-        words = f"{cause.value} ran out before training began ({first_line(error)})."
+        words = f"{cause.value} ran out {when} ({first_line(error)})."
         raise ResourceError(words + _advice(cause, info)) from error
 
 

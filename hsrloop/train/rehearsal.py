@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Event, Note
 from hsrloop.hardware.memory import GIB
 from hsrloop.records import Batch, Position
+from hsrloop.train.build import Built
 from hsrloop.train.detector import Detector
-from hsrloop.train.fits import Fits
-from hsrloop.train.ladder import gave_up_recordings
+from hsrloop.train.fits import Fits, key_of
+from hsrloop.train.ladder import given_up
 from hsrloop.train.loop import set_modes
 from hsrloop.train.state import TrainState
 from hsrloop.train.step import (
@@ -47,12 +49,15 @@ class RehearsalFailed(RuntimeError):
 def most_boxes(refs: Sequence[ImageRef], scenes: Scenes | None, config: TrainConfig) -> int:
     """Return the most boxes that one training image can hold.
 
-    A mosaic may draw the fullest image four times, and mixup lays two of them over each other.
+    A mosaic may draw the fullest image four times, and mixup lays two of them over each other. A
+    synthetic image has what is pasted and, where it has no background of its own, what the
+    photograph below shows.
     """
-    fullest = max((len(ref.labels) for ref in refs), default=0)
-    fullest *= MOSAIC_IMAGES if config.mosaic else 1
-    fullest *= 2 if config.mixup else 1
-    return max(fullest, config.max_objects if scenes is not None and scenes.count else 0)
+    own = max((len(ref.labels) for ref in refs), default=0)
+    fullest = own * (MOSAIC_IMAGES if config.mosaic else 1) * (2 if config.mixup else 1)
+    if scenes is None or not scenes.count:
+        return fullest
+    return max(fullest, config.max_objects + (0 if scenes.backgrounds else own))
 
 
 def worst_batch(*, images: int, imgsz: int, boxes: int, classes: int) -> Batch:
@@ -89,6 +94,43 @@ class Rehearsal:
     emit: Callable[[Event], None]
     wanted: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        built: Built,
+        transaction: Transaction,
+        emit: Callable[[Event], None],
+        fits: Path | None = None,
+    ) -> Rehearsal:
+        """Return that of a run's worst step, wanted where the user and the device want it.
+
+        Args:
+            fits: file of what is known to fit in GPU memory; None: the user's.
+        """
+        config, state = built.resolved.config, built.state
+        boxes = most_boxes(built.spec.train, built.synthesis.scenes, config)
+        classes = len(built.spec.names)
+        key = key_of(
+            built.info,
+            config,
+            parameters=sum(p.numel() for p in state.model.parameters()),
+            classes=classes,
+            boxes=boxes,
+            images=len(built.images),
+        )
+        return cls(
+            state=state,
+            config=config,
+            settings=built.settings,
+            transaction=transaction,
+            boxes=boxes,
+            classes=classes,
+            fits=Fits.of(key, fits),
+            emit=emit,
+            wanted=config.rehearsal == "always"
+            or (config.rehearsal == "auto" and state.device.type == "cuda"),
+        )
+
     def run(self) -> None:
         """Try the state's rung out, unless it is known to fit, and remember that it does.
 
@@ -98,7 +140,7 @@ class Rehearsal:
         if not self.wanted:
             return
         # Recorded steps are no part of a rehearsal: that they did not fit says nothing of it.
-        steps = [row for row in self.state.recoveries if not gave_up_recordings(row)]
+        steps = [row for row in self.state.recoveries if "cuda_graphs" not in given_up([row])]
         foretold = all(row.get("rehearsed") for row in steps)
         if not foretold:
             self.fits.forget()  # what had fitted ran out of memory in training

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hsrloop.config import AUTO, Resolved, TrainConfig
+from hsrloop.config import AUTO, COMMAND_LINE, Resolved, TrainConfig
 from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.data.sets.dataset import DatasetSpec
 from hsrloop.errors import CheckpointError, WeightsError
@@ -20,6 +21,7 @@ from hsrloop.records import Position, Rung
 from hsrloop.train import checkpoint
 from hsrloop.train.build import first_rung
 from hsrloop.train.checkpoint import LAST, PREVIOUS, RunIdentity, Saved, versions
+from hsrloop.train.ladder import given_up
 from hsrloop.train.state import TrainState
 
 # What may change when a run goes on; everything else was decided when it started.
@@ -70,6 +72,8 @@ def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None
     for key, source in explicit.items():
         value = getattr(given.config, key)
         if value == getattr(config, key):
+            if key in CHANGEABLE and source == COMMAND_LINE:
+                sources[key] = source  # it is meant now, if it was not before
             continue
         if key == "output":
             _say_where(saved, value, emit)
@@ -136,25 +140,64 @@ def replace_best(state: TrainState, emit: Callable[[Event], None]) -> None:
     emit(Note(text=text, level="warning"))
 
 
-def resumed_rung(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
-    """Return the rung a run stood on, with what the user set anew since."""
-    changed = {
-        name: getattr(now, name)
-        for name in ("micro_batch", "cache", "workers", "cuda_graphs")
-        if getattr(now, name) != getattr(before, name)
-    }
-    if "micro_batch" in changed:
-        changed["micro_batch"] = now.largest_micro_batch
-        changed["val_batch"] = changed["micro_batch"]
-    return dataclasses.replace(rung, **changed)
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a run that goes on was asked for before, and what now."""
+
+    before: TrainConfig
+    now: TrainConfig
+    said: frozenset[str]  # settings on the command line now, changed or not
+
+    @classmethod
+    def of(cls, saved: Saved, given: Resolved, now: TrainConfig) -> Wishes:
+        """Compare a checkpoint with what the user gave now; `now` is what became of both."""
+        said = frozenset(key for key, source in given.sources.items() if source == COMMAND_LINE)
+        return cls(saved.identity.config, now, said)
+
+    def anew(self, name: str) -> bool:
+        """Return whether the user wants a setting to hold from now on."""
+        return name in self.said or self._changed(name)
+
+    @property
+    def choose(self) -> bool:
+        """Return whether the micro-batch is to be chosen: not again if it was."""
+        return self.now.micro_batch == AUTO and self.anew("micro_batch")
+
+    def rung(self, state: TrainState) -> Rung:
+        """Return the rung to go on from: the one that the run was on, with what is wanted anew.
+
+        Where images are rendered, and by how many processes, follows from the machine: it is found
+        out again, but for what memory ran out for.
+        """
+        rung, first, lost = state.rung, first_rung(self.now), given_up(state.recoveries)
+        if not state.recoveries:  # another machine may have other cores
+            chosen = not self.choose and self.now.micro_batch == AUTO
+            size = rung.micro_batch if chosen else first.micro_batch
+            return dataclasses.replace(first, micro_batch=size, val_batch=size)
+        anew = {n for n in ("micro_batch", "cache", "workers", "cuda_graphs") if self.anew(n)}
+        if "micro_batch" in anew:
+            anew.add("val_batch")
+        if self.anew("augment_device") or self._changed("device"):
+            anew.add("bank")
+        anew |= {"bank", "workers"} - lost
+        return dataclasses.replace(rung, **{name: getattr(first, name) for name in anew})
+
+    def _changed(self, name: str) -> bool:
+        return bool(getattr(self.now, name) != getattr(self.before, name))
 
 
-def kept_choice(rung: Rung, before: TrainConfig, now: TrainConfig) -> Rung:
-    """Return the rung asked for, with the micro-batch that was chosen when the run started."""
-    first = first_rung(now)
-    if not (before.micro_batch == now.micro_batch == AUTO):
-        return first
-    return dataclasses.replace(first, micro_batch=rung.micro_batch, val_batch=rung.micro_batch)
+def restore(state: TrainState, saved: Saved, wishes: Wishes, emit: Callable[[Event], None]) -> None:
+    """Let a run's state be that of its checkpoint, with what the user wants anew.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the state.
+    """
+    state.load_file(saved.state)
+    state.rung = wishes.rung(state)
+    if plans_anew(wishes.before, wishes.now):
+        state.epochs_skipped = 0  # another plan, with another tail
+    if not is_file(saved.path.with_name("best.pt")):
+        replace_best(state, emit)
 
 
 def check_same(saved: Saved, now: RunIdentity, emit: Callable[[Event], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from hsrloop.config import AUTO, Resolved
 from hsrloop.data.scenes.synthesis import Synthesis
-from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
+from hsrloop.data.sets.dataset import DatasetSpec
 from hsrloop.events import Event, Note, RunFinished, RunStarted, RunStopped, Sink
 from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.power import Power
@@ -24,7 +23,6 @@ from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base
 from hsrloop.model.groups import groups_table
 from hsrloop.ops.nvrtc import compile_ahead
-from hsrloop.paths import is_file
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.report.csv import CsvSink
 from hsrloop.report.telemetry import TelemetrySink
@@ -32,7 +30,7 @@ from hsrloop.report.tensorboard import Server, TensorBoardSink, start_server
 from hsrloop.train import checkpoint, folder
 from hsrloop.train.build import (
     KERNELS,
-    build_loaders,
+    Built,
     build_state,
     dataset_of,
     ignored_synthesis,
@@ -41,29 +39,25 @@ from hsrloop.train.build import (
     step_settings,
 )
 from hsrloop.train.checkpoint import LAST, RunIdentity, Saved
-from hsrloop.train.fits import Fits, key_of
 from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import Runtime, run_to_end
-from hsrloop.train.pace import choose_micro_batch
 from hsrloop.train.precision import autocast_dtype, set_kernels
 from hsrloop.train.profile import StepProfiler
-from hsrloop.train.recovery import must_fit, sizes_trained, start_where_it_fitted, with_recovery
-from hsrloop.train.rehearsal import Rehearsal, most_boxes
+from hsrloop.train.recovery import find_first_rung, must_fit, sizes_trained, with_recovery
+from hsrloop.train.rehearsal import Rehearsal
 from hsrloop.train.resume import (
+    Wishes,
     check_same,
     identity_of,
-    kept_choice,
-    plans_anew,
     read_newest,
-    replace_best,
-    resumed_rung,
+    restore,
     resumed_settings,
 )
 from hsrloop.train.saver import Saver
 from hsrloop.train.state import METRIC_NAMES, TrainState
-from hsrloop.train.step import StepSettings, Transaction
+from hsrloop.train.step import Transaction
 
 REPORTS_BYTES = 16 * 2**20  # tables, event files, pictures: a guess, from above
 
@@ -104,29 +98,29 @@ def train(
         closing.callback(hub.close)
         if resume is not None:  # before it is read, since who holds it may write it anew
             closing.enter_context(folder.held(folder.of_checkpoint(resume)))
-        trust = resolved.config.trust_checkpoint
+        given = resolved
+        trust = given.config.trust_checkpoint
         saved = read_newest(resume, hub.emit, trust=trust) if resume else None
         if saved is not None:
-            resolved = resumed_settings(resolved, saved, hub.emit)
-        return _train(resolved, saved, hub, stop, fits)
+            resolved = resumed_settings(given, saved, hub.emit)
+        return _train(resolved, given, saved, hub, stop, fits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ready:
+class _Ready(Built):
     """What a run has before its folder is made: all that can be wrong was looked at."""
 
-    resolved: Resolved
-    spec: DatasetSpec
-    synthesis: Synthesis
-    info: DeviceInfo
     identity: RunIdentity
-    state: TrainState
-    settings: StepSettings
     choose: bool  # the micro-batch is still to be chosen
 
 
 def _train(
-    resolved: Resolved, saved: Saved | None, hub: Hub, stop: Callable[[], bool], fits: Path | None
+    resolved: Resolved,
+    given: Resolved,
+    saved: Saved | None,
+    hub: Hub,
+    stop: Callable[[], bool],
+    fits: Path | None,
 ) -> Outcome:
     run_dir = folder.of_checkpoint(saved.path) if saved else None
     with contextlib.ExitStack() as closing:
@@ -136,7 +130,7 @@ def _train(
             closing.callback(server.close)
         info = probe(resolved.config.device)
         closing.enter_context(without_spilling(info))
-        ready = _prepare(resolved, saved, run_dir, info, hub)
+        ready = _prepare(resolved, given, saved, run_dir, info, hub)
         state, resolved = ready.state, ready.resolved
         if run_dir is None:
             run_dir = folder.make_run_folder(folder.output_of(resolved.config))
@@ -168,7 +162,12 @@ def _train(
 
 
 def _prepare(
-    resolved: Resolved, saved: Saved | None, run_dir: Path | None, info: DeviceInfo, hub: Hub
+    resolved: Resolved,
+    given: Resolved,
+    saved: Saved | None,
+    run_dir: Path | None,
+    info: DeviceInfo,
+    hub: Hub,
 ) -> _Ready:
     """Load data and model, check what can be checked, and stand at the position to start from."""
     config = resolved.config
@@ -183,7 +182,8 @@ def _prepare(
         resolved, base = load_model(resolved, spec.names, hub.emit)
         config = resolved.config
     else:
-        base = load_base(saved.path, names=spec.names, seed=0, trust=config.trust_checkpoint)
+        trust = given.config.trust_checkpoint
+        base = load_base(saved.path, names=spec.names, seed=0, trust=trust)
     fresh_share = saved.identity.fresh_share if saved else base.fresh_share
     identity = identity_of(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
@@ -196,17 +196,12 @@ def _prepare(
             fresh_share=identity.fresh_share,
             amp=amp_dtype is torch.float16,
         )
+    choose = config.micro_batch == AUTO
     if saved is not None:
         check_same(saved, identity, hub.emit)
-        state.load_file(saved.state)
-        if state.recoveries:
-            state.rung = resumed_rung(state.rung, saved.identity.config, config)
-        else:  # another machine may have other cores
-            state.rung = kept_choice(state.rung, saved.identity.config, config)
-        if plans_anew(saved.identity.config, config):
-            state.epochs_skipped = 0  # another plan, with another tail
-        if not is_file(saved.path.with_name("best.pt")):
-            replace_best(state, hub.emit)
+        wishes = Wishes.of(saved, given, config)
+        restore(state, saved, wishes, hub.emit)
+        choose = wishes.choose
     needed = checkpoint.bytes_needed(state, config) + REPORTS_BYTES
     folder.check_writable(place, needed - folder.checkpoint_bytes(run_dir))
     settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
@@ -218,8 +213,7 @@ def _prepare(
         identity=identity,
         state=state,
         settings=settings,
-        choose=config.micro_batch == AUTO
-        and (saved is None or saved.identity.config.micro_batch != AUTO),
+        choose=choose,
     )
 
 
@@ -236,20 +230,11 @@ def _go(
     """Run to the end, on smaller settings where memory runs out; return how it ended."""
     state, config = ready.state, ready.resolved.config
     transaction = Transaction(state)
-    rehearsal = _rehearsal(ready, transaction, emit, fits)
-    if ready.choose:
-        choose_micro_batch(rehearsal, _images(ready))
-    if rehearsal.wanted:
-        start_where_it_fitted(state, rehearsal.fits, config, emit)
+    rehearsal = Rehearsal.of(ready, transaction, emit, fits)
+    find_first_rung(rehearsal, ready.images, choose=ready.choose)
 
     def attempt() -> str:
-        scenes = ready.synthesis.scenes
-        with build_loaders(
-            ready.resolved, ready.spec, scenes, ready.info, rung=state.rung, emit=emit
-        ) as loaders:
-            state.rung = dataclasses.replace(
-                state.rung, bank=loaders.bank, workers=loaders.train.workers
-            )
+        with ready.loaders(emit) as loaders:
             runtime = Runtime(
                 config=config,
                 identity=ready.identity,
@@ -270,40 +255,6 @@ def _go(
             return run_to_end(state, runtime)
 
     return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=emit)
-
-
-def _images(ready: _Ready) -> Sequence[ImageRef]:
-    scenes = ready.synthesis.scenes
-    return (*ready.spec.train, *scenes.backgrounds) if scenes else ready.spec.train
-
-
-def _rehearsal(
-    ready: _Ready, transaction: Transaction, emit: Callable[[Event], None], fits: Path | None
-) -> Rehearsal:
-    """Return what tries the worst step out, where the user and the device want it."""
-    config, scenes, state = ready.resolved.config, ready.synthesis.scenes, ready.state
-    boxes = most_boxes(ready.spec.train, scenes, config)
-    classes = len(ready.spec.names)
-    key = key_of(
-        ready.info,
-        config,
-        parameters=sum(p.numel() for p in state.model.parameters()),
-        classes=classes,
-        boxes=boxes,
-        images=len(_images(ready)),
-    )
-    return Rehearsal(
-        state=state,
-        config=config,
-        settings=ready.settings,
-        transaction=transaction,
-        boxes=boxes,
-        classes=classes,
-        fits=Fits.of(key, fits),
-        emit=emit,
-        wanted=config.rehearsal == "always"
-        or (config.rehearsal == "auto" and state.device.type == "cuda"),
-    )
 
 
 def _finish(

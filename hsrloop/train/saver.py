@@ -108,15 +108,20 @@ class Saver:
         trace: TracebackType | None,
     ) -> None:
         """End the writer; after an error of the run, weights that wait get one more chance."""
-        if kind is not None and issubclass(kind, Exception):
+        try:
+            if kind is not None and issubclass(kind, Exception):
+                self._write_what_waits()
+        finally:
+            self._writer.shutdown()
+
+    def _write_what_waits(self) -> None:
+        self._wait()
+        if self._waiting:
+            self._writing = self._writer.submit(self._write, [*self._waiting.values()])
             self._wait()
-            if self._waiting:
-                self._writing = self._writer.submit(self._write, [*self._waiting.values()])
-                self._wait()
-            if self._waiting:
-                text = f"{', '.join(self._waiting)} could not be written: {self._failure}"
-                self._emit(Note(text=text, level="warning"))
-        self._writer.shutdown()
+        if self._waiting:
+            text = f"{', '.join(self._waiting)} could not be written: {self._failure}"
+            self._emit(Note(text=text, level="warning"))
 
     def reserve(self, state: TrainState) -> None:
         """Allocate what copies need, before training does not want to wait for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ import torch
 from hsrloop.config import Resolved
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.val_loader import ValLoader
-from hsrloop.events import Note, Sink
+from hsrloop.errors import first_line
+from hsrloop.events import Event, Note, Sink
+from hsrloop.hardware.memory import release_gpu_memory
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base
 from hsrloop.model.weights import read_checkpoint
@@ -20,7 +23,9 @@ from hsrloop.train.checkpoint import KEY
 from hsrloop.train.evaluate import evaluate
 from hsrloop.train.hub import Hub
 from hsrloop.train.images import val_image_store
+from hsrloop.train.ladder import Cause, cause_of
 from hsrloop.train.precision import set_kernels
+from hsrloop.train.recovery import must_fit
 
 
 def validate(
@@ -61,19 +66,36 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
         text = f"{path} has never seen {', '.join(unknown)}: their AP says nothing"
         hub.emit(Note(text=text, level="warning"))
     store = val_image_store(config.replace(cache=False), spec.val, budget_bytes=0, emit=hub.emit)
-    loader = ValLoader(spec.val, store, batch=config.batch, device=device)
-    try:
-        return evaluate(
-            base.module,
-            loader,
-            names=spec.names,
-            device=device,
-            on_progress=hub.progress("validating"),
-            stop=stop,
-        )
-    finally:
-        loader.close()
-        store.close()
+
+    def attempt(batch: int) -> Metrics | None:
+        with closing(ValLoader(spec.val, store, batch=batch, device=device)) as loader:
+            return evaluate(
+                base.module,
+                loader,
+                names=spec.names,
+                device=device,
+                on_progress=hub.progress("validating"),
+                stop=stop,
+            )
+
+    with closing(store), must_fit(info, when="while validating"):
+        return _at_what_fits(attempt, config.batch, hub.emit)
+
+
+def _at_what_fits(
+    attempt: Callable[[int], Metrics | None], batch: int, emit: Callable[[Event], None]
+) -> Metrics | None:
+    """Call with half the batch again and again while GPU memory runs out; down to one image."""
+    while True:
+        try:
+            return attempt(batch)
+        except Exception as error:
+            if cause_of(error) is not Cause.GPU_MEMORY or batch == 1:
+                raise
+            text = f"GPU memory ran out ({first_line(error)}): batch {batch} -> {batch // 2}"
+        release_gpu_memory()  # here, where the exception and its frames are gone
+        batch //= 2
+        emit(Note(text=text, level="warning"))
 
 
 def _trained_settings(path: Path, trust: bool) -> dict[str, int]:

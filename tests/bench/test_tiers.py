@@ -17,7 +17,7 @@ from hsrloop.bench import tiers
 from hsrloop.bench.meters import PowerReading, Stopwatch
 from hsrloop.bench.suite import SMOKE, TIGHT, cells_of
 from hsrloop.bench.tiers import WARM, StepWatch, measure_tiers, memory_of, why_not
-from hsrloop.config import resolve
+from hsrloop.config import Resolved, resolve
 from hsrloop.events import Climbed, EpochDone, Note, Progress, Recovered
 from hsrloop.hardware.memory import GIB, gpu_memory
 from hsrloop.hardware.tiers import CPU, TIERS, tier_named
@@ -169,6 +169,27 @@ def test_a_tier_that_cannot_run_says_so_and_the_next_one_goes_on(asked: Any) -> 
     rows = list(measure_tiers(asked, steps=1, emit=lambda _: None, tiers=[CPU], changes=broken))
     assert len(rows) == 1 and "does not exist" in rows[0].note and rows[0].images_per_s is None
     assert rows[0].settings == broken
+
+
+def test_a_micro_batch_too_large_for_a_tier_costs_that_tier_only(asked: Any) -> None:
+    larger = Resolved(asked.config.replace(micro_batch=8), asked.sources)
+    rows = list(measure_tiers(larger, steps=1, emit=lambda _: None, changes=TINY))
+    assert [row.note for row in rows[:-1]] == ["skipped: no GPU"] * 4
+    assert "micro_batch is 8; it must be at most batch (4)" in rows[-1].note
+
+
+def test_the_cpu_has_its_threads_after_a_gpu_took_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    try:
+        torch.set_num_threads(1)
+        with tiers.threads_of(torch.device("cuda")):
+            assert torch.get_num_threads() == 1
+        with tiers.threads_of(torch.device("cpu")):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 MEDIUM = tier_named("medium")

@@ -11,6 +11,7 @@ import pytest
 
 from hsrloop.cli import check
 from tests.cli.conftest import Invoke
+from tests.conftest import write_material
 
 
 def test_a_sound_set_exits_with_0(invoke: Invoke, tiny_dataset: Path) -> None:
@@ -26,6 +27,19 @@ def test_a_set_that_would_suffer_exits_with_1(invoke: Invoke, tiny_dataset: Path
     result = invoke("check", "-d", tiny_dataset.parent)
     assert result.exit_code == 1
     assert "labels/train/train_00.txt:2: class 5, but data.yaml names 3 classes" in result.stdout
+
+
+@pytest.mark.parametrize("train", ["", "images/none"])
+def test_cutouts_and_backgrounds_make_up_for_training_images(
+    invoke: Invoke, tiny_dataset: Path, train: str
+) -> None:
+    """As `train` sees it."""
+    (tiny_dataset.parent / "images/none").mkdir()
+    tiny_dataset.write_text(f"train: {train}\nval: images/val\nnames: [square, disc, bar]\n")
+    assert invoke("check", "-d", tiny_dataset).exit_code == 1
+    write_material(tiny_dataset.parent)
+    result = invoke("check", "-d", tiny_dataset)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,11 @@ def test_half_are_real_where_there_are_enough() -> None:
 def test_without_a_data_set_it_says_so(invoke: Invoke) -> None:
     result = invoke("preview")
     assert result.exit_code == 2 and "Use --dataset path/to/data.yaml." in result.stderr
+
+
+def test_a_name_that_is_no_pictures_is_refused_before_the_work(
+    invoke: Invoke, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview_module, "preview_tiles", None)
+    result = invoke("preview", "-d", tiny_dataset, "-o", tmp_path / "sheet.txt")
+    assert result.exit_code == 2 and "it must end in .png or .jpg." in result.stderr

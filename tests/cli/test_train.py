@@ -95,7 +95,7 @@ def test_a_file_lies_over_the_preset_and_the_command_line_over_all(
     config, sources = calls.resolved.config, calls.resolved.sources
     assert (config.epochs, config.lr0, config.patience) == (12, 0.001, 4)
     assert config.model == "yolov8n.pt"
-    assert (sources["epochs"], sources["patience"]) == (str(file), "command line")
+    assert (sources["epochs"], sources["patience"]) == (f"file {file}", "command line")
 
 
 def test_without_auto_scaling_no_tier_and_no_probe(

@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from hsrloop.bench.measures import said_of
+from hsrloop.bench.workbench import workbench
 from hsrloop.config import Resolved, resolve
 from hsrloop.errors import ResourceError
-from hsrloop.events import Recovered
+from hsrloop.events import Note, Recovered
 from hsrloop.records import DeviceInfo, Rung
-from hsrloop.train import build, ladder, recovery, run
+from hsrloop.train import build, ladder, pace, recovery, run
+from hsrloop.train.detector import Detector
 from hsrloop.train.run import train
+from hsrloop.train.validation import validate
 from tests.conftest import write_tiny_dataset
 from tests.faults.conftest import Card, gpu_error, host_error
 from tests.train.conftest import Recorder, run_settings
@@ -226,6 +231,69 @@ def test_a_rehearsal_shrinks_validation_on_its_own(
     train(settings(rehearsal="always", epochs=1), sinks=[recorder])
     assert [event.change for event in recorder.of(Recovered)] == ["val_batch 8 -> 4"]
     assert set(card.trained) == {LADDER[0]} and recorder.of(Recovered)[0].rehearsed
+
+
+def test_a_benchmark_measures_what_would_train(
+    settings: Settings,
+    insert: Insert,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    card = insert(Card(just_fits(2)))
+    with workbench(settings(rehearsal="always"), recorder.handle) as bench:
+        assert said_of(bench)["micro_batch"] == LADDER[2][0]
+        assert said_of(bench)["imgsz"] == LADDER[2][1]
+        batches = bench.first_step()
+        assert batches[0].images.shape[-1] == LADDER[2][1]
+        bench.step(batches)
+    assert card.refused == list(LADDER[:2])
+    assert [event.change for event in recorder.of(Recovered)][:1] == ["micro_batch 8 -> 4"]
+
+
+def test_a_benchmark_chooses_the_micro_batch_where_it_is_asked_to(
+    settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, clock: 1.0 if size == 4 else 0.5)
+    with workbench(settings(micro_batch="auto"), recorder.handle) as bench:
+        assert said_of(bench)["micro_batch"] == 4
+    assert any("micro_batch 4 is chosen" in note.text for note in recorder.of(Note))
+
+
+def test_memory_that_runs_out_in_a_benchmark_is_one_line(
+    settings: Settings, recorder: Recorder
+) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"^GPU memory ran out while measuring \(CUDA out"),
+        workbench(settings(), recorder.handle),
+    ):
+        raise gpu_error()
+
+
+def test_validating_alone_gives_way_with_its_batch(
+    settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, find, limit = [], Detector.find, 2
+
+    def small(self: Detector, images: Tensor) -> Any:
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise gpu_error()
+        return find(self, images)
+
+    best = str(train(settings(epochs=1)).run_dir / "weights" / "best.pt")
+    plain = validate(settings(model=best))
+    monkeypatch.setattr(Detector, "find", small)
+    found = validate(settings(model=best), sinks=[recorder])
+    assert found is not None and plain is not None and found.ap50 == plain.ap50
+    assert sizes == [4, 4, 2, 2]
+    said = [note.text for note in recorder.of(Note) if "GPU memory" in note.text]
+    assert [text.rpartition(": ")[2] for text in said] == ["batch 8 -> 4", "batch 4 -> 2"]
+    limit = 0
+    with pytest.raises(ResourceError, match="^GPU memory ran out while validating") as raised:
+        validate(settings(model=best))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.gpu

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hsrloop.config import Resolved, resolve
+from hsrloop.config import Resolved, TrainConfig, resolve
 from hsrloop.data.workers import WorkerPool
 from hsrloop.errors import ResourceError
 from hsrloop.events import Recovered
+from hsrloop.hardware.memory import usable_cores
+from hsrloop.records import Rung
 from hsrloop.train import checkpoint, step
+from hsrloop.train.resume import Wishes
 from hsrloop.train.run import train
 from tests.conftest import write_tiny_dataset
 from tests.faults.conftest import Fault, host_error
@@ -234,3 +239,68 @@ def test_a_recovered_run_records_steps_as_it_did_unless_told_otherwise(
     resumed = train(resolve(told), resume=stopped.run_dir / "weights" / "last.pt")
     assert resumed.rung.micro_batch == 4
     assert resumed.rung.cuda_graphs is (wanted is None)
+
+
+def test_what_is_said_again_when_resuming_holds_from_then_on(
+    settings: Settings, fault: Arm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run was asked for the same when it began."""
+    fault("forward", 0)
+    fault("backward", 0, error=host_error)
+    stopped = train(settings(micro_batch=8, cache="ram"), stop=StopAfter(1))
+    monkeypatch.undo()
+    last = stopped.run_dir / "weights" / "last.pt"
+    assert (stopped.rung.micro_batch, stopped.rung.cache) == (4, False)
+    shutil.copytree(stopped.run_dir, stopped.run_dir.with_name("again"))
+    kept = train(resolve([("file a.yaml", {"micro_batch": 8, "cache": "ram"})]), resume=last)
+    assert (kept.rung.micro_batch, kept.rung.cache) == (4, False), "a file names every setting"
+    told = resolve([("command line", {"micro_batch": 8, "cache": "ram", "workers": 8})])
+    copy = stopped.run_dir.with_name("again") / "weights" / "last.pt"
+    again = train(told, resume=copy)
+    assert (again.rung.micro_batch, again.rung.val_batch, again.rung.cache) == (8, 8, "ram")
+    assert again.rung.workers == min(8, usable_cores() - 1), "workers were not asked for before"
+
+
+PINNED = Rung(micro_batch=4, imgsz=64, cache="ram", workers=1, val_batch=4, bank="pinned")
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "expected"),
+    [
+        (["micro_batch 8 -> 4"], {}, ("device", 8)),  # where images lie, the machine decides
+        (["micro_batch 8 -> 4", "bank device -> pinned"], {}, ("pinned", 8)),
+        (["bank device -> pinned"], {"augment_device": "gpu"}, ("device", 8)),
+        (["bank device -> pinned"], {"augment_device": "auto"}, ("device", 8)),
+        (["bank device -> pinned"], {"device": "cuda:1"}, ("device", 8)),
+        (["workers 2 -> 1"], {}, ("device", 1)),
+        (["cache ram -> False, workers 2 -> 1"], {"workers": 3}, ("device", 3)),
+    ],
+)
+def test_only_what_memory_ran_out_for_stays_given_up(
+    changes: list[str], now: dict[str, Any], expected: tuple[str, int]
+) -> None:
+    before = TrainConfig()
+    wishes = Wishes(before, before.replace(**now), said=frozenset(now))
+    state = SimpleNamespace(rung=PINNED, recoveries=[{"change": change} for change in changes])
+    rung = wishes.rung(state)  # type: ignore[arg-type]
+    assert (rung.bank, rung.workers) == expected and rung.micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said", "choose"),
+    [
+        ("auto", "auto", False, False),
+        ("auto", "auto", True, True),
+        (None, "auto", True, True),
+        ("auto", 8, True, False),
+    ],
+)
+def test_a_micro_batch_is_chosen_once_unless_told_otherwise(
+    before: Any, now: Any, said: bool, choose: bool
+) -> None:
+    configs = TrainConfig(micro_batch=before), TrainConfig(micro_batch=now)
+    wishes = Wishes(*configs, said=frozenset({"micro_batch"} if said else ()))
+    assert wishes.choose is choose
+    state = SimpleNamespace(rung=PINNED, recoveries=[])
+    kept = 16 if choose else (8 if now == 8 else 4)
+    assert wishes.rung(state).micro_batch == kept  # type: ignore[arg-type]

@@ -86,12 +86,6 @@ def test_cores_by_quota(tmp_path: Path, monkeypatch, quota: str, cores: int) -> 
     assert memory.usable_cores(tmp_path) == cores
 
 
-def test_disk_and_shared_memory(tmp_path: Path) -> None:
-    assert memory.disk_free_bytes(tmp_path / "not" / "yet") > 0
-    assert memory.shm_free_bytes(tmp_path / "none") == 0
-    assert memory.shm_free_bytes(tmp_path) > 0
-
-
 def test_cache_budget_grows_and_leaves_room() -> None:
     sizes = [0, 1, GIB, 2 * GIB, 4 * GIB, 16 * GIB, 256 * GIB]
     budgets = [memory.cache_budget(size) for size in sizes]

@@ -40,9 +40,7 @@ def never():
 
 def test_cpu_looks_at_no_gpu() -> None:
     info = p.probe("cpu", see_driver=never, see_torch=never)
-    assert (
-        info.kind == "cpu" and info.cores >= 1 and info.ram_total_bytes >= info.ram_free_bytes > 0
-    )
+    assert info.kind == "cpu" and info.cores >= 1
     assert p.torch_device(info) == "cpu"
 
 

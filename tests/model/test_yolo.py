@@ -21,7 +21,7 @@ MILLIONS = {"n": 3.157200, "s": 11.166560, "m": 25.902640, "l": 43.691520, "x": 
 def test_parameters_of_the_five_scales(scale: str) -> None:
     module = yolo.build(f"yolov8{scale}.yaml", names=[str(i) for i in range(80)], seed=0)
     assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(MILLIONS[scale])
-    assert yolo.describe(module) == f"yolov8{scale}"
+    assert yolo.scale_of(module) == scale
     assert tuple(type(m).__name__ for m in yolo.layers(module)) == yolo.LAYERS
     assert (yolo.strides(module), yolo.reg_max(module)) == ((8, 16, 32), 16)
 

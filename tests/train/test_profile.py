@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrloop.config import Resolved
 from hsrloop.events import Note
 from hsrloop.ops.ranges import RANGES, named
+from hsrloop.train import profile
 from hsrloop.train.profile import RECORDED, SKIPPED, WARM, summary
 from hsrloop.train.run import train
 from tests.train.conftest import Recorder
@@ -45,6 +48,19 @@ def test_a_profiled_run_names_its_ranges_and_is_the_same_run(
     ]
     for a, b in zip(*(file["model"].parameters() for file in files), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_full_disk_costs_the_profile_and_not_the_run(
+    settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(profile, "summary", full)
+    outcome = train(settings(profile=True, epochs=1, batch=1), sinks=[recorder])
+    assert outcome.reason == "completed" and not (outcome.run_dir / "profile.txt").exists()
+    (note,) = [n for n in recorder.of(Note) if "profile cannot be written" in n.text]
+    assert note.level == "warning" and "No space left" in note.text
 
 
 def test_a_run_too_short_to_profile_says_so(settings: Settings, recorder: Recorder) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,16 @@ def test_most_boxes(changes: dict[str, float], expected: int) -> None:
     assert most_boxes([], None, config) == 0
 
 
+@pytest.mark.parametrize(("own_ground", "expected"), [(True, 8), (False, 15)])
+def test_what_a_photograph_shows_stays_below_what_is_pasted(
+    own_ground: bool, expected: int
+) -> None:
+    config = TrainConfig(mosaic=0, mixup=0, max_objects=8)
+    scenes: Any = SimpleNamespace(count=3, backgrounds=(ref(0),) if own_ground else ())
+    assert most_boxes([ref(2), ref(7)], scenes, config) == expected
+    assert most_boxes([ref(2), ref(70)], scenes, config) == (70 if own_ground else 78)
+
+
 def test_the_worst_batch_is_one_that_a_loader_could_make() -> None:
     batch = worst_batch(images=3, imgsz=64, boxes=5, classes=2)
     assert batch.images.shape == (3, 3, 64, 64) and batch.images.dtype == torch.uint8
@@ -197,7 +208,7 @@ def test_a_result_holds_for_the_same_card_software_and_sizes_only() -> None:
         info = dataclasses.replace(info, **device)
         return key_of(info, config, parameters=3, classes=2, boxes=5, images=9)
 
-    same = key(TrainConfig(), ram_free_bytes=1)
+    same = key(TrainConfig(), cores=3)
     assert same == key(TrainConfig(lr0=0.5, epochs=3, micro_batch=None), free_bytes=6 * 2**30 + 1)
     others = [
         *(key(TrainConfig(**{n: v})) for n, v in {"imgsz": 320, "batch": 8, "amp": False}.items()),

@@ -8,6 +8,7 @@ import cv2
 import pytest
 
 from hsrloop.config import resolve
+from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Note
 from hsrloop.train.build import ignored_synthesis, load_data
@@ -137,3 +138,33 @@ def test_what_is_ignored_is_warned_of_once(
     train(run_settings(tiny_dataset, tmp_path / "runs", epochs=1, max_objects=3), sinks=[recorder])
     (note,) = [n for n in recorder.of(Note) if "max_objects" in n.text]
     assert note.level == "warning"
+
+
+def test_backgrounds_that_are_not_read_are_named(
+    tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Phones write HEIC: objects would be pasted onto training images without a word."""
+    write_material(tiny_dataset.parent, backgrounds=2)
+    folder = tiny_dataset.parent / "backgrounds"
+    kept, other = sorted(folder.iterdir())
+    other.rename(folder / "hall.HEIC")
+    resolved = resolve([("command line", {"negative_share": 0.1})])
+
+    def load() -> tuple[Synthesis, str | None]:
+        caplog.clear()
+        spec, synthesis = load_data(resolved.config, str(tiny_dataset))
+        return synthesis, ignored_synthesis(resolved, spec, synthesis)
+
+    synthesis, ignored = load()
+    assert synthesis.scenes is not None and len(synthesis.scenes.backgrounds) == 1
+    assert "1 backgrounds of kinds that are not read left out" in caplog.text
+    assert "hall.HEIC" in caplog.text and ignored is None
+
+    kept.unlink()
+    synthesis, ignored = load()
+    assert "hall.HEIC" in caplog.text and "on training images" in synthesis.text
+    assert ignored == "negative_share is ignored: without backgrounds, every image shows an object"
+
+    (folder / "hall.HEIC").unlink()
+    load()
+    assert "there are no images in it" in caplog.text

@@ -38,16 +38,25 @@ class _Findings:
 
 
 def check_dataset(
-    manifest: Manifest, *, imgsz: int = 640, progress: Progress | None = None
+    manifest: Manifest,
+    *,
+    imgsz: int = 640,
+    train_optional: bool = False,
+    progress: Progress | None = None,
 ) -> CheckReport:
     """Read a data set as training would, decode each image small, and report what is wrong.
 
     Args:
         imgsz: the size that training would use.
+        train_optional: cut-outs and backgrounds make up for training images.
         progress: called with (task, done, total).
     """
     notes = _Findings(by_kind([*manifest.remarks, *manifest.faults]) + name_findings(manifest))
-    listings = {s: list_images(manifest, s) for s in SPLITS if manifest.splits[s]}
+    listings = {
+        split: list_images(manifest, split, optional=train_optional and split == "train")
+        for split in SPLITS
+        if manifest.splits[split]
+    }
     scans: dict[str, SplitScan] = {}
     albums: dict[str, Album] = {}
     for split, listing in listings.items():

@@ -15,6 +15,7 @@ from hsrloop.data.scenes.cutouts import LEVELS, CutoutStore
 from hsrloop.data.threads import in_threads
 
 BankPlace = Literal["device", "pinned", "cv2"]
+PLACES: tuple[BankPlace, ...] = ("device", "pinned", "cv2")  # from fast to frugal
 BYTES_PER_PIXEL = 3
 BANK_SHARE = 0.25  # of the GPU memory that is free once weights and optimizer lie there (a guess)
 LARGEST_BYTES = BYTES_PER_PIXEL * (2**31 - 2**16)  # pixels are counted in int32

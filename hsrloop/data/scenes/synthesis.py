@@ -25,7 +25,7 @@ from hsrloop.data.scenes.same_picture import also_in
 from hsrloop.data.scenes.scene import Scenes, SceneSettings, odds_of, usual_sizes
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef
 from hsrloop.data.sets.manifest import yaml_file
-from hsrloop.data.sets.places import images_below, summary
+from hsrloop.data.sets.places import SUFFIXES, UNREAD_SUFFIXES, files_below, summary
 from hsrloop.data.sets.scan import Unreadable, image_size
 from hsrloop.errors import DatasetError
 from hsrloop.paths import expanded, is_folder
@@ -107,7 +107,7 @@ def _scenes(
     sources = annotated_sources(folders.annotated, spec.names)
     if folders.distractors is not None:
         sources += distractor_sources(folders.distractors, spec.names)
-    backgrounds = sorted(images_below(folders.backgrounds)) if folders.backgrounds else []
+    backgrounds = _backgrounds_below(folders.backgrounds) if folders.backgrounds else []
     sources, backgrounds = _without_leaks(sources, backgrounds, spec, threads)
     cutouts = read_all(sources, threads=threads)
     distractors = sum(cutout.label < 0 for cutout in cutouts)
@@ -155,6 +155,19 @@ def _without_leaks(
         [source for source in sources if source.path not in leaks],
         [path for path in backgrounds if path not in leaks],
     )
+
+
+def _backgrounds_below(folder: Path) -> list[Path]:
+    """Return the images below a folder; a warning tells of pictures that are not read."""
+    pictures = sorted(files_below(folder, SUFFIXES | UNREAD_SUFFIXES))
+    images = [path for path in pictures if path.suffix.lower() in SUFFIXES]
+    unread = [path for path in pictures if path.suffix.lower() not in SUFFIXES]
+    if unread:
+        title = f"{len(unread)} backgrounds of kinds that are not read left out"
+        logger.warning("%s", summary(title, unread))
+    elif not images:
+        logger.warning("%s: there are no images in it.", folder)
+    return images
 
 
 def _background_refs(paths: Sequence[Path]) -> tuple[ImageRef, ...]:

@@ -51,11 +51,6 @@ def moved(text: str, bases: list[Path]) -> Path | None:
     return None
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Yield images below a folder, as `files_below` finds them."""
-    return files_below(folder, SUFFIXES)
-
-
 def files_below(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
     """Yield files below a folder, also through symlinks; each folder once, hidden ones never."""
     seen: set[str] = set()
