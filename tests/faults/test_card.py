@@ -276,11 +276,11 @@ def test_validating_alone_gives_way_with_its_batch(
 ) -> None:
     sizes, find, limit = [], Detector.find, 2
 
-    def small(self: Detector, images: Tensor) -> Any:
+    def small(self: Detector, images: Tensor, **how: Any) -> Any:
         sizes.append(len(images))
         if len(images) > limit:
             raise gpu_error()
-        return find(self, images)
+        return find(self, images, **how)
 
     best = str(train(settings(epochs=1)).run_dir / "weights" / "best.pt")
     plain = validate(settings(model=best))
