@@ -1,4 +1,4 @@
-# hsrloop in a container: docker compose run hsr-perception train --dataset /data/data.yaml
+# hsrloop in a container: docker compose run hsr-perception train --dataset /work/data/data.yaml
 # The GPU libraries come with the torch wheels; the host brings the driver and the NVIDIA Container Toolkit.
 FROM python:3.11-slim-bookworm
 

@@ -57,6 +57,15 @@ class Rule:
         return False
 
 
+_IN_WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number, such as 0.001",
+    str: "text",
+    type(None): "null",
+}
+
+
 def setting(default: Any, help: str, **rule: Any) -> Any:
     """Return a dataclass field with its default and its rule."""
     return field(default=default, metadata={"rule": Rule(help=help, **rule)})
@@ -96,5 +105,5 @@ def coerce(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = ()) -
             return math.inf if abs(value) > sys.float_info.max else float(value)
         if member is str and isinstance(value, str):
             return value
-    words = " or ".join(getattr(m, "__name__", str(m)).replace("NoneType", "null") for m in members)
-    raise ConfigError(f"{name} is {value!r}; it must be of type {words}.")
+    words = " or ".join(_IN_WORDS[member] for member in members)
+    raise ConfigError(f"{name} is {value!r}; it must be {words}.")

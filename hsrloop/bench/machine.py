@@ -6,9 +6,12 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 from hsrloop.hardware.memory import GIB, host_memory, usable_cores
@@ -33,6 +36,32 @@ def describe_host() -> str:
 def load_average() -> float:
     """Return how many processes wanted a core in the last minute; 0 where nobody tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+class OthersWork:
+    """Tells how many cores other programs kept busy since it was made.
+
+    Ours are this process and those it has started, once they ended. Where only some of the
+    machine's cores may be used, and where nobody tells what ended processes took (Windows), 0.
+    """
+
+    def __init__(self) -> None:
+        self._before = _busy_s()
+
+    def cores(self) -> float:
+        """Return the mean; at least 0."""
+        (all_then, ours_then, then), (all_now, ours_now, now) = self._before, _busy_s()
+        others = (all_now - all_then) - (ours_now - ours_then)
+        return max(0.0, others / max(now - then, 1e-9))
+
+
+def _busy_s() -> tuple[float, float, float]:
+    """Return the seconds of cores at work, of which ours, and the time."""
+    if os.cpu_count() != usable_cores() or sys.platform == "win32":
+        return 0.0, 0.0, time.monotonic()
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    busy = sum(getattr(machine, kind, 0.0) for kind in ("user", "nice", "system"))
+    return busy, sum(own[:4]), time.monotonic()
 
 
 def _processor() -> str:

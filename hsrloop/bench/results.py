@@ -127,7 +127,7 @@ def _times(row: Row, part: str) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """Return the rows for a terminal, side by side."""
-    shown = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     shown.add_column("")
     for row in rows:
         shown.add_column(row.name, justify="right")

@@ -27,6 +27,7 @@ _TIER_STEPS = 6
 _LEFT_TO_TIERS = ("gpu_tier", "model", "batch", "imgsz")
 _EPOCHS_AGAINST, _PAIRS_AGAINST = 5, 3
 _EVEN = 1.25  # between columns, a bare step's highest speed over its lowest
+_OTHERS_CORES = 0.5  # kept busy by others, from which on ratios tell of them (a guess)
 _SECONDS = 2.0  # of each part of a round
 
 
@@ -81,20 +82,21 @@ def run_bench(
     prepare(asked.config.device)
     resolved = from_anywhere(add_machine(request, asked))
 
-    from hsrloop.bench.machine import describe_host
+    from hsrloop.bench.machine import OthersWork, describe_host
     from hsrloop.bench.picture import save_bars
     from hsrloop.bench.results import Report, table
     from hsrloop.report.console import ConsoleSink, make_console
 
     console = make_console()
-    sink = ConsoleSink(console)
+    sink, others = ConsoleSink(console), OthersWork()
     try:
         with data_set(resolved) as given:
             rows, settings = _measured(given, wanted, sink)
     finally:
         sink.close()
-    if (uneven := unevenness(rows)) is not None:
-        sink.handle(Note(text=uneven, level="warning"))
+    for warning in (unevenness(rows), disturbance(others.cores()) if wanted.against else None):
+        if warning is not None:
+            sink.handle(Note(text=warning, level="warning"))
     report = Report(host=describe_host(), rows=rows, settings=settings)
     console.print(report.host, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), soft_wrap=True)
@@ -119,6 +121,16 @@ def unevenness(rows: Sequence[Row]) -> str | None:
     return (
         f"the same bare step made {min(speeds):.1f} and {max(speeds):.1f} images/s: the machine "
         "was busy with something else. Compare within a column, or measure again."
+    )
+
+
+def disturbance(cores: float) -> str | None:
+    """Return a warning where other programs kept so many cores busy while two were compared."""
+    if cores <= _OTHERS_CORES:
+        return None
+    return (
+        f"other programs kept {cores:.1f} cores busy meanwhile: they take from the two sides "
+        "unequally, so the ratios cannot be used. End them, and measure again."
     )
 
 

@@ -130,7 +130,7 @@ def auto_batch(settings: dict[str, Any]) -> dict[str, Any]:
     batch = settings.get("batch")
     if batch != AUTO:
         if isinstance(batch, str):
-            raise ConfigError(f"batch is {batch!r}; it must be of type int, or auto.")
+            raise ConfigError(f"batch is {batch!r}; it must be a whole number, or auto.")
         return settings
     rest = {key: value for key, value in settings.items() if key != "batch"}
     if rest.get("micro_batch", AUTO) != AUTO:

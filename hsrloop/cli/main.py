@@ -17,12 +17,12 @@ import click
 
 from hsrloop import __version__
 from hsrloop.cli.options import (
-    BENCH_SETTINGS,
-    PREVIEW_SETTINGS,
-    VALIDATION_SETTINGS,
     SectionedCommand,
+    bench_options,
     given_settings,
+    preview_options,
     setting_options,
+    validation_options,
 )
 from hsrloop.cli.stop import Interrupted
 from hsrloop.errors import HsrloopError
@@ -167,7 +167,7 @@ def train(
 )
 @_file_option
 @_set_option
-@setting_options(*VALIDATION_SETTINGS)
+@validation_options
 def validate(
     json_file: Path | None, file: Path | None, assignments: tuple[str, ...], **options: Any
 ) -> None:
@@ -230,7 +230,7 @@ def check(dataset: str, imgsz: int, plot: Path | None, as_json: bool) -> None:
 )
 @_file_option
 @_set_option
-@setting_options(*PREVIEW_SETTINGS)
+@preview_options
 def preview(
     sheet: Path, images: int, file: Path | None, assignments: tuple[str, ...], **options: Any
 ) -> None:
@@ -267,7 +267,7 @@ def preview(
 @click.option("--profile", type=_folder, metavar="FOLDER", help="Also profile a few steps.")
 @_file_option
 @_set_option
-@setting_options(*BENCH_SETTINGS)
+@bench_options
 def bench(
     parts: tuple[str, ...],
     rounds: int | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -84,12 +85,19 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def setting_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds an option for each of the fields named, or for all."""
+def setting_options(
+    *names: str, told: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds an option for each of the fields named, or for all.
+
+    Args:
+        told: help and default of those that mean something else to this command than to a run.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names or fields()):
-            function = _option(name)(function)
+            text, default = told.get(name, (rule_of(name).help, _default_text(name)))
+            function = _option(name, text, default)(function)
         return function
 
     return decorate
@@ -124,10 +132,11 @@ def _section_of_fields() -> dict[str, str]:
     return place
 
 
-def _option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(
+    name: str, text: str, default: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     spelled = flag(name)
-    default = _default_text(name)
-    text = rule_of(name).help + (f"  [default: {default}]" if default else "")
+    text += f"  [default: {default}]" if default else ""
     if _kind(name) == "flag":
         return click.option(f"{spelled}/--no-{spelled[2:]}", name, default=None, help=text)
     names = [spelled, _SHORT[name]] if name in _SHORT else [spelled]
@@ -163,3 +172,18 @@ def _kind(name: str) -> str:
     if int in members:
         return "integer"
     return "number" if float in members else "text"
+
+
+validation_options = setting_options(
+    *VALIDATION_SETTINGS,
+    told={
+        "model": ("weights to validate: a name or a path", "best.pt of the newest run"),
+        "output": ("folder in which the newest run is looked for", "models/finetuned"),
+        "batch": ("images at a time", "16"),
+        "imgsz": (rule_of("imgsz").help, "as trained"),
+    },
+)
+preview_options = setting_options(*PREVIEW_SETTINGS, told={"imgsz": (rule_of("imgsz").help, "640")})
+bench_options = setting_options(
+    *BENCH_SETTINGS, told={"epochs": ("epochs of each training of --against", "5")}
+)

@@ -153,11 +153,21 @@ def _names(names: Any, count: int) -> tuple[str, ...]:
 
 
 def _matching_rows(have: Sequence[str], want: Sequence[str]) -> list[int | None]:
-    """Return, for each wanted class, its row in the file, or None."""
-    rows: dict[str, int] = {}
+    """Return, for each wanted class, its row in the file, or None.
+
+    Where no name is the same, one that differs in case or in what stands between words is: "wine
+    glass" may have become "wine_glass", which ROS takes.
+    """
+    exact: dict[str, int] = {}
+    alike: dict[str, int] = {}
     for row, name in enumerate(have):
-        rows.setdefault(name.strip().lower(), row)
-    return [rows.get(name.strip().lower()) for name in want]
+        exact.setdefault(name.strip().lower(), row)
+        alike.setdefault(_bare(name), row)
+    return [exact.get(name.strip().lower(), alike.get(_bare(name))) for name in want]
+
+
+def _bare(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
 def _blueprint_of(found: _Source) -> dict[str, Any]:

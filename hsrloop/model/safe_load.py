@@ -139,7 +139,8 @@ def read_checkpoint(path: Path | str, *, trust: bool = False) -> dict[str, Any]:
         raise WeightsError(_explain(path, error)) from error
     if not isinstance(content, dict):
         kind = getattr(type(content), "origin", type(content).__name__)
-        raise WeightsError(f"{path} holds a {kind}, not an Ultralytics checkpoint.")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise WeightsError(f"{path} holds {article} {kind}, not an Ultralytics checkpoint.")
     return content
 
 

@@ -120,8 +120,8 @@ class ConsoleSink:
         else:
             self._print(
                 f"{verb} at epoch {event.epoch} on {event.device}: {event.train_images} training "
-                f"and {event.val_images} validation images, {counted(len(event.names), 'class')}, "
-                f"{event.parameters / 1e6:.1f} M parameters."
+                f"and {counted(event.val_images, 'validation image')}, "
+                f"{counted(len(event.names), 'class')}, {event.parameters / 1e6:.1f} M parameters."
             )
         self._console.print(f"Run folder: {event.run_dir}", soft_wrap=True)
         self._print()

@@ -23,8 +23,8 @@ def worst_first(classes: Iterable[ClassScore]) -> list[ClassScore]:
 
 def scores_table(metrics: Metrics) -> RenderableType:
     """Return the table that `hsrloop validate` prints."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.add_column("class, worst first", overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("class", overflow="fold")
     for title in ("images", "boxes", "mAP50-95", "mAP50", "precision", "recall", "best conf"):
         table.add_column(title, justify="right")
     for score in worst_first(metrics.classes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from hsrloop.errors import OutputError
 from hsrloop.records import CheckReport, ClassCount
 from hsrloop.report.checkup import clean
 
+_LOG = logging.getLogger(__name__)
 _COLOURS = {"train": "#3b6ea8", "val": "#e08a3c", "test": "#8a8a8a"}
 _INK = "#333333"
 _MOST_BARS = 60  # classes with a bar of their own
@@ -23,8 +26,12 @@ _FEWEST_ROWS = 12  # of room for bars, so that few of them are no blocks
 _LONGEST_NAME = 24
 _CELLS = 24  # of the heat map, a side
 _TINY_PX = 8
-# The first that is installed draws what the one before lacks.
-_FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "TakaoGothic"]
+_FONT = "DejaVu Sans"  # comes with matplotlib
+# Of those installed, one after the other draws what those before lack: Latin letters apart.
+_MORE_FONTS = re.compile(
+    r"Noto Sans (CJK )?(JP|KR|SC|TC)|IPA.*Gothic|Takao.*Gothic|VL.*Gothic|MS Gothic|Yu Gothic"
+    r"|Hiragino Sans|Meiryo|WenQuanYi|Nanum|Malgun|Droid Sans Fallback"
+)
 
 
 def save_sheet(report: CheckReport, path: Path) -> None:
@@ -35,12 +42,18 @@ def save_sheet(report: CheckReport, path: Path) -> None:
     """
     with matplotlib.rc_context({"font.size": 9, "font.family": _installed_fonts()}):
         figure = draw_sheet(report)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
             try:
                 figure.savefig(path, format="png", dpi=120)
             except OSError as error:
                 raise OutputError(f"--plot {path} cannot be written: {error.strerror}.") from None
+    if any("missing from font" in str(warning.message) for warning in given):
+        _LOG.warning(
+            "%s: some letters are drawn as boxes, since no font here has them. "
+            "sudo apt install fonts-noto-cjk helps.",
+            path,
+        )
 
 
 def draw_sheet(report: CheckReport) -> Figure:
@@ -64,8 +77,8 @@ def draw_sheet(report: CheckReport) -> Figure:
 def _installed_fonts() -> list[str]:
     from matplotlib.font_manager import fontManager
 
-    installed = set(fontManager.get_font_names())
-    return [font for font in _FONTS if font in installed]
+    installed = sorted(set(fontManager.get_font_names()))
+    return [_FONT, *(font for font in installed if _MORE_FONTS.match(font))]
 
 
 def _two_parts(path: Path) -> str:

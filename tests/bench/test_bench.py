@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hsrloop.bench import meters, tiers
+from hsrloop.bench import machine, meters, tiers
 from hsrloop.bench.meters import (
     LAG_S,
     PowerReading,
@@ -25,9 +28,10 @@ from hsrloop.bench.meters import (
 )
 from hsrloop.bench.picture import draw_bars
 from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
-from hsrloop.cli.bench import unevenness
+from hsrloop.cli.bench import disturbance, unevenness
 from hsrloop.cli.main import main
 from hsrloop.config import Resolved
+from hsrloop.hardware.memory import usable_cores
 from hsrloop.report.console import make_console
 
 CPU = torch.device("cpu")
@@ -202,6 +206,31 @@ def test_a_machine_that_was_busy_meanwhile_is_noticed(second: float, warned: boo
     said = unevenness(rows)
     assert (said is not None) is warned and unevenness(rows[:2]) is None
     assert said is None or "100.0 and 150.0 images/s" in said
+
+
+def test_other_programs_beside_a_comparison_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted by the second of core: all that is at work, less what is ours."""
+    times = iter([(100.0, 10.0, 5.0), (130.0, 25.0, 15.0)])
+    monkeypatch.setattr(machine, "_busy_s", lambda: next(times))
+    assert machine.OthersWork().cores() == 1.5
+    assert disturbance(0.3) is None
+    text = disturbance(1.5)
+    assert text is not None and text.startswith("other programs kept 1.5 cores busy")
+
+
+def test_work_of_this_process_and_of_those_it_ended_is_its_own() -> None:
+    """Whatever else runs here, ours is no part of it, nor more than all there is."""
+    before = machine._busy_s()
+    code = "sum(i * i for i in range(3_000_000))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    sum(i * i for i in range(3_000_000))
+    after = machine._busy_s()
+    everything, ours = after[0] - before[0], after[1] - before[1]
+    told = os.cpu_count() == usable_cores()
+    assert ours > 0 if told else ours == everything == 0
+    assert ours <= everything + 0.1  # a clock tick of each core and process
 
 
 @pytest.mark.parametrize("other", [("tiers",), ("--against", "ultralytics")])

@@ -109,6 +109,26 @@ def test_help_states_the_default(name: str) -> None:
         assert f"[default: {spelled}]" in option.help
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "default"),
+    [
+        (validate, "model", "best.pt of the newest run"),
+        (validate, "imgsz", "as trained"),
+        (validate, "batch", "16"),
+        (preview, "imgsz", "640"),
+        (bench, "epochs", "5"),
+        (bench, "imgsz", "by tier"),
+    ],
+)
+def test_help_states_what_a_setting_means_to_the_command(
+    command: click.Command, name: str, default: str
+) -> None:
+    option = next(p for p in command.params if p.name == name)
+    assert isinstance(option, click.Option)
+    assert (option.help or "").endswith(f"[default: {default}]")
+    assert {"16", "640"} <= {str(TrainConfig().batch), str(TrainConfig().imgsz)}
+
+
 def test_nothing_given_is_no_setting() -> None:
     assert given_settings(dict.fromkeys(fields())) == {}
 

@@ -144,8 +144,8 @@ def test_a_tier_without_auto_scaling_warns(invoke: Invoke, calls: Calls) -> None
     [
         ([], "No data set is given. Use --dataset path/to/data.yaml."),
         (["-d", "d", "--epochs", "0"], "epochs is 0; it must be at least 1."),
-        (["-d", "d", "--epochs", "ten"], "epochs is 'ten'; it must be of type int."),
-        (["-d", "d", "--batch", "autoo"], "batch is 'autoo'; it must be of type int, or auto."),
+        (["-d", "d", "--epochs", "ten"], "epochs is 'ten'; it must be a whole number."),
+        (["-d", "d", "--batch", "autoo"], "batch is 'autoo'; it must be a whole number, or auto."),
         (["-d", "d", "--imgsz", "650"], "imgsz is 650; it must be a positive multiple of 32."),
         (["-d", "d", "--gpu-tier", "big"], "gpu_tier is big; it must be one of low, medium,"),
         (["-d", "d", "--set", "epoch=3"], "epoch is not a setting. Did you mean epochs?"),

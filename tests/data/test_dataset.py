@@ -188,7 +188,12 @@ def test_row_faults_are_named() -> None:
         "0 inf .5 .2 .2": "is not all finite numbers",
         "1.5 .5 .5 .2 .2": "class 1.5 is not a whole number",
         "0 1.2 .5 .2 .2": "coordinate 1.2 is outside 0 to 1; write fractions of the image",
-        "0 .5 .5 -0.005 .2": "both sides must be above 0",
+        "0 .5 .5 -0.005 .2": "a box of size -0.005 x 0.2; both sides must be above 0",
+        "0 .5 .5 0 -.2": "a box of size 0 x -0.2; both sides must be above 0",
+        "0 .5 .5 .2 .2 .4 .4 2 .6 .6 2 .1 .1 0": "14 columns; a box has 5, a polygon 7, 9, 11, "
+        "... (keypoints after the box? data.yaml must say so: kpt_shape: [number, 3])",
+        "0 .5 .5 .2 .2 .4 .4 2 .6 .6 2": "coordinate 2 is outside 0 to 1; write fractions of the "
+        "image, not pixels (keypoints after the box?",
         "0 .1 .1 .1 .2 .1 .3": "both sides must be above 0",
     }
     for row, message in rows.items():
@@ -396,3 +401,27 @@ def test_the_only_labelled_picture_is_not_held_out(
     spec = load_dataset(tiny_dataset)
     assert len(spec.train) == len(spec.val) == 8
     assert "too few pictures with objects to hold some out" in caplog.text
+
+
+@pytest.mark.parametrize("val", ["", "val: images/train\n"])
+def test_a_single_picture_is_trained_and_validated_on(
+    val: str, tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_dataset.write_text(f"train: images/train\n{val}names: [square, disc, bar]\n")
+    for image in sorted((tiny_dataset.parent / "images" / "train").iterdir())[1:]:
+        image.unlink()
+    spec = load_dataset(tiny_dataset)
+    assert spec.train == spec.val and len(spec.train) == 1
+    assert "all 1 are used for both" in caplog.text
+
+
+def test_labels_of_pictures_that_are_not_read_wait_for_these_to_be_converted(
+    tiny_dataset: Path,
+) -> None:
+    folder = tiny_dataset.parent / "images" / "train"
+    (folder / "train_00.png").rename(folder / "train_00.HEIC")
+    found = {f.kind for f in check_dataset(read_manifest(tiny_dataset)).findings}
+    assert "kind-unread" in found and "labels-alone" not in found
+    (folder / "train_00.HEIC").unlink()
+    found = {f.kind for f in check_dataset(read_manifest(tiny_dataset)).findings}
+    assert "labels-alone" in found

@@ -15,7 +15,7 @@ from torch import nn
 
 from hsrloop.errors import WeightsError
 from hsrloop.model import yolo
-from hsrloop.model.base import load_base
+from hsrloop.model.base import _matching_rows, load_base
 from hsrloop.model.safe_load import read_checkpoint
 from tests.model.conftest import NAMES, checkpoint, flat_pickles, scrambled
 
@@ -61,6 +61,26 @@ def test_rows_follow_their_names(nano: nn.Module, nano_file: Path) -> None:
         assert got[[0, 3], -1].tolist() == pytest.approx([prior, prior])
         bound = 1 / got[0, :-1].numel() ** 0.5
         assert 0 < got[0, :-1].abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "found"),
+    [
+        (("wine glass", "cup"), ("cup", "wine_glass"), (1, 0)),
+        (("Wine-Glass",), ("wine  glass",), (0,)),
+        (
+            ("wine_glass", "wine glass"),
+            ("wine glass", "wine_glass"),
+            (1, 0),
+        ),  # the same before alike
+        (("cup", "CUP"), ("cup",), (0,)),
+        (("wineglass",), ("wine glass",), (None,)),
+    ],
+)
+def test_a_class_keeps_its_row_when_its_name_is_made_fit_for_ros(
+    have: tuple[str, ...], want: tuple[str, ...], found: tuple[int | None, ...]
+) -> None:
+    assert tuple(_matching_rows(have, want)) == found
 
 
 def test_same_number_of_other_names_is_all_fresh(nano_file: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hsrloop.errors import OutputError
 from hsrloop.records import CheckReport, ClassCount, Finding, Problem, SplitCount
+from hsrloop.report import sheet
 from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean
 from hsrloop.report.sheet import draw_sheet, save_sheet
 
@@ -140,11 +141,31 @@ def test_the_picture_has_a_bar_for_each_class_and_sums_up_the_rest() -> None:
     assert len(labels) == 60 and labels[-1] == "31 more classes"
 
 
-def test_names_no_font_has_are_drawn_as_boxes_without_a_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "warned"), [("湯呑み $x_1$", True), ("tasse à thé", False)])
+def test_names_no_font_has_are_drawn_as_boxes_and_a_line_says_so(
+    name: str,
+    warned: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sheet, "_installed_fonts", lambda: ["DejaVu Sans"])
     odd = report(classes=1)
-    cup = dataclasses.replace(odd.classes[0], name="湯呑み $x_1$")
+    cup = dataclasses.replace(odd.classes[0], name=name)
     save_sheet(dataclasses.replace(odd, classes=(cup,)), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    assert ("no font here has them" in caplog.text) == warned
+    assert len(caplog.records) == warned
+
+
+def test_fonts_that_have_more_letters_come_after_the_one_for_latin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.font_manager import fontManager
+
+    here = ["Zapf", "Noto Sans CJK JP", "DejaVu Sans", "Noto Sans Mono", "IPAexGothic"]
+    monkeypatch.setattr(fontManager, "get_font_names", lambda: here)
+    assert sheet._installed_fonts() == ["DejaVu Sans", "IPAexGothic", "Noto Sans CJK JP"]
 
 
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_backgrounds_that_are_not_read_are_named(
 
     synthesis, ignored = load()
     assert synthesis.scenes is not None and len(synthesis.scenes.backgrounds) == 1
-    assert "1 backgrounds of kinds that are not read left out" in caplog.text
+    assert "1 background of kinds that are not read left out" in caplog.text
     assert "hall.HEIC" in caplog.text and ignored is None
 
     kept.unlink()

@@ -131,12 +131,12 @@ ADVICE: dict[str, _Advice] = {
     ),
     "val-is-train": _Advice(
         "warning", "", "val is the same images as train",
-        "A tenth of the images is held out for validation and not trained on.",
+        "A tenth of the images, of two or more, is held out for validation and not trained on.",
         "Photograph other scenes for val.",
     ),
     "no-val": _Advice(
         "note", "", "no val in data.yaml",
-        "A tenth of the training images is held out for validation and not trained on.",
+        "A tenth of the images, of two or more, is held out for validation and not trained on.",
         "Add val images of other scenes to know how good the model is.",
     ),
     "tiny": _Advice(

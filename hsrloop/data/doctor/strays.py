@@ -25,7 +25,8 @@ def stray_labels(listings: Iterable[Listing], root: Path) -> list[Problem]:
     expected: set[Path] = set()
     folders: set[Path] = set()
     for listing in listings:
-        expected |= {label_path(path) for path in listing.paths}
+        unread = [problem.file for problem in listing.unused]  # once converted, they have labels
+        expected |= {label_path(path) for path in (*listing.paths, *unread)}
         folders |= {label_path(folder / "any.jpg").parent for folder in listing.folders}
     folders |= {path.parent for path in expected}
     around = {place for folder in folders for place in _around(folder, root)}

@@ -29,6 +29,7 @@ from hsrloop.data.sets.places import SUFFIXES, UNREAD_SUFFIXES, files_below, sum
 from hsrloop.data.sets.scan import Unreadable, image_size
 from hsrloop.errors import DatasetError
 from hsrloop.paths import expanded, is_folder
+from hsrloop.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def _backgrounds_below(folder: Path) -> list[Path]:
     images = [path for path in pictures if path.suffix.lower() in SUFFIXES]
     unread = [path for path in pictures if path.suffix.lower() not in SUFFIXES]
     if unread:
-        title = f"{len(unread)} backgrounds of kinds that are not read left out"
+        title = f"{counted(len(unread), 'background')} of kinds that are not read left out"
         logger.warning("%s", summary(title, unread))
     elif not images:
         logger.warning("%s: there are no images in it.", folder)

@@ -226,6 +226,8 @@ def _warn_of_losses(split: str, scan: SplitScan, listing: Listing) -> None:
 
 def why_unusable(split: str, scan: SplitScan) -> str:
     """Return why nothing in a split can be trained or validated on; empty when something can."""
+    if not scan.refs and not scan.unreadable:
+        return f"there are no images in {split}"
     if not scan.refs:
         return (
             f"none of the {len(scan.unreadable)} images in {split} can be read. "
@@ -258,7 +260,7 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, SplitScan], seed: in
     why = "no val in data.yaml" if val is None else "val is the same images as train"
     useful = [len(ref.labels) > 0 for ref in train.refs]
     picked = set(hold_out([ref.path for ref in train.refs], seed=seed, useful=useful))
-    if not any(use for i, use in enumerate(useful) if i not in picked):
+    if not picked or not any(use for i, use in enumerate(useful) if i not in picked):
         logger.warning(
             "%s: %s and too few pictures with objects to hold some out: all %d are used for both.",
             manifest.yaml, why, len(train.refs),

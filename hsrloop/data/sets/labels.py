@@ -122,7 +122,8 @@ def _problem(words: list[str], row: list[float], nc: int) -> tuple[str, str]:
     if any("," in word or ";" in word for word in words):
         return "columns", f"'{_short(words)}' has commas; separate columns by spaces"
     if len(row) < 5 or len(row) == 6 or len(row) % 2 == 0:
-        return "columns", f"{len(row)} columns; a box has 5, a polygon 7, 9, 11, ..."
+        text = f"{len(row)} columns; a box has 5, a polygon 7, 9, 11, ..."
+        return "columns", text + (_IF_POSE if _may_be_pose(row) else "")
     if not all(math.isfinite(value) for value in row):
         return "not-numbers", f"'{_short(words)}' is not all finite numbers"
     if row[0] != int(row[0]):
@@ -132,14 +133,28 @@ def _problem(words: list[str], row: list[float], nc: int) -> tuple[str, str]:
             f"class {row[0]:.15g}, but data.yaml names {nc} classes (0-{nc - 1}). "
             "Fix the label or add the class"
         )
+    if len(row) == 5 and min(row[3:]) <= 0:
+        return "no-area", _no_area(*row[3:])
     wrong = next((v for v in row[1:] if not -TOLERANCE <= v <= 1 + TOLERANCE), None)
     if wrong is not None:
         text = f"coordinate {wrong:g} is outside 0 to 1; write fractions of the image, not pixels"
-        return "outside", text
+        return "outside", text + (_IF_POSE if _may_be_pose(row) else "")
     width, height = _extent(row)
     if width <= SMALLEST or height <= SMALLEST:
-        return "no-area", f"a box of size {width:g} x {height:g}; both sides must be above 0"
+        return "no-area", _no_area(width, height)
     return "", ""
+
+
+def _no_area(width: float, height: float) -> str:
+    return f"a box of size {width:g} x {height:g}; both sides must be above 0"
+
+
+_IF_POSE = " (keypoints after the box? data.yaml must say so: kpt_shape: [number, 3])"
+
+
+def _may_be_pose(row: list[float]) -> bool:
+    """Return whether what follows a box may be keypoints: x, y and visibility each."""
+    return len(row) > 5 and (len(row) - 5) % 3 == 0 and set(row[7::3]) <= {0.0, 1.0, 2.0}
 
 
 def _short(words: list[str]) -> str:
@@ -160,8 +175,6 @@ def _extent(row: list[float]) -> tuple[float, float]:
 def _clipped(box: list[float]) -> tuple[float, ...]:
     """Clip a cxcywh box to the image; one inside, give or take rounding, keeps its digits."""
     cx, cy, w, h = box
-    if w <= 0 or h <= 0:
-        return cx, cy, min(w, 0.0), min(h, 0.0)
     x0, y0, x1, y1 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
     if min(x0, y0) >= -1e-5 and max(x1, y1) <= 1 + 1e-5:
         return cx, cy, w, h
