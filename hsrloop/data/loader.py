@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsrloop.config import TrainConfig
-from hsrloop.data.ahead import Made, ahead, arriving
+from hsrloop.data.ahead import Made, arriving
 from hsrloop.data.pixels.render import Renderer, without_broken
 from hsrloop.data.pixels.render_torch import Layout, TorchRenderer
 from hsrloop.data.pixels.store import ImageStore
@@ -63,10 +63,8 @@ class TrainLoader:
     cache give the same samples in the same order.
 
     Args:
-        micro_batch: images at a time; by default config.micro_batch, or the whole batch.
         workers: processes that render; 0 renders in the calling thread. With a renderer one of them
             draws plans and labels, else the calling thread does.
-        prefetch: with 0 workers, render one micro-batch ahead in a thread (OpenCV frees the GIL).
         device: where the images go. On a GPU they are there when they are yielded: sent a
             micro-batch ahead, on a stream of their own.
         scenes: synthetic images beside the real ones; `store` then holds `scenes.backgrounds` after
@@ -82,9 +80,7 @@ class TrainLoader:
         store: ImageStore,
         config: TrainConfig,
         *,
-        micro_batch: int | None = None,
         workers: int = 0,
-        prefetch: bool = False,
         device: torch.device = _HOST,
         scenes: Scenes | None = None,
         cutouts: CutoutStore | None = None,
@@ -93,12 +89,11 @@ class TrainLoader:
         self.batch = config.batch
         self.stream = TrainStream.of(refs, config, scenes)
         self.n_samples = self.stream.n_samples
-        self.micro_batch = min(micro_batch or config.largest_micro_batch, config.batch)
+        self.micro_batch = config.largest_micro_batch
         self._refs = self.stream.images
         self._store = store
         self._cutouts = cutouts
         self.workers = workers if renderer is None else min(workers, 1)
-        self._prefetch = prefetch
         self._device = device
         self._renderer = renderer
         self._pool: WorkerPool[_Task, Any] | None = None
@@ -185,7 +180,7 @@ class TrainLoader:
         if self._device.type == "cuda":
             yield from arriving(rendered, self._device)
         else:
-            yield from ahead(rendered) if self._prefetch and not self.workers else rendered
+            yield from rendered
 
     def _workers(
         self, work: Callable[[_Task, np.ndarray], Any], slot_bytes: int

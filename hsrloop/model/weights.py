@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import logging
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 OFFICIAL = tuple(f"yolov8{scale}.pt" for scale in SCALES)
 DOWNLOADS = Path("models/pretrained")
 URL = "https://github.com/ultralytics/assets/releases/download/v8.4.0/"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # not the network
 WAIT_S = 5.0  # longest wait for the network before it counts as absent, also between two pieces
 SHA256 = {  # assets v8.3 and v8.4, then v0.0.0
     "yolov8n.pt": (
@@ -218,6 +220,8 @@ def _get(name: str, dest: Path, report: Callable[[int, int], None]) -> Fetched:
     except WeightsError as error:
         return _failed(name, f"what arrived is not the file: {error}")
     except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "errno", None) in _DISK:
+            raise OutputError(f"{dest} cannot be written ({_reason(error)}).") from error
         return _failed(name, f"{URL}{name} could not be reached ({_reason(error)})")
     finally:
         temporary.unlink(missing_ok=True)

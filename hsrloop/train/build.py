@@ -144,6 +144,24 @@ def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesi
     )
 
 
+def ignored_elsewhere(resolved: Resolved, kind: str, *, scratch: bool) -> list[str]:
+    """Return a line for each reason why settings that the user wants have no effect.
+
+    Args:
+        kind: of the training device, "cuda" or "cpu".
+        scratch: the network has no weights yet.
+    """
+    config, lines = resolved.config, []
+    for vain, names, why in (
+        (kind == "cpu", ("amp", "amp_dtype", "cuda_graphs"), "training runs on the CPU"),
+        (scratch, ("pretrained_lr_scale", "head_lr_scale"), "the network starts from scratch"),
+    ):
+        given = [name for name in names if resolved.meant(name) and getattr(config, name)]
+        if vain and given:
+            lines.append(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} ignored: {why}")
+    return lines
+
+
 def load_model(
     resolved: Resolved, names: tuple[str, ...], emit: Emit
 ) -> tuple[Resolved, BaseModel]:
@@ -273,8 +291,8 @@ def layer_rates(config: TrainConfig, fresh_share: float | None) -> tuple[float, 
     Pretrained layers move slowly, or the first steps undo what they know, the more so the more
     classes they know. New class rows have far to go, known ones have not: the outputs' factor lies
     between both by the share that is new.
-    From scratch no layer is behind another, and with layer-wise decay the decay decides alone,
-    unless factors are given.
+    With layer-wise decay the decay decides alone, unless factors are given. From scratch no layer
+    is behind another: both are 1.
 
     Args:
         fresh_share: see `build_state`.

@@ -33,6 +33,7 @@ from hsrloop.train.build import (
     Built,
     build_state,
     dataset_of,
+    ignored_elsewhere,
     ignored_synthesis,
     load_data,
     load_model,
@@ -185,6 +186,8 @@ def _prepare(
         trust = given.config.trust_checkpoint
         base = load_base(saved.path, names=spec.names, seed=0, trust=trust)
     fresh_share = saved.identity.fresh_share if saved else base.fresh_share
+    for line in ignored_elsewhere(resolved, info.kind, scratch=fresh_share is None):
+        hub.emit(Note(text=line, level="warning"))
     identity = identity_of(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     with must_fit(info):

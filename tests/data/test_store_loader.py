@@ -161,7 +161,7 @@ def test_one_stream_for_any_number_of_workers(spec: DatasetSpec, workers: int) -
     store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
     with TrainLoader(spec.train, store, config()) as loader:
         expected = [list(loader.batches(Position(epoch, 0))) for epoch in range(2)]
-    with TrainLoader(spec.train, store, config(), workers=workers, prefetch=True) as loader:
+    with TrainLoader(spec.train, store, config(), workers=workers) as loader:
         next(loader.batches(Position(0, 3)))  # left half-way
         for epoch in range(2):
             assert_same(list(loader.batches(Position(epoch, 0))), expected[epoch])
@@ -172,7 +172,7 @@ def test_an_epoch_left_half_way_ends_when_the_next_begins(spec: DatasetSpec, wor
     """Also while somebody holds on to it: both would take each other's answers."""
     store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
     expected = list(TrainLoader(spec.train, store, config()).batches(Position(1, 0)))
-    with TrainLoader(spec.train, store, config(), workers=workers, prefetch=True) as loader:
+    with TrainLoader(spec.train, store, config(), workers=workers) as loader:
         left = loader.batches(Position(0, 0))
         next(left)
         assert_same(list(loader.batches(Position(1, 0))), expected)
@@ -227,7 +227,7 @@ def test_rendered_by_torch_it_is_the_same_stream(
         imgsz=SIDE,
         device=device,
     )
-    by_cv2 = TrainLoader(spec.train, store, config(batch=5), micro_batch=2)
+    by_cv2 = TrainLoader(spec.train, store, config(batch=5, micro_batch=2))
     by_torch = TrainLoader(
         spec.train, store, config(batch=5), micro_batch=2, workers=workers, renderer=renderer
     )
@@ -253,7 +253,7 @@ def test_rendered_by_torch_it_is_the_same_stream(
 
 def test_positions_steps_and_micro_batches(spec: DatasetSpec) -> None:
     store = ImageStore(spec.train, imgsz=SIDE, cache="ram")
-    loader = TrainLoader(spec.train, store, config(batch=5), micro_batch=2)
+    loader = TrainLoader(spec.train, store, config(batch=5, micro_batch=2))
     whole = list(loader.batches(Position(1, 0)))
     assert [len(b.images) for b in whole] == [2, 2, 1, 2, 1]
     assert [b.ends_step for b in whole] == [False, False, True, False, True]

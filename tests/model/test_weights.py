@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import time
@@ -167,3 +168,16 @@ def test_fetch_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         weights.fetch(["yolov8n.pt"], dest=tmp_path / "file")
+
+
+def test_a_disk_that_fills_while_fetching_is_not_called_the_network(
+    nano_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "_open", lambda url, wait_s: Answer(nano_file.read_bytes()))
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(OutputError, match=r"travel cannot be written \(.*No space left"):
+        weights.fetch(["yolov8n.pt"], dest=tmp_path / "travel")
+    assert not (tmp_path / "travel").exists()
