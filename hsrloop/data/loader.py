@@ -93,7 +93,7 @@ class TrainLoader:
         self._refs = self.stream.images
         self._store = store
         self._cutouts = cutouts
-        self.workers = workers if renderer is None else min(workers, 1)
+        self.workers = workers  # kept for when memory runs out and the host renders
         self._device = device
         self._renderer = renderer
         self._pool: WorkerPool[_Task, Any] | None = None
@@ -186,7 +186,8 @@ class TrainLoader:
         self, work: Callable[[_Task, np.ndarray], Any], slot_bytes: int
     ) -> WorkerPool[_Task, Any]:
         if self._pool is None:
-            self._pool = WorkerPool(work, count=self.workers, slot_bytes=slot_bytes)
+            count = self.workers if self._renderer is None else 1
+            self._pool = WorkerPool(work, count=count, slot_bytes=slot_bytes)
         return self._pool
 
     def _planned(

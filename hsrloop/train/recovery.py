@@ -195,7 +195,9 @@ def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
     to its end and frees little, so before that the micro-batch shrinks as far as BatchNorm can
     stand.
     """
-    smaller = next_rung(at(config, rung), failure.cause)
+    # A GPU that renders needs one process, for plans: fewer of the others would change nothing.
+    at_work = rung.workers if rung.bank == "cv2" else min(rung.workers, 1)
+    smaller = next_rung(at(config, dataclasses.replace(rung, workers=at_work)), failure.cause)
     if failure.cause is Cause.GPU_MEMORY:
         if rung.cuda_graphs and failure.recorded:
             return dataclasses.replace(rung, cuda_graphs=False)
@@ -212,7 +214,7 @@ def _next(config: TrainConfig, rung: Rung, failure: _Failure) -> Rung | None:
         micro_batch=smaller.largest_micro_batch,
         imgsz=smaller.imgsz,
         cache=smaller.cache,
-        workers=smaller.workers,
+        workers=smaller.workers if smaller.workers < at_work else rung.workers,
     )
 
 

@@ -229,7 +229,7 @@ def test_rendered_by_torch_it_is_the_same_stream(
     )
     by_cv2 = TrainLoader(spec.train, store, config(batch=5, micro_batch=2))
     by_torch = TrainLoader(
-        spec.train, store, config(batch=5), micro_batch=2, workers=workers, renderer=renderer
+        spec.train, store, config(batch=5, micro_batch=2), workers=workers, renderer=renderer
     )
     assert by_torch.workers == workers  # as many as a run would have that is rendered by the host
     assert by_torch.sizes == {1, 2}

@@ -118,6 +118,20 @@ def test_on_a_gpu_the_host_renders_only_after_the_micro_batch_has_shrunk(validat
     ]
 
 
+@pytest.mark.parametrize(("bank", "counts"), [("cv2", [4, 2, 1, 0]), ("device", [0])])
+def test_a_gpu_that_renders_has_one_process_to_give_up(bank: str, counts: list[int]) -> None:
+    """Fewer of those that it does not start would change nothing."""
+    config = TrainConfig(batch=1, imgsz=64, workers=8)
+    failure = _Failure(Cause.WORKER, "", validating=False, rehearsed=False, recorded=False)
+    rung = dataclasses.replace(first_rung(config), bank=bank)
+    after = _next(config, rung, failure)
+    assert after == dataclasses.replace(rung, cache=False), "the workers asked for are kept"
+    found = []
+    while (after := _next(config, after, failure)) is not None:
+        found.append(after.workers)
+    assert found == counts
+
+
 @pytest.mark.parametrize("cause", Cause)
 @pytest.mark.parametrize("validating", [False, True])
 def test_recorded_steps_go_first_and_only_where_that_helps(cause: Cause, validating: bool) -> None:
