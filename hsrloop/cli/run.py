@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explic
 from hsrloop.cli.options import VALIDATION_SETTINGS
 from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
-from hsrloop.errors import CheckpointError, ConfigError, DependencyError, OutputError
+from hsrloop.errors import CheckpointError, ConfigError, OutputError
+from hsrloop.model.export import check_export
 from hsrloop.paths import exists, expanded, has_folder, is_file, is_folder
 from hsrloop.report.console import ConsoleSink, make_console
 from hsrloop.report.files import SPELLED_OUT, json_text
@@ -26,7 +26,6 @@ from hsrloop.report.scores import scores_json, scores_table
 
 _LOG = logging.getLogger(__name__)
 DATA_PATHS = ("dataset", "annotated_dir", "backgrounds_dir", "distractors_dir")
-_EXPORT_LIBRARIES = {"onnx": ("onnx", "onnxslim", "onnxruntime")}
 
 
 def start(request: Request, *, resume: str | None, newest: bool) -> int:
@@ -136,22 +135,6 @@ def check_png(file: Path, option: str) -> None:
     """
     if file.suffix.lower() != ".png":
         raise OutputError(f"{option} {file}: it must end in .png.")
-
-
-def check_export(form: str | None) -> None:
-    """Check that what an export needs is installed, before anyone waits for a training.
-
-    Raises:
-        DependencyError: a library is missing.
-    """
-    missing = [
-        name for name in _EXPORT_LIBRARIES.get(form or "", ()) if not importlib.util.find_spec(name)
-    ]
-    if missing:
-        raise DependencyError(
-            f"--export {form} needs {', '.join(missing)}. "
-            "Run scripts/install, or: pip install 'hsrloop[export]'."
-        )
 
 
 def fetch_weights(names: Sequence[str], *, dest: Path) -> int:

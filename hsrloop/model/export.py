@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from hsrloop.errors import DependencyError
-from hsrloop.model.yolo import import_ultralytics
+
+_LIBRARIES = {"onnx": ("onnx", "onnxslim", "onnxruntime")}
+
+
+def check_export(form: str | None) -> None:
+    """Check that what an export needs is installed, before anyone waits for a training.
+
+    Raises:
+        DependencyError: a library is missing.
+    """
+    missing = [
+        name for name in _LIBRARIES.get(form or "", ()) if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise DependencyError(
+            f"--export {form} needs {', '.join(missing)}. "
+            "Run scripts/install, or: pip install 'hsrloop[export]'."
+        )
 
 
 def export(path: Path, form: str, *, imgsz: int) -> Path:
@@ -19,6 +37,10 @@ def export(path: Path, form: str, *, imgsz: int) -> Path:
     Raises:
         DependencyError: the exporter's libraries are missing or do not fit together.
     """
+    from hsrloop.model.yolo import (
+        import_ultralytics,  # loads torch, which a check need not wait for
+    )
+
     ultralytics = import_ultralytics()
     try:
         written = ultralytics.YOLO(path).export(

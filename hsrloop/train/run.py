@@ -21,6 +21,7 @@ from hsrloop.hardware.power import Power
 from hsrloop.hardware.pressure import watch, without_spilling
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base
+from hsrloop.model.export import check_export
 from hsrloop.model.groups import groups_table
 from hsrloop.ops.nvrtc import compile_ahead
 from hsrloop.records import DeviceInfo, Rung
@@ -104,6 +105,7 @@ def train(
         saved = read_newest(resume, hub.emit, trust=trust) if resume else None
         if saved is not None:
             resolved = resumed_settings(given, saved, hub.emit)
+        check_export(resolved.config.export)
         return _train(resolved, given, saved, hub, stop, fits)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from hsrloop.cli import demo, run
 from hsrloop.config import Resolved, TrainConfig
-from hsrloop.model import weights
+from hsrloop.model import export, weights
 from hsrloop.train import run as train_run
 from tests.cli.conftest import RUNG, Calls, Invoke
 
@@ -250,7 +250,7 @@ def test_patience_is_success(invoke: Invoke, calls: Calls) -> None:
 def test_export_follows_the_training(
     invoke: Invoke, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_EXPORT_LIBRARIES", {"onnx": ("json",)})
+    monkeypatch.setattr(export, "_LIBRARIES", {"onnx": ("json",)})
     result = invoke("train", "-d", "d.yaml", "--export", "onnx", "--imgsz", "320")
     assert calls.exported == [(tmp_path / "weights" / "best.pt", "onnx", 320)]
     assert "best.onnx" in result.stdout
@@ -259,7 +259,7 @@ def test_export_follows_the_training(
 def test_a_missing_export_library_ends_it_before_training(
     invoke: Invoke, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_EXPORT_LIBRARIES", {"onnx": ("json", "no_such_library")})
+    monkeypatch.setattr(export, "_LIBRARIES", {"onnx": ("json", "no_such_library")})
     result = invoke("train", "-d", "d.yaml", "--export", "onnx")
     assert result.exit_code == 2
     assert "needs no_such_library" in result.stderr and "hsrloop[export]" in result.stderr

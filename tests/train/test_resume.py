@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from hsrloop.config import Resolved, resolve
-from hsrloop.errors import CheckpointError
+from hsrloop.errors import CheckpointError, DependencyError
 from hsrloop.events import Note
+from hsrloop.model import export
 from hsrloop.records import Metrics
 from hsrloop.train import checkpoint, loop, resume
 from hsrloop.train.folder import newest_unfinished
@@ -373,3 +374,14 @@ def test_an_incomplete_checkpoint_is_said(settings: Settings, field: str) -> Non
     torch.save(content, last)
     with pytest.raises(CheckpointError, match="is incomplete"):
         train(resolve([]), resume=last)
+
+
+def test_what_an_export_needs_is_checked_when_a_run_goes_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may go on in another installation than the one it was checked in."""
+    monkeypatch.setattr(export, "_LIBRARIES", {})
+    stopped = train(settings(export="onnx"), stop=StopAfter(1))
+    monkeypatch.setattr(export, "_LIBRARIES", {"onnx": ("no_such_library",)})
+    with pytest.raises(DependencyError, match="--export onnx needs no_such_library"):
+        train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
