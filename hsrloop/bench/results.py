@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hsrloop.hardware.memory import GIB
@@ -125,12 +126,24 @@ def _times(row: Row, part: str) -> str:
     return f"{row.ratios[part].text(2)}x" if part in row.ratios else ""
 
 
+def tables(rows: Sequence[Row]) -> Group:
+    """Return the rows for a terminal: those of one run first, then those with their own settings.
+
+    Side by side they would be too wide for a terminal of 80 columns.
+    """
+    parts = [[row for row in rows if bool(row.settings) == own] for own in (False, True)]
+    shown: list[RenderableType] = []
+    for part in filter(None, parts):
+        shown += [*([""] if shown else []), table(part)]
+    return Group(*shown)
+
+
 def table(rows: Sequence[Row]) -> Table:
     """Return the rows for a terminal, side by side."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    shown.add_column("")
+    shown.add_column("", overflow="fold")
     for row in rows:
-        shown.add_column(row.name, justify="right")
+        shown.add_column(row.name, justify="right", overflow="fold")
     for title, texts in titled(rows):
         shown.add_row(title, *texts)
     return shown

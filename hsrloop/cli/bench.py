@@ -84,7 +84,7 @@ def run_bench(
 
     from hsrloop.bench.machine import OthersWork, describe_host
     from hsrloop.bench.picture import save_bars
-    from hsrloop.bench.results import Report, table
+    from hsrloop.bench.results import Report, tables
     from hsrloop.report.console import ConsoleSink, make_console
 
     console = make_console()
@@ -100,7 +100,7 @@ def run_bench(
     report = Report(host=describe_host(), rows=rows, settings=settings)
     console.print(report.host, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), soft_wrap=True)
-    console.print(table(rows))
+    console.print(tables(rows))
     if wanted.profile is not None:
         console.print(f"Written: {wanted.profile}/profile.txt, tensorboard/", soft_wrap=True)
     if json_file is not None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from hsrloop.bench import machine, meters, tiers
 from hsrloop.bench.meters import (
@@ -27,7 +30,7 @@ from hsrloop.bench.meters import (
     stopwatch_of,
 )
 from hsrloop.bench.picture import draw_bars
-from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table
+from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table, tables
 from hsrloop.cli.bench import disturbance, unevenness
 from hsrloop.cli.main import main
 from hsrloop.config import Resolved
@@ -180,6 +183,21 @@ def test_settings_of_rows_are_shown_before_the_figures() -> None:
         console.print(table(rows))
     lines = [line.split() for line in captured.get().splitlines()]
     assert ["model", "yolov8s.pt", "yolov8m.pt"] in lines and ["micro_batch", "4"] in lines
+
+
+def test_tiers_beside_parts_fit_a_terminal_of_80_columns_and_lose_nothing() -> None:
+    wide = Spread.of([1234.5, 1230.1, 1240.2])
+    asked = {"model": "yolov8m.pt", "imgsz": 640, "micro_batch": 4}
+    names = ("low", "medium", "high", "workstation", "cpu")
+    tried = [Row(name=name, images_per_s=wide, note="fits", settings=asked) for name in names]
+    measured = [replace(ROWS[0], name=name) for name in ("step", "train")]
+    console = Console(width=80, file=io.StringIO())
+    console.print(tables([*measured, *tried]))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    first, second = (next(i for i, x in enumerate(lines) if name in x) for name in ("step", "low"))
+    assert first < second and "train" in lines[first] and "workstation" in lines[second]
+    assert any(line.split() == ["micro_batch", *["4"] * 5] for line in lines)
 
 
 def test_bars_are_as_long_as_the_speeds() -> None:
