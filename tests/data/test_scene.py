@@ -202,8 +202,9 @@ def test_the_stream_is_one_for_any_workers_batch_and_cache(yaml: Path, name: str
     results = []
     for workers, micro, cache in ((0, 1, False), (1, 3, "ram"), (2, 16, "ram"), (0, 16, False)):
         loader = TrainLoader(
-            spec.train, ImageStore(images, imgsz=96, cache=cache), config(batch=16),
-            micro_batch=micro, workers=workers, scenes=made.scenes, cutouts=cutouts,
+            spec.train, ImageStore(images, imgsz=96, cache=cache),
+            config(batch=16, micro_batch=micro),
+            workers=workers, scenes=made.scenes, cutouts=cutouts,
         )  # fmt: skip
         with loader:
             batches = list(loader.batches(Position(1, 0)))
