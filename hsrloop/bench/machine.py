@@ -41,8 +41,9 @@ def load_average() -> float:
 class OthersWork:
     """Tells how many cores other programs kept busy since it was made.
 
-    Ours are this process and those it has started, once they ended. Where only some of the
-    machine's cores may be used, and where nobody tells what ended processes took (Windows), 0.
+    Ours are this process and those it has started, once they ended. 0 where only some of the
+    machine's cores may be used, and on other systems than Linux, which do not tell what ended
+    processes took.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class OthersWork:
 
 def _busy_s() -> tuple[float, float, float]:
     """Return the seconds of cores at work, of which ours, and the time."""
-    if os.cpu_count() != usable_cores() or sys.platform == "win32":
+    if os.cpu_count() != usable_cores() or sys.platform != "linux":
         return 0.0, 0.0, time.monotonic()
     machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
     busy = sum(getattr(machine, kind, 0.0) for kind in ("user", "nice", "system"))

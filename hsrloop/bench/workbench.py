@@ -122,9 +122,9 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
         _quieten(base.module)
     amp_dtype = autocast_dtype(config, info, base.module, device, emit)
     half = amp_dtype is torch.float16
-    state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
+    with must_fit(info):
+        state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
     settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
-    set_modes(state, config)
     transaction, graphs = Transaction(state), StepGraphs()
     governor = SpinGovernor() if device.type == "cpu" else None
     built = Built(
@@ -172,6 +172,7 @@ def _settled(built: Built, transaction: Transaction, emit: Emit) -> Loaders:
         return "fits"
 
     with_recovery(attempt, built.state, transaction, config=config, info=built.info, emit=emit)
+    set_modes(built.state, config)  # which depends on the micro-batch
     if built.settings.compiled is not None:
         built.settings.compiled.micro_batch = built.state.rung.micro_batch
     return fitting[0]

@@ -24,16 +24,13 @@ _INTERRUPTED = 130
 
 def run_check(dataset: str, *, imgsz: int, plot: Path | None, as_json: bool) -> int:
     """Check a data set and say what was found; return 1 when training would suffer, else 0."""
-    # What `train` would find beside data.yaml.
-    train_optional = find_folders(TrainConfig(), dataset).suffice
-    manifest = read_manifest(dataset, train_optional=train_optional)
+    folders = find_folders(TrainConfig(), dataset)  # as `train` finds them beside data.yaml
+    manifest = read_manifest(dataset, train_optional=folders.suffice)
     if plot is not None:
         _check_place(plot, manifest)
     try:
         with CheckBar(Console(stderr=True)) as bar:
-            report = check_dataset(
-                manifest, imgsz=imgsz, train_optional=train_optional, progress=bar
-            )
+            report = check_dataset(manifest, imgsz=imgsz, folders=folders, progress=bar)
     except KeyboardInterrupt:
         return _INTERRUPTED
     if plot is not None:

@@ -178,7 +178,7 @@ validation_options = setting_options(
     *VALIDATION_SETTINGS,
     told={
         "model": ("weights to validate: a name or a path", "best.pt of the newest run"),
-        "output": ("folder in which the newest run is looked for", "models/finetuned"),
+        "output": ("folder in which the newest run is looked for", _default_text("output")),
         "batch": ("images at a time", "16"),
         "imgsz": (rule_of("imgsz").help, "as trained"),
     },

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hsrloop.errors import ConfigError, DeviceError
 from hsrloop.hardware.memory import gpu_memory, usable_cores
+from hsrloop.hardware.tiers import nominal_gib
 from hsrloop.records import DeviceInfo
 
 _LOG = logging.getLogger(__name__)
@@ -106,15 +107,16 @@ def probe(
 
 
 def _largest_first(view: TorchView, driver: DriverView) -> list[int]:
-    """Return the numbers of cards; equal ones by what the driver says is free.
+    """Return the numbers of cards; those sold as equal by what the driver says is free.
 
     The one in use comes before those: what is free on it no longer tells of others.
     """
     free = {_bare(card.uuid): card.free_bytes for card in driver.cards}
 
-    def rank(index: int) -> tuple[int, bool, int]:
+    def rank(index: int) -> tuple[int, bool, int, int]:
         card = view.cards[index]
-        return -card.total_bytes, not view.started(index), -free.get(_bare(card.uuid), 0)
+        in_use, has = view.started(index), free.get(_bare(card.uuid), 0)
+        return -nominal_gib(card.total_bytes), not in_use, -has, -card.total_bytes
 
     return sorted(range(len(view.cards)), key=rank)
 
@@ -307,7 +309,7 @@ def _see_torch() -> TorchView:
         cuda=torch.version.cuda or "",
         version=torch.__version__,
         free_bytes=lambda index: gpu_memory(f"cuda:{index}").free_bytes,
-        # A build without CUDA has no such function, nor cards to ask about.
+        # As torch@2.11 to 2.15; a build without CUDA has none, nor cards to ask about.
         started=lambda index: bool(torch._C._cuda_hasPrimaryContext(index)),
     )
 

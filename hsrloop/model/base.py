@@ -163,6 +163,7 @@ def _matching_rows(have: Sequence[str], want: Sequence[str]) -> list[int | None]
     for row, name in enumerate(have):
         exact.setdefault(name.strip().lower(), row)
         alike.setdefault(_bare(name), row)
+    alike.pop("", None)  # of nothing but what stands between words
     return [exact.get(name.strip().lower(), alike.get(_bare(name))) for name in want]
 
 

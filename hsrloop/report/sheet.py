@@ -48,7 +48,11 @@ def save_sheet(report: CheckReport, path: Path) -> None:
                 figure.savefig(path, format="png", dpi=120)
             except OSError as error:
                 raise OutputError(f"--plot {path} cannot be written: {error.strerror}.") from None
-    if any("missing from font" in str(warning.message) for warning in given):
+    unknown = [warning for warning in given if "missing from font" in str(warning.message)]
+    for warning in given:
+        if warning not in unknown:
+            warnings.warn(warning.message, stacklevel=2)
+    if unknown:
         _LOG.warning(
             "%s: some letters are drawn as boxes, since no font here has them. "
             "sudo apt install fonts-noto-cjk helps.",

@@ -126,22 +126,28 @@ def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis
     return spec, load_synthesis(config, folders, spec, threads=usable_cores())
 
 
-def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> str | None:
-    """Return what to say about settings of synthesis given in vain; None when there are none."""
+def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> list[str]:
+    """Return a line for each reason why settings of synthesis have no effect."""
     given = [name for name in SYNTHESIS_SETTINGS if resolved.meant(name)]
-    why = synthesis.text
-    if synthesis.scenes is not None:
-        vain = "synthetic_images" if spec.train else "synthetic_ratio"
-        instead = "synthetic_ratio" if spec.train else "synthetic_images"
-        why = f"with {len(spec.train)} real images, {instead} counts"
-        if vain not in given and not synthesis.scenes.backgrounds:
-            vain, why = "negative_share", "without backgrounds, every image shows an object"
-        given = [name for name in given if name == vain]
-    elif resolved.config.synthetic_ratio == 0:
-        given = [name for name in given if name != "synthetic_ratio"]  # it says so itself
-    return (
-        f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} ignored: {why}" if given else None
-    )
+    if synthesis.scenes is None:
+        if resolved.config.synthetic_ratio == 0:
+            given = [name for name in given if name != "synthetic_ratio"]  # it says so itself
+        return _ignored(given, synthesis.text)
+    counts, vain = "synthetic_ratio", "synthetic_images"
+    if not spec.train:
+        counts, vain = vain, counts
+    why = f"with {len(spec.train)} real images, {counts} counts"
+    lines = _ignored([name for name in given if name == vain], why)
+    if resolved.config.negative_share and not synthesis.scenes.backgrounds:
+        why = "without backgrounds, every image shows an object"
+        lines += _ignored([name for name in given if name == "negative_share"], why)
+    return lines
+
+
+def _ignored(names: Sequence[str], why: str) -> list[str]:
+    """Return a line that says so; none where nothing is."""
+    verb = "is" if len(names) == 1 else "are"
+    return [f"{', '.join(names)} {verb} ignored: {why}"] if names else []
 
 
 def ignored_elsewhere(resolved: Resolved, kind: str, *, scratch: bool) -> list[str]:
@@ -151,7 +157,7 @@ def ignored_elsewhere(resolved: Resolved, kind: str, *, scratch: bool) -> list[s
         kind: of the training device, "cuda" or "cpu".
         scratch: the network has no weights yet.
     """
-    config, lines = resolved.config, []
+    config, lines = resolved.config, list[str]()
     for vain, names, why in (
         (kind == "cpu", ("amp", "amp_dtype", "cuda_graphs"), "training runs on the CPU"),
         (scratch, ("pretrained_lr_scale", "head_lr_scale"), "the network starts from scratch"),

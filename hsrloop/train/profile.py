@@ -67,6 +67,7 @@ class StepProfiler:
 
     def _write(self, recorded: Any) -> None:
         traces = self._folder / "tensorboard"
+        traces.mkdir(exist_ok=True)  # the handler below would raise another error
         tensorboard_trace_handler(str(traces))(recorded)
         steps = min(self._seen - SKIPPED - WARM, RECORDED)
         text = summary(recorded.key_averages(), steps=max(steps, 1), cuda=self._cuda)

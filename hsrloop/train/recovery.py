@@ -82,11 +82,11 @@ def with_recovery(
 
 
 def _outcome(attempt: Callable[[], str], state: TrainState) -> str | _Failure:
-    refused = _refused_allocations()
+    refused = refused_allocations()
     try:
         return attempt()
     except Exception as error:
-        cause = cause_of(error, allocation_failed=_refused_allocations() > refused)
+        cause = cause_of(error, allocation_failed=refused_allocations() > refused)
         if cause is None:
             raise
         rehearsal = error if isinstance(error, RehearsalFailed) else None
@@ -107,7 +107,7 @@ def _was_validating(error: Exception, state: TrainState) -> bool:
     return unvalidated and not isinstance(error, MemoryThrashing)  # training, up to its last step
 
 
-def _refused_allocations() -> int:
+def refused_allocations() -> int:
     """Return how often the GPU's allocator found no memory, or only after freeing its cache."""
     if not torch.cuda.is_available():
         return 0
@@ -237,10 +237,11 @@ def must_fit(info: DeviceInfo, *, when: str = "before training began") -> Iterat
     Raises:
         ResourceError: memory ran out meanwhile.
     """
+    refused = refused_allocations()
     try:
         yield
     except Exception as error:
-        cause = cause_of(error)
+        cause = cause_of(error, allocation_failed=refused_allocations() > refused)
         if cause is None:
             raise
         words = f"{cause.value} ran out {when} ({first_line(error)})."

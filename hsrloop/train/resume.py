@@ -72,7 +72,7 @@ def resumed_settings(given: Resolved, saved: Saved, emit: Callable[[Event], None
     for key, source in explicit.items():
         value = getattr(given.config, key)
         if value == getattr(config, key):
-            if key in CHANGEABLE and source == COMMAND_LINE:
+            if source == COMMAND_LINE:
                 sources[key] = source  # it is meant now, if it was not before
             continue
         if key == "output":

@@ -110,9 +110,10 @@ def train(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ready(Built):
+class _Ready:
     """What a run has before its folder is made: all that can be wrong was looked at."""
 
+    built: Built
     identity: RunIdentity
     choose: bool  # the micro-batch is still to be chosen
 
@@ -134,14 +135,14 @@ def _train(
         info = probe(resolved.config.device)
         closing.enter_context(without_spilling(info))
         ready = _prepare(resolved, given, saved, run_dir, info, hub)
-        state, resolved = ready.state, ready.resolved
+        state, resolved = ready.built.state, ready.built.resolved
         if run_dir is None:
             run_dir = folder.make_run_folder(folder.output_of(resolved.config))
             closing.enter_context(folder.held(run_dir))
         else:
             folder.cut_back(run_dir, state)
         _open_reports(hub, run_dir, resolved, state, server)
-        hub.emit(_started(run_dir, ready, resumed=saved is not None))
+        hub.emit(_started(run_dir, ready.built, resumed=saved is not None))
         governor = SpinGovernor() if state.device.type == "cpu" else None
         if governor is not None:
             closing.callback(governor.close)
@@ -210,16 +211,15 @@ def _prepare(
     needed = checkpoint.bytes_needed(state, config) + REPORTS_BYTES
     folder.check_writable(place, needed - folder.checkpoint_bytes(run_dir))
     settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
-    return _Ready(
+    built = Built(
         resolved=resolved,
         spec=spec,
         synthesis=synthesis,
         info=info,
-        identity=identity,
         state=state,
         settings=settings,
-        choose=choose,
     )
+    return _Ready(built=built, identity=identity, choose=choose)
 
 
 def _go(
@@ -233,20 +233,20 @@ def _go(
     fits: Path | None,
 ) -> str:
     """Run to the end, on smaller settings where memory runs out; return how it ended."""
-    state, config = ready.state, ready.resolved.config
-    transaction = Transaction(state)
-    rehearsal = Rehearsal.of(ready, transaction, emit, fits)
-    find_first_rung(rehearsal, ready.images, choose=ready.choose)
+    built, config = ready.built, ready.built.resolved.config
+    state, transaction = built.state, Transaction(built.state)
+    rehearsal = Rehearsal.of(built, transaction, emit, fits)
+    find_first_rung(rehearsal, built.images, choose=ready.choose)
 
     def attempt() -> str:
-        with ready.loaders(emit) as loaders:
+        with built.loaders(emit) as loaders:
             runtime = Runtime(
                 config=config,
                 identity=ready.identity,
                 saver=saver,
                 train_loader=loaders.train,
                 val_loader=loaders.val,
-                settings=ready.settings,
+                settings=built.settings,
                 transaction=transaction,
                 guard=guard,
                 emit=emit,
@@ -259,7 +259,7 @@ def _go(
             saver.reserve(state)
             return run_to_end(state, runtime)
 
-    return with_recovery(attempt, state, transaction, config=config, info=ready.info, emit=emit)
+    return with_recovery(attempt, state, transaction, config=config, info=built.info, emit=emit)
 
 
 def _finish(
@@ -326,20 +326,20 @@ def _open_reports(
     hub.complete()
 
 
-def _started(run_dir: Path, ready: _Ready, *, resumed: bool) -> RunStarted:
-    state, spec = ready.state, ready.spec
+def _started(run_dir: Path, built: Built, *, resumed: bool) -> RunStarted:
+    state, spec = built.state, built.spec
     return RunStarted(
         run_dir=str(run_dir),
-        config=ready.resolved.config.to_json(),
-        sources=dict(ready.resolved.sources),
+        config=built.resolved.config.to_json(),
+        sources=dict(built.resolved.sources),
         names=list(spec.names),
-        device=ready.info.name,
+        device=built.info.name,
         train_images=len(spec.train),
         val_images=len(spec.val),
         parameters=sum(p.numel() for p in state.model.parameters()),
         groups=groups_table(state.optimizer.param_groups),
         epoch=state.position.epoch + 1,
-        epochs=ready.resolved.config.epochs - state.epochs_skipped,
+        epochs=built.resolved.config.epochs - state.epochs_skipped,
         resumed=resumed,
     )
 
@@ -351,6 +351,6 @@ def _data(resolved: Resolved, hub: Hub) -> tuple[DatasetSpec, Synthesis]:
     given = config.annotated_dir or config.backgrounds_dir or config.distractors_dir
     vain = given is not None and synthesis.scenes is None
     hub.emit(Note(text=synthesis.text, level="warning" if vain else "info"))
-    if ignored := ignored_synthesis(resolved, spec, synthesis):
-        hub.emit(Note(text=ignored, level="warning"))
+    for line in ignored_synthesis(resolved, spec, synthesis):
+        hub.emit(Note(text=line, level="warning"))
     return spec, synthesis

@@ -25,7 +25,7 @@ from hsrloop.train.hub import Hub
 from hsrloop.train.images import val_image_store
 from hsrloop.train.ladder import Cause, cause_of
 from hsrloop.train.precision import set_kernels
-from hsrloop.train.recovery import must_fit
+from hsrloop.train.recovery import must_fit, refused_allocations
 
 
 def validate(
@@ -87,10 +87,12 @@ def _at_what_fits(
 ) -> Metrics | None:
     """Call with half the batch again and again while GPU memory runs out; down to one image."""
     while True:
+        refused = refused_allocations()
         try:
             return attempt(batch)
         except Exception as error:
-            if cause_of(error) is not Cause.GPU_MEMORY or batch == 1:
+            cause = cause_of(error, allocation_failed=refused_allocations() > refused)
+            if cause is not Cause.GPU_MEMORY or batch == 1:
                 raise
             text = f"GPU memory ran out ({first_line(error)}): batch {batch} -> {batch // 2}"
         release_gpu_memory()  # here, where the exception and its frames are gone

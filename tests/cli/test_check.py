@@ -40,6 +40,17 @@ def test_cutouts_and_backgrounds_make_up_for_training_images(
     write_material(tiny_dataset.parent)
     result = invoke("check", "-d", tiny_dataset)
     assert result.exit_code == 0, result.output
+    (tiny_dataset.parent / "annotated/square").rename(tiny_dataset.parent / "annotated/sqare")
+    result = invoke("check", "-d", tiny_dataset)
+    assert result.exit_code == 1 and "no class is named sqare" in result.output
+    (tiny_dataset.parent / "annotated/sqare").rename(tiny_dataset.parent / "annotated/square")
+    for background in (tiny_dataset.parent / "backgrounds").iterdir():
+        background.unlink()
+    result = invoke("check", "-d", tiny_dataset)
+    assert result.exit_code == 1 and "no background can be used" in result.output
+    tiny_dataset.write_text(f"train: {train}\nnames: [square, disc, bar]\n")
+    result = invoke("check", "-d", tiny_dataset)
+    assert result.exit_code == 1 and "neither training nor validation images" in result.output
 
 
 @pytest.mark.parametrize(

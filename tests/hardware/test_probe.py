@@ -71,6 +71,9 @@ def test_of_equal_cards_the_emptiest(device: str) -> None:
     assert p.probe(device, see_driver=driver(), see_torch=torch_sees(RTX, *mine)).index == 1
     started = dataclasses.replace(torch_sees(*mine)(), started=lambda index: index == 2)
     assert p.probe(device, see_driver=driver(*cards), see_torch=lambda: started).index == 2
+    ecc = [dataclasses.replace(mine[0], total_bytes=BIG.total_bytes + 3 * 2**20), *mine[1:]]
+    found = p.probe(device, see_driver=driver(*cards), see_torch=torch_sees(RTX, *ecc))
+    assert found.uuid == "b", "a few MiB more are no larger card"
     smaller = dataclasses.replace(RTX, free_bytes=12 * GIB)
     full = p.probe(device, see_driver=driver(smaller, BIG), see_torch=torch_sees(smaller, BIG))
     assert full.index == 1  # it is the larger one

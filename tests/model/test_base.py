@@ -75,6 +75,7 @@ def test_rows_follow_their_names(nano: nn.Module, nano_file: Path) -> None:
         ),  # the same before alike
         (("cup", "CUP"), ("cup",), (0,)),
         (("wineglass",), ("wine glass",), (None,)),
+        (("-", "_"), ("_", " - ", "__"), (1, 0, None)),
     ],
 )
 def test_a_class_keeps_its_row_when_its_name_is_made_fit_for_ros(

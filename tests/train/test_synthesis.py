@@ -128,8 +128,8 @@ def test_settings_of_synthesis_given_in_vain_are_named(
     defaults = ("tier high", {"max_objects": 8, "synthetic_ratio": 2.0})
     resolved = resolve([defaults, ("command line", given)])
     spec, synthesis = load_data(resolved.config, str(dataset))
-    text = ignored_synthesis(resolved, spec, synthesis)
-    assert (text is None) if says is None else (text is not None and says in text)
+    lines = ignored_synthesis(resolved, spec, synthesis)
+    assert (lines == []) if says is None else (len(lines) == 1 and says in lines[0])
 
 
 def test_what_is_ignored_is_warned_of_once(
@@ -148,9 +148,9 @@ def test_backgrounds_that_are_not_read_are_named(
     folder = tiny_dataset.parent / "backgrounds"
     kept, other = sorted(folder.iterdir())
     other.rename(folder / "hall.HEIC")
-    resolved = resolve([("command line", {"negative_share": 0.1})])
+    resolved = resolve([("command line", {"negative_share": 0.1, "synthetic_images": 5})])
 
-    def load() -> tuple[Synthesis, str | None]:
+    def load() -> tuple[Synthesis, list[str]]:
         caplog.clear()
         spec, synthesis = load_data(resolved.config, str(tiny_dataset))
         return synthesis, ignored_synthesis(resolved, spec, synthesis)
@@ -158,13 +158,19 @@ def test_backgrounds_that_are_not_read_are_named(
     synthesis, ignored = load()
     assert synthesis.scenes is not None and len(synthesis.scenes.backgrounds) == 1
     assert "1 background of kinds that are not read left out" in caplog.text
-    assert "hall.HEIC" in caplog.text and ignored is None
+    assert "hall.HEIC" in caplog.text and len(ignored) == 1
 
     kept.unlink()
     synthesis, ignored = load()
     assert "hall.HEIC" in caplog.text and "on training images" in synthesis.text
-    assert ignored == "negative_share is ignored: without backgrounds, every image shows an object"
+    assert ignored == [
+        "synthetic_images is ignored: with 8 real images, synthetic_ratio counts",
+        "negative_share is ignored: without backgrounds, every image shows an object",
+    ]
 
     (folder / "hall.HEIC").unlink()
     load()
     assert "there are no images in it" in caplog.text
+    none = resolve([("command line", {"negative_share": 0.0})])
+    spec, synthesis = load_data(none.config, str(tiny_dataset))
+    assert ignored_synthesis(none, spec, synthesis) == [], "so it is"

@@ -11,15 +11,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hsrloop.config import TrainConfig
 from hsrloop.data.doctor import objects
 from hsrloop.data.doctor.advice import by_kind, finding, worst_first
 from hsrloop.data.doctor.leaks import Album, leaks, repeats
 from hsrloop.data.doctor.names import name_findings
 from hsrloop.data.doctor.strays import stray_labels
+from hsrloop.data.scenes.synthesis import Folders, load_synthesis
 from hsrloop.data.sets.alike import Look, look_at
-from hsrloop.data.sets.dataset import ImageRef, SplitScan, scan_split, why_unusable
+from hsrloop.data.sets.dataset import (
+    DatasetSpec,
+    ImageRef,
+    SplitScan,
+    scan_split,
+    why_unusable,
+)
 from hsrloop.data.sets.manifest import SPLITS, Manifest, list_images
 from hsrloop.data.threads import in_threads
+from hsrloop.errors import DatasetError
 from hsrloop.records import CheckReport, ClassCount, Finding, Problem, SplitCount
 
 Progress = Callable[[str, int, int], None]
@@ -41,19 +50,20 @@ def check_dataset(
     manifest: Manifest,
     *,
     imgsz: int = 640,
-    train_optional: bool = False,
+    folders: Folders | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Read a data set as training would, decode each image small, and report what is wrong.
 
     Args:
         imgsz: the size that training would use.
-        train_optional: cut-outs and backgrounds make up for training images.
+        folders: of cut-outs and backgrounds, which may make up for training images.
         progress: called with (task, done, total).
     """
     notes = _Findings(by_kind([*manifest.remarks, *manifest.faults]) + name_findings(manifest))
+    synthetic = folders is not None and folders.suffice
     listings = {
-        split: list_images(manifest, split, optional=train_optional and split == "train")
+        split: list_images(manifest, split, optional=split == "train" and synthetic)
         for split in SPLITS
         if manifest.splits[split]
     }
@@ -72,6 +82,9 @@ def check_dataset(
     notes.found += by_kind(stray_labels(listings.values(), manifest.root))
     _note_repeats(notes, manifest, albums)
     notes.found += objects.class_findings(manifest, scans)
+    if synthetic and "train" not in scans:
+        assert folders is not None
+        _note_material(notes, manifest, folders, scans)
     return _report(manifest, imgsz, scans, notes.found)
 
 
@@ -110,6 +123,36 @@ def _note_split(
         notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split=split)
     notes.found += objects.image_findings(scan, split=split, imgsz=imgsz)
     notes.found += objects.box_findings(manifest, scan, split=split, imgsz=imgsz)
+
+
+def _note_material(
+    notes: _Findings, manifest: Manifest, folders: Folders, scans: dict[str, SplitScan]
+) -> None:
+    """Note why nothing can be trained on where there are cut-outs alone; they are read for it."""
+    val = scans.get("val")
+    if val is None:
+        reason = "there are neither training nor validation images; add val"
+        notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split="val")
+        return
+    try:
+        load_synthesis(
+            TrainConfig(),
+            folders,
+            DatasetSpec(
+                yaml=manifest.yaml,
+                root=manifest.root,
+                names=manifest.names,
+                train=(),
+                val=tuple(val.refs),
+                test=(),
+                val_held_out=False,
+                fingerprint="",
+            ),
+            threads=os.cpu_count() or 1,
+        )
+    except DatasetError as error:
+        reason = str(error).removeprefix(f"{manifest.yaml}: ").removesuffix(".")
+        notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split="train")
 
 
 def _note_repeats(notes: _Findings, manifest: Manifest, albums: dict[str, Album]) -> None:
