@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from hsrloop.bench import suite
+from hsrloop.bench.measures import MEASURES, Effort
 from hsrloop.bench.results import Row
 from hsrloop.bench.suite import FEW_CORES, FULL, SMOKE, cells_of
 from hsrloop.bench.visit import Cell, run_suite
 from hsrloop.bench.workbench import Workbench
 from hsrloop.config import resolve
 from hsrloop.errors import DependencyError
+from hsrloop.train.rehearsal import Rehearsal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,3 +227,21 @@ def test_minutes_count_from_before_torch_is_loaded(tmp_path: Path) -> None:
     )
     rows = json.loads((tmp_path / "gpu_suite_smoke.json").read_text())["rows"]
     assert rows[0]["note"] == "skipped: no time left (18 s expected, 0 s left)"
+
+
+def test_nothing_is_rehearsed_where_time_is_short(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a suite measures either fits or says that it does not."""
+
+    def rehearsed(*_: Any) -> None:
+        raise AssertionError("a step was rehearsed")
+
+    monkeypatch.setattr(Rehearsal, "rehearse", rehearsed)
+    given = {"dataset": str(tiny_dataset), "device": "cpu", "rehearsal": "always"}
+    asked = resolve([("test", {**given, "model": "yolov8n.yaml", "imgsz": 64, "batch": 2})])
+    effort = Effort(rounds=1, seconds=0.01)
+    measures = {"step": MEASURES["step"]}
+    (row,) = suite._measured(measures, asked, effort, lambda _: None)
+    assert row.name == "step"
+    assert len(list(suite._exactness("exact", asked, lambda _: None))) == 1

@@ -18,6 +18,7 @@ from hsrloop.bench.meters import PowerReading, Stopwatch
 from hsrloop.bench.suite import SMOKE, TIGHT, cells_of
 from hsrloop.bench.tiers import WARM, StepWatch, measure_tiers, memory_of, why_not
 from hsrloop.config import Resolved, resolve
+from hsrloop.errors import DeviceError
 from hsrloop.events import Climbed, EpochDone, Note, Progress, Recovered
 from hsrloop.hardware.memory import GIB, gpu_memory
 from hsrloop.hardware.tiers import CPU, TIERS, tier_named
@@ -190,6 +191,21 @@ def test_the_cpu_has_its_threads_after_a_gpu_took_them(monkeypatch: pytest.Monke
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_tier_of_the_cpu_is_trained_with_all_of_them(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, had = torch.get_num_threads(), list[int]()
+
+    def trained(*_: Any, **__: Any) -> None:
+        had.append(torch.get_num_threads())
+        raise DeviceError("enough")
+
+    monkeypatch.setattr(tiers, "train", trained)
+    monkeypatch.setattr(tiers, "threads_at_start", lambda: 3)
+    list(measure_tiers(asked, steps=1, emit=lambda _: None, tiers=[CPU], changes=TINY))
+    assert had == [3] and torch.get_num_threads() == before
 
 
 MEDIUM = tier_named("medium")

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hsrloop.bench import workbench as bench_module
 from hsrloop.bench.measures import said_of
 from hsrloop.bench.workbench import workbench
 from hsrloop.config import Resolved, resolve
 from hsrloop.errors import ResourceError
 from hsrloop.events import Note, Recovered
 from hsrloop.records import DeviceInfo, Rung
-from hsrloop.train import build, ladder, pace, recovery, run
+from hsrloop.train import build, compiled, ladder, pace, recovery, run, step, validation
+from hsrloop.train.compiled import Compiled
 from hsrloop.train.detector import Detector
 from hsrloop.train.run import train
 from hsrloop.train.validation import validate
@@ -252,6 +254,67 @@ def test_a_benchmark_measures_what_would_train(
     assert [event.change for event in recorder.of(Recovered)][:1] == ["micro_batch 8 -> 4"]
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["rehearsed", "known to fit"])
+def test_a_benchmark_is_in_the_modes_of_the_rung(
+    known: bool,
+    settings: Settings,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few images at a time leave BatchNorm its statistics; what is compiled knows how many."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real = step.forward_train
+
+    def limited(module: Any, images: Tensor) -> Any:
+        if len(images) > 1 or images.shape[-1] > 64:
+            raise gpu_error()
+        return real(module, images)
+
+    asked = settings(rehearsal="always", imgsz=64, batch=8, micro_batch=2)
+    for module in (step, compiled):
+        monkeypatch.setattr(module, "forward_train", limited)
+    monkeypatch.setattr(build, "compiled_for", lambda config, device: Compiled())
+    for _ in range(1 + known):
+        with workbench(asked, recorder.handle) as bench:
+            norms = [m for m in bench.state.model.modules() if isinstance(m, nn.BatchNorm2d)]
+            assert bench.state.rung.micro_batch == 1
+            assert not any(norm.training for norm in norms)
+            made = bench.settings.compiled
+            assert made is not None and made.micro_batch == 1
+
+
+def test_a_benchmark_closes_loaders_that_were_of_no_use(
+    settings: Settings, insert: Insert, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, closed, close = [], [], build.Loaders.__exit__
+    real = build.build_loaders
+    monkeypatch.setattr(
+        build, "build_loaders", lambda *given: made.append(real(*given)) or made[-1]
+    )
+    monkeypatch.setattr(
+        build.Loaders, "__exit__", lambda self, *why: closed.append(self) or close(self, *why)
+    )
+    insert(Card(just_fits(2)))
+    with workbench(settings(rehearsal="always"), recorder.handle):
+        assert len(made) == 3 and closed == made[:2]
+    assert closed == made
+
+
+def test_a_network_that_finds_no_room_on_the_bench_is_said_in_one_line(
+    settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise gpu_error()
+
+    monkeypatch.setattr(bench_module, "build_state", full)
+    with (
+        pytest.raises(ResourceError, match="^GPU memory ran out before training began"),
+        workbench(settings(), recorder.handle),
+    ):
+        pass
+
+
 def test_a_benchmark_chooses_the_micro_batch_where_it_is_asked_to(
     settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,17 +346,53 @@ def test_validating_alone_gives_way_with_its_batch(
         return find(self, images, **how)
 
     best = str(train(settings(epochs=1)).run_dir / "weights" / "best.pt")
+    freed: list[int] = []
+    monkeypatch.setattr(validation, "release_gpu_memory", lambda: freed.append(1))
     plain = validate(settings(model=best))
     monkeypatch.setattr(Detector, "find", small)
     found = validate(settings(model=best), sinks=[recorder])
     assert found is not None and plain is not None and found.ap50 == plain.ap50
-    assert sizes == [4, 4, 2, 2]
+    assert sizes == [4, 4, 2, 2] and len(freed) == 2
     said = [note.text for note in recorder.of(Note) if "GPU memory" in note.text]
     assert [text.rpartition(": ")[2] for text in said] == ["batch 8 -> 4", "batch 4 -> 2"]
     limit = 0
     with pytest.raises(ResourceError, match="^GPU memory ran out while validating") as raised:
         validate(settings(model=best))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "refused", "tries", "says"),
+    [
+        (host_error(), 0, 1, "^main memory ran out while validating"),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR"), 1, 4, "^GPU memory ran out while validating"),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR"), 0, 1, "CUDNN_STATUS"),
+    ],
+)
+def test_validating_gives_way_for_gpu_memory_alone(
+    error: Exception,
+    refused: int,
+    tries: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What cuDNN says vaguely counts where the allocator had to refuse."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        validation, "refused_allocations", lambda: refused * len(asked), raising=True
+    )
+    monkeypatch.setattr(recovery, "refused_allocations", lambda: refused * len(asked))
+
+    def attempt(batch: int) -> None:
+        asked.append(batch)
+        raise error
+
+    with (
+        pytest.raises((ResourceError, RuntimeError), match=says),
+        recovery.must_fit(GPU, when="while validating"),
+    ):
+        validation._at_what_fits(attempt, 8, lambda event: None)
+    assert asked == [8, 4, 2, 1][:tries]
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from hsrloop.config import Resolved
 from hsrloop.events import Note
 from hsrloop.ops.ranges import RANGES, named
 from hsrloop.train import profile
-from hsrloop.train.profile import RECORDED, SKIPPED, WARM, summary
+from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler, summary
 from hsrloop.train.run import train
 from tests.train.conftest import Recorder
 
@@ -50,17 +51,29 @@ def test_a_profiled_run_names_its_ranges_and_is_the_same_run(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("of", ["text", "folder"])
 def test_a_full_disk_costs_the_profile_and_not_the_run(
-    settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    of: str,
+    settings: Settings,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(*(profile, "summary") if of == "text" else (Path, "mkdir"), full)
+    recording = StepProfiler(tmp_path, torch.device("cpu"), recorder.handle)
+    for _ in range(SKIPPED + WARM + RECORDED):
+        recording.step()
+    (note,) = recorder.of(Note)
+    assert note.level == "warning" and "No space left" in note.text
+    monkeypatch.undo()
+
     monkeypatch.setattr(profile, "summary", full)
     outcome = train(settings(profile=True, epochs=1, batch=1), sinks=[recorder])
     assert outcome.reason == "completed" and not (outcome.run_dir / "profile.txt").exists()
-    (note,) = [n for n in recorder.of(Note) if "profile cannot be written" in n.text]
-    assert note.level == "warning" and "No space left" in note.text
+    assert len([n for n in recorder.of(Note) if "profile cannot be written" in n.text]) == 2
 
 
 def test_a_run_too_short_to_profile_says_so(settings: Settings, recorder: Recorder) -> None:

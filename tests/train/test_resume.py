@@ -20,7 +20,7 @@ from hsrloop.errors import CheckpointError, DependencyError
 from hsrloop.events import Note
 from hsrloop.model import export
 from hsrloop.records import Metrics
-from hsrloop.train import checkpoint, loop, resume
+from hsrloop.train import checkpoint, loop, resume, run
 from hsrloop.train.folder import newest_unfinished
 from hsrloop.train.run import train
 from tests.conftest import write_tiny_dataset
@@ -385,3 +385,21 @@ def test_what_an_export_needs_is_checked_when_a_run_goes_on(
     monkeypatch.setattr(export, "_LIBRARIES", {"onnx": ("no_such_library",)})
     with pytest.raises(DependencyError, match="--export onnx needs no_such_library"):
         train(resolve([]), resume=stopped.run_dir / "weights" / "last.pt")
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_checkpoint_is_trusted_only_when_that_is_said_now(
+    now: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says itself of how it was opened before does not count."""
+    stopped = train(settings(trust_checkpoint=True), stop=StopAfter(1))
+    trusted, real = list[bool](), run.load_base
+
+    def load(*given: Any, trust: bool, **how: Any) -> Any:
+        trusted.append(trust)
+        return real(*given, trust=trust, **how)
+
+    monkeypatch.setattr(run, "load_base", load)
+    told = resolve([("command line", {"trust_checkpoint": True})] if now else [])
+    train(told, resume=stopped.run_dir / "weights" / "last.pt")
+    assert trusted == [now]

@@ -15,13 +15,13 @@ import torch
 import yaml
 
 from hsrloop.config import Resolved, TrainConfig, resolve
-from hsrloop.errors import ConfigError, DivergedError, OutputError
+from hsrloop.errors import ConfigError, DivergedError, OutputError, WeightsError
 from hsrloop.events import EpochDone, Note, RunFinished, RunStarted
 from hsrloop.model.base import load_base
 from hsrloop.ops.loss import GAINS, LossSums
 from hsrloop.records import Metrics
 from hsrloop.report.files import json_text
-from hsrloop.train import checkpoint, folder, graphs, loop
+from hsrloop.train import build, checkpoint, folder, graphs, loop
 from hsrloop.train import run as run_module
 from hsrloop.train.build import build_state
 from hsrloop.train.run import train
@@ -221,6 +221,53 @@ def test_a_tier_model_that_is_not_at_hand_is_replaced_loudly(
     resolved = resolve([("tier medium", {"model": "yolov8m.pt"}), ("command line", values)])
     train(resolved, sinks=[recorder])
     assert any("yolov8n" in n.text and n.level == "warning" for n in recorder.of(Note))
+
+
+@pytest.mark.parametrize(
+    ("layer", "replaced"),
+    [
+        ("tier medium", True),
+        ("preset fast", True),
+        ("command line", False),
+        ("file tier_of_mine.yaml", False),
+    ],
+)
+def test_a_model_that_the_user_named_is_not_replaced(
+    layer: str, replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Path:
+        raise WeightsError(f"{name} was not found")
+
+    monkeypatch.setattr(build, "find_weights", missing)
+    monkeypatch.setattr(build, "largest_smaller", lambda name: (tmp_path / "small.pt", "smaller"))
+    resolved = resolve([(layer, {"model": "yolov8m.pt"})])
+    if replaced:
+        assert build.locate(resolved, lambda event: None) == tmp_path / "small.pt"
+    else:
+        with pytest.raises(WeightsError, match="yolov8m.pt was not found"):
+            build.locate(resolved, lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "workers", "expected"),
+    [("command line", 8, True), ("file of_mine.yaml", 8, False), ("file of_mine.yaml", 1, True)],
+)
+def test_on_the_cpu_a_process_renders_only_where_that_is_meant(
+    settings: Settings, layer: str, workers: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's own config.yaml names the default too."""
+    monkeypatch.setattr(build, "usable_cores", lambda: 2)
+    monkeypatch.setattr("hsrloop.hardware.probe.usable_cores", lambda: 2)
+    values = settings(epochs=1).config.to_json()
+    del values["workers"]
+    resolved = resolve([("test", values), (layer, {"workers": workers})])
+    assert train(resolved).rung.workers == expected
+
+
+def test_what_has_no_effect_is_warned_of(settings: Settings, recorder: Any) -> None:
+    train(settings(epochs=1, head_lr_scale=2.0), sinks=[recorder])
+    text = "head_lr_scale is ignored: the network starts from scratch"
+    assert [note.level for note in recorder.of(Note) if note.text == text] == ["warning"]
 
 
 def test_a_training_that_diverges_ends_with_one_error(settings: Settings, tmp_path: Path) -> None:

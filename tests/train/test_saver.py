@@ -488,3 +488,31 @@ def killed_at(number: int) -> None:
 
     for name in set(CALLS):
         setattr(os, name, wrapped(name, getattr(os, name)))
+
+
+def test_the_writer_ends_whatever_waiting_for_it_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+
+    def broken(_: Saver) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Saver, "_wait", broken)
+    with pytest.raises(ZeroDivisionError), bench.saver:
+        raise ValueError("of the run")
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        bench.saver._writer.submit(print)
+
+
+def test_a_checkpoint_of_another_format_is_not_guessed_at(bench: Bench) -> None:
+    bench.epoch(LAST)
+    bench.settle()
+    last = bench.folder / LAST
+    checkpoint.read(last)
+    content = torch.load(last, weights_only=False)
+    content[checkpoint.KEY]["format"] = checkpoint.FORMAT + 1
+    torch.save(content, last)
+    with pytest.raises(CheckpointError, match="another version of hsrloop") as raised:
+        checkpoint.read(last)
+    assert "--model" in str(raised.value)
