@@ -163,8 +163,7 @@ def ignored_elsewhere(resolved: Resolved, kind: str, *, scratch: bool) -> list[s
         (scratch, ("pretrained_lr_scale", "head_lr_scale"), "the network starts from scratch"),
     ):
         given = [name for name in names if resolved.meant(name) and getattr(config, name)]
-        if vain and given:
-            lines.append(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} ignored: {why}")
+        lines += _ignored(given if vain else [], why)
     return lines
 
 
