@@ -61,7 +61,9 @@ class TrainConfig:
         words=(AUTO,),
     )
     imgsz: int = setting(640, "side of the square network input, px", multiple_of=32)
-    patience: int = setting(10, "epochs without a better mAP50-95 before stopping; 0: never", low=0)
+    patience: int = setting(
+        10, "epochs without a better mAP50-95 before the last ones are trained; 0: never", low=0
+    )
     optimizer: str = setting("AdamW", "optimizer", choices=("AdamW", "Adam", "SGD"))
     lr0: float = setting(
         0.001, "highest learning rate, before the layers' factors", low=0, above=True

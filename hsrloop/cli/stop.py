@@ -1,12 +1,17 @@
-"""Ctrl-C and `kill`: the first asks the run to save and end, the second ends it at once."""
+"""Ctrl-C, `kill`, a terminal that closes: the first asks the run to save and end.
+
+The second Ctrl-C or `kill` ends it at once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # absent on Windows
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP is not None else []))
 _ASKED = b"\nStopping: the run is being saved. Once more ends it at once.\n"
 _SHOW_CURSOR = b"\x1b[?25h"
 
@@ -41,11 +46,16 @@ class Stop:
         return 128 + self.signum
 
     def listen(self) -> None:
-        """Receive SIGINT and SIGTERM from now on."""
+        """Receive SIGINT, SIGTERM and, but under `nohup`, SIGHUP from now on."""
         for signum in _SIGNALS:
-            signal.signal(signum, self._receive)
+            if signum != _HANGUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if signum == _HANGUP:
+            _leave_terminal()
+            if self.signum:  # a shell and the system may both say that the terminal closed
+                return
         if self.signum:
             for stream in (1, 2):
                 if os.isatty(stream):
@@ -55,3 +65,12 @@ class Stop:
         if not self._asked:
             raise Interrupted(signum)
         os.write(2, _ASKED)  # the only output that is safe inside a handler
+
+
+def _leave_terminal() -> None:
+    """Let what is written to a terminal go nowhere: it is gone, and writing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

@@ -138,8 +138,9 @@ def _serve(
         end.close()
     # Both reach the whole process group. The parent still needs this epoch's batches: a worker ends
     # when its pipe does.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(0)  # one process for each core already
     while True:
         try:

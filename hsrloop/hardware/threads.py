@@ -51,10 +51,7 @@ def _settings(cores: int) -> dict[str, str]:
         # What --deterministic needs of cuBLAS; read once, when CUDA starts. The smaller of the two
         # that it may be: 32 MiB for each thread and stream is more than its few products need.
         "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-        # What both keep between starts, and would else put into the home and the temporary folder;
-        # compiled parts then outlive a reboot.
-        "MPLCONFIGDIR": str(cache_folder() / "matplotlib"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "compiled"),
+        **_kept_between_starts(),
         # torch's profiler tells of its stages, and of a missing GPU as an error.
         "KINETO_LOG_LEVEL": "99",
         # Large tensors on the CPU ask for huge pages, which saves page faults.
@@ -64,6 +61,23 @@ def _settings(cores: int) -> dict[str, str]:
         # A smaller micro-batch after running out of memory can then use what the larger one left.
         settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return settings
+
+
+def _kept_between_starts() -> dict[str, str]:
+    """Return where matplotlib and torch's compiler keep what they would make again.
+
+    They would put it into the home and the temporary folder; here it outlives a reboot. Nothing
+    where nothing can be written: torch is not loaded with a folder that it cannot make.
+    """
+    places = {"MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "compiled"}
+    folders = {key: cache_folder() / name for key, name in places.items()}
+    try:
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    writable = all(os.access(folder, os.W_OK | os.X_OK) for folder in folders.values())
+    return {key: str(folder) for key, folder in folders.items()} if writable else {}
 
 
 def keep_freed_memory() -> bool:

@@ -33,7 +33,7 @@ def scores_table(metrics: Metrics) -> RenderableType:
             str(score.images),
             str(score.boxes),
             *_numbers(score.ap50_95, score.ap50, score.precision, score.recall),
-            f"{score.best_conf:.2f}",
+            f"{score.best_conf:.2f}" if score.ap50 else "-",  # found at no confidence
             style="yellow" if score.ap50_95 < _WEAK_AP else None,
         )
     table.add_section()
@@ -82,6 +82,7 @@ def class_scores(rows: Iterable[Mapping[str, Any]]) -> list[ClassScore]:
 
 def _class_json(score: ClassScore) -> dict[str, Any]:
     row = dataclasses.asdict(score)
+    row["best_conf"] = score.best_conf if score.ap50 else None
     row["mAP50"] = row.pop("ap50")
     row["mAP50-95"] = row.pop("ap50_95")
     return row

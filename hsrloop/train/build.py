@@ -23,7 +23,7 @@ from hsrloop.data.pixels.bank import BankPlace
 from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.scenes.cutouts import CutoutStore
 from hsrloop.data.scenes.synthesis import Synthesis, find_folders, load_synthesis
-from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
+from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset, warn_about_classes
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.errors import ConfigError, WeightsError
 from hsrloop.events import Event, Note
@@ -41,6 +41,7 @@ from hsrloop.train.images import train_images, val_image_store
 from hsrloop.train.precision import place
 from hsrloop.train.state import TrainState, initial_grad_scale
 from hsrloop.train.step import StepSettings
+from hsrloop.words import few
 
 Emit = Callable[[Event], None]
 KERNELS = (
@@ -122,8 +123,15 @@ def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis
         DatasetError: either cannot be used.
     """
     folders = find_folders(config, dataset)
-    spec = load_dataset(dataset, seed=config.seed, train_optional=folders.suffice)
-    return spec, load_synthesis(config, folders, spec, threads=usable_cores())
+    pasted = folders.annotated is not None
+    spec = load_dataset(
+        dataset, seed=config.seed, train_optional=folders.suffice, cutouts_follow=pasted
+    )
+    synthesis = load_synthesis(config, folders, spec, threads=usable_cores())
+    if pasted:
+        cutouts = synthesis.scenes.cutouts if synthesis.scenes else ()
+        warn_about_classes(spec, {cutout.label for cutout in cutouts if cutout.label >= 0})
+    return spec, synthesis
 
 
 def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> list[str]:
@@ -186,6 +194,14 @@ def load_model(
         resolved = Resolved(config.replace(model=path.name), sources)
     base = load_base(path, names=names, seed=config.seed, trust=config.trust_checkpoint)
     return resolved, base
+
+
+def carried_over(base: BaseModel, names: Sequence[str]) -> str:
+    """Return which of the classes pretrained weights know."""
+    new = [name for name, fresh in zip(names, base.fresh_classes, strict=True) if fresh]
+    if not new:
+        return f"the weights know every class ({len(names)})"
+    return f"the weights know {len(names) - len(new)} of {len(names)} classes; new: {few(new)}"
 
 
 def locate(resolved: Resolved, emit: Emit) -> Path:

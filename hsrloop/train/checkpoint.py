@@ -34,6 +34,7 @@ from hsrloop.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
 KEY = "hsrloop"
 _KINDS = {"config": {}, "sources": {}, "names": [""], "fingerprint": "", "threads": 0}
 LAST = "last.pt"
@@ -69,6 +70,7 @@ def write_atomically(
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # again, if somebody took it away
         with temporary.open("wb") as file:
             write(file)
             file.flush()
@@ -84,7 +86,8 @@ def write_atomically(
         if refused is None:
             raise
         reason = refused.strerror or str(refused)
-        raise OutputError(f"cannot write {path}: {reason}. Free space.") from refused
+        remedy = " Free space." if refused.errno in FULL else ""
+        raise OutputError(f"cannot write {path}: {reason}.{remedy}") from refused
 
 
 def _refusal(error: BaseException) -> OSError | None:
@@ -168,7 +171,7 @@ def write(path: Path, whole: Mapping[str, Any], *, previous: Path | None) -> Non
         attempt()
     except OutputError as error:
         cause = error.__cause__
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(cause, OSError) and cause.errno in FULL
         if not full or previous is None or not is_file(previous):
             raise
         with contextlib.suppress(OSError):

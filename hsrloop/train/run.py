@@ -33,6 +33,7 @@ from hsrloop.train.build import (
     KERNELS,
     Built,
     build_state,
+    carried_over,
     dataset_of,
     ignored_elsewhere,
     ignored_synthesis,
@@ -185,6 +186,8 @@ def _prepare(
     if saved is None:
         resolved, base = load_model(resolved, spec.names, hub.emit)
         config = resolved.config
+        if base.source_names:
+            hub.emit(Note(text=carried_over(base, spec.names)))
     else:
         trust = given.config.trust_checkpoint
         base = load_base(saved.path, names=spec.names, seed=0, trust=trust)

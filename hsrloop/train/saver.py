@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -335,4 +336,5 @@ def _room(folder: Path, needed: int) -> str:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return f"({folder}: {error.strerror}.)"
-    return f"It needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free."
+    asked, has = math.ceil(needed / 2**20), free // 2**20
+    return f"It needs {asked} MiB, the disk has {has} MiB free."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_cutouts_and_backgrounds_make_up_for_training_images(
     tiny_dataset.write_text(f"train: {train}\nval: images/val\nnames: [square, disc, bar]\n")
     assert invoke("check", "-d", tiny_dataset).exit_code == 1
     write_material(tiny_dataset.parent)
+    result = invoke("check", "-d", tiny_dataset)
+    assert result.exit_code == 1 and "bar (class 2)" in result.output
+    shutil.copytree(tiny_dataset.parent / "annotated/disc", tiny_dataset.parent / "annotated/bar")
     result = invoke("check", "-d", tiny_dataset)
     assert result.exit_code == 0, result.output
     (tiny_dataset.parent / "annotated/square").rename(tiny_dataset.parent / "annotated/sqare")

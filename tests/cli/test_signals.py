@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pty
 import shlex
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from hsrloop.cli.stop import Stop
 
 CODE = """
 import sys, time
@@ -37,7 +43,7 @@ def start(*, polite: bool) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks(signum: signal.Signals) -> None:
     process = start(polite=True)
     process.send_signal(signum)
@@ -99,7 +105,7 @@ def test_the_second_signal_gives_the_cursor_back() -> None:
     os.close(theirs)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves_the_run(
     signum: signal.Signals, tiny_dataset: Path, tmp_path: Path
 ) -> None:
@@ -123,3 +129,50 @@ def test_a_signal_to_the_whole_group_saves_the_run(
     (last,) = tmp_path.glob("my runs/*/weights/last.pt")
     hint = next(line for line in shown.splitlines() if "Go on with:" in line)
     assert shlex.split(hint)[-2:] == ["--resume", str(last)]
+
+
+def test_a_terminal_that_closes_saves_the_run(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The system says so, the shell may too, and nothing can be written to it any more."""
+    options = "-m yolov8n.yaml --imgsz 64 --batch 4 --epochs 500 --workers 1 --device cpu"
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hsrloop", "train", "-d", str(tiny_dataset), *options.split()]
+        + ["--no-tensorboard", "--no-auto-scale", "-o", str(tmp_path / "runs")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    reader = threading.Thread(target=_drain, args=(ours,), daemon=True)
+    reader.start()
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/results.csv")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGHUP)  # as a shell does
+    os.close(ours)  # and the system: its other end is gone
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    (last,) = tmp_path.glob("runs/*/weights/last.pt")
+    (events,) = tmp_path.glob("runs/*/events.jsonl")
+    assert '"interrupted"' in events.read_text().splitlines()[-1]
+
+
+def _drain(stream: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(stream, 10_000):
+            pass
+
+
+def test_under_nohup_a_terminal_that_closes_is_no_matter() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    kept = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        stop = Stop()
+        stop.listen()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == stop._receive
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), kept, strict=True):
+            signal.signal(number, handler)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,17 @@ def test_hardware_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     assert done.stdout.strip() == str(glibc)
+
+
+@pytest.mark.parametrize("home", ["a file", "/proc"])
+def test_where_nothing_can_be_kept_torch_is_not_told_to(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", home if home == "/proc" else str(tmp_path / "file"))
+    assert not kept & set(threads._settings(2))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert kept <= set(threads._settings(2))
+    monkeypatch.setattr(threads.os, "access", lambda *_: False)  # somebody else's
+    assert not kept & set(threads._settings(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -56,3 +57,15 @@ def test_json_holds_the_same() -> None:
     assert data["best_conf"] == 0.42
     assert [row["name"] for row in data["classes"]] == ["bowl", "fork", "cup"]
     assert data["classes"][0]["mAP50-95"] == 0.1
+
+
+def test_a_class_that_is_never_found_has_no_confidence_to_use() -> None:
+    lost = dataclasses.replace(
+        METRICS.classes[0], name="lost", ap50=0.0, ap50_95=0.0, best_conf=0.0
+    )
+    metrics = dataclasses.replace(METRICS, classes=(lost, *METRICS.classes))
+    (row,) = [line for line in shown(metrics).splitlines() if line.startswith("lost")]
+    assert row.split()[-1] == "-"
+    by_name = {row["name"]: row for row in scores_json(metrics)["classes"]}
+    assert by_name["lost"]["best_conf"] is None
+    assert by_name[METRICS.classes[0].name]["best_conf"] == METRICS.classes[0].best_conf

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -516,3 +517,27 @@ def test_a_checkpoint_of_another_format_is_not_guessed_at(bench: Bench) -> None:
     with pytest.raises(CheckpointError, match="another version of hsrloop") as raised:
         checkpoint.read(last)
     assert "--model" in str(raised.value)
+
+
+def test_a_folder_that_was_taken_away_is_made_again(bench: Bench) -> None:
+    shutil.rmtree(bench.folder)
+    bench.epoch(LAST)
+    bench.settle()
+    assert bench.files() == [LAST]
+
+
+def test_room_is_the_remedy_for_a_full_disk_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code, ends in ((errno.ENOSPC, "Free space."), (errno.EACCES, "denied.")):
+        said = OSError(code, os.strerror(code))
+
+        def fail(_: Any, said: OSError = said) -> None:
+            raise said
+
+        with pytest.raises(OutputError) as raised:
+            checkpoint.write_atomically(tmp_path / "x.pt", fail)
+        assert str(raised.value).endswith(ends)
+    disk = SimpleNamespace(free=int(54.49 * 2**20))
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda _: disk)
+    assert "It needs 55 MiB, the disk has 54" in saver._room(tmp_path, int(54.51 * 2**20))

@@ -17,6 +17,7 @@ from hsrloop.data.doctor.advice import by_kind, finding, worst_first
 from hsrloop.data.doctor.leaks import Album, leaks, repeats
 from hsrloop.data.doctor.names import name_findings
 from hsrloop.data.doctor.strays import stray_labels
+from hsrloop.data.scenes.cutout_files import annotated_sources
 from hsrloop.data.scenes.synthesis import Folders, load_synthesis
 from hsrloop.data.sets.alike import Look, look_at
 from hsrloop.data.sets.dataset import (
@@ -32,6 +33,7 @@ from hsrloop.errors import DatasetError
 from hsrloop.records import CheckReport, ClassCount, Finding, Problem, SplitCount
 
 Progress = Callable[[str, int, int], None]
+_THREADS = os.cpu_count() or 1
 
 
 @dataclass(slots=True)
@@ -81,10 +83,8 @@ def check_dataset(
         _note_split(notes, manifest, split, scan, imgsz)
     notes.found += by_kind(stray_labels(listings.values(), manifest.root))
     _note_repeats(notes, manifest, albums)
-    notes.found += objects.class_findings(manifest, scans)
-    if synthetic and "train" not in scans:
-        assert folders is not None
-        _note_material(notes, manifest, folders, scans)
+    pasted = _note_material(notes, manifest, folders, scans) if folders is not None else set()
+    notes.found += objects.class_findings(manifest, scans, pasted)
     return _report(manifest, imgsz, scans, notes.found)
 
 
@@ -97,7 +97,7 @@ def _look(scan: SplitScan, progress: Callable[[int, int], None] | None) -> Album
     looks: list[Look] = []
     kept: list[int] = []
     paths = [ref.path for ref in scan.refs]
-    for i, look in enumerate(in_threads(look_at, paths, threads=os.cpu_count() or 1)):
+    for i, look in enumerate(in_threads(look_at, paths, threads=_THREADS)):
         if look is None:
             scan.unreadable.append(Problem("unreadable", paths[i], "it cannot be decoded"))
         else:
@@ -127,32 +127,41 @@ def _note_split(
 
 def _note_material(
     notes: _Findings, manifest: Manifest, folders: Folders, scans: dict[str, SplitScan]
-) -> None:
-    """Note why nothing can be trained on where there are cut-outs alone; they are read for it."""
-    val = scans.get("val")
-    if val is None:
+) -> set[int]:
+    """Note what training would refuse of cut-outs; return the classes that there are some of.
+
+    Where they are to make up for training images they are read as training reads them.
+    """
+    if folders.annotated is None:
+        return set()
+    if "train" not in scans and "val" not in scans:
         reason = "there are neither training nor validation images; add val"
         notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split="val")
-        return
+        return set()
     try:
-        load_synthesis(
-            TrainConfig(),
-            folders,
-            DatasetSpec(
-                yaml=manifest.yaml,
-                root=manifest.root,
-                names=manifest.names,
-                train=(),
-                val=tuple(val.refs),
-                test=(),
-                val_held_out=False,
-                fingerprint="",
-            ),
-            threads=os.cpu_count() or 1,
-        )
+        sources = annotated_sources(folders.annotated, manifest.names)
+        if folders.suffice and "train" not in scans:
+            load_synthesis(
+                TrainConfig(), folders, _without_training(manifest, scans), threads=_THREADS
+            )
     except DatasetError as error:
         reason = str(error).removeprefix(f"{manifest.yaml}: ").removesuffix(".")
         notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split="train")
+        return set()
+    return {source.label for source in sources}
+
+
+def _without_training(manifest: Manifest, scans: dict[str, SplitScan]) -> DatasetSpec:
+    return DatasetSpec(
+        yaml=manifest.yaml,
+        root=manifest.root,
+        names=manifest.names,
+        train=(),
+        val=tuple(scans["val"].refs),
+        test=(),
+        val_held_out=False,
+        fingerprint="",
+    )
 
 
 def _note_repeats(notes: _Findings, manifest: Manifest, albums: dict[str, Album]) -> None:

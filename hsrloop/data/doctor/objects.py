@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -96,12 +96,20 @@ def box_findings(manifest: Manifest, scan: SplitScan, *, split: str, imgsz: int)
     ]
 
 
-def class_findings(manifest: Manifest, scans: Mapping[str, SplitScan]) -> list[Finding]:
-    """Return classes that train or val never shows; those of a split that is not there are none."""
+def class_findings(
+    manifest: Manifest, scans: Mapping[str, SplitScan], cutouts: Collection[int] = ()
+) -> list[Finding]:
+    """Return classes that train or val never shows; those of a split that is not there are none.
+
+    Args:
+        cutouts: classes that are pasted into training images.
+    """
     present = {
         split: {int(label) for ref in scan.refs for label in ref.labels}
         for split, scan in scans.items()
     }
+    if cutouts:
+        present["train"] = present.get("train", set()) | set(cutouts)
     found = []
     for split, kind in (("train", "class-untrained"), ("val", "class-unvalidated")):
         if not present.get(split):

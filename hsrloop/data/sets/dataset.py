@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hsrloop.data.sets.split import hold_out
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem
-from hsrloop.words import counted
+from hsrloop.words import counted, few
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def load_dataset(
     seed: int = 0,
     splits: tuple[str, ...] = ("train", "val"),
     train_optional: bool = False,
+    cutouts_follow: bool = False,
 ) -> DatasetSpec:
     """Read data.yaml, its images' headers and its labels.
 
@@ -102,6 +103,7 @@ def load_dataset(
         seed: decides which images are held out.
         splits: which of train, val and test to read; the others stay empty.
         train_optional: a set without training images will do, if it has its own validation images.
+        cutouts_follow: whoever reads them will call `warn_about_classes`.
 
     Raises:
         DatasetError: a file is missing or malformed, or nothing usable is left.
@@ -126,10 +128,8 @@ def load_dataset(
     for split, scan in scans.items():
         if reason := why_unusable(split, scan):
             raise DatasetError(f"{manifest.yaml}: {reason}.")
-    if "train" in scans:
-        _warn_about_classes(manifest, scans)
     refs = {split: tuple(scan.refs) for split, scan in scans.items()}
-    return DatasetSpec(
+    spec = DatasetSpec(
         yaml=manifest.yaml,
         root=manifest.root,
         names=manifest.names,
@@ -139,6 +139,9 @@ def load_dataset(
         val_held_out=held_out,
         fingerprint=_fingerprint(manifest.names, scans),
     )
+    if "train" in scans and not cutouts_follow:
+        warn_about_classes(spec)
+    return spec
 
 
 def _heed(remarks: Sequence[Problem], faults: Sequence[Problem]) -> None:
@@ -289,25 +292,26 @@ def _real(scan: SplitScan) -> set[str]:
     return {os.path.realpath(ref.path) for ref in scan.refs}
 
 
-def _warn_about_classes(manifest: Manifest, scans: dict[str, SplitScan]) -> None:
-    present = {split: _classes(scan) for split, scan in scans.items()}
-    absent = [name for i, name in enumerate(manifest.names) if i not in present["train"]]
+def warn_about_classes(spec: DatasetSpec, cutouts: Collection[int] = ()) -> None:
+    """Warn of classes that nothing shows in training, and of those that validation never shows.
+
+    Args:
+        cutouts: classes that are pasted.
+    """
+    trained = _classes(spec.train) | set(cutouts)
+    absent = [name for i, name in enumerate(spec.names) if i not in trained]
     if absent:
-        logger.warning("no training image of %s: %s.", counted(len(absent), "class"), _few(absent))
-    if "val" in present:
-        unseen = [manifest.names[i] for i in sorted(present["train"] - present["val"])]
+        what = "training image or cut-out" if cutouts else "training image"
+        logger.warning("no %s of %s: %s.", what, counted(len(absent), "class"), few(absent))
+    if spec.val:
+        unseen = [spec.names[i] for i in sorted(trained - _classes(spec.val))]
         if unseen:
             classes = counted(len(unseen), "class")
-            logger.warning("no validation image of %s: %s.", classes, _few(unseen))
+            logger.warning("no validation image of %s: %s.", classes, few(unseen))
 
 
-def _classes(scan: SplitScan) -> set[int]:
-    return {int(label) for ref in scan.refs for label in ref.labels}
-
-
-def _few(names: list[str], shown: int = 8) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _classes(refs: Sequence[ImageRef]) -> set[int]:
+    return {int(label) for ref in refs for label in ref.labels}
 
 
 def _fingerprint(names: tuple[str, ...], scans: dict[str, SplitScan]) -> str:
