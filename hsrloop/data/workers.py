@@ -19,6 +19,8 @@ from typing import Generic, TypeVar
 import cv2
 import numpy as np
 
+from hsrloop.errors import HsrloopError
+
 logger = logging.getLogger(__name__)
 
 DEPTH = 2  # tasks ahead per worker
@@ -70,7 +72,8 @@ class WorkerPool(Generic[Task, Result]):
 
         Raises:
             WorkerDied: a process is gone.
-            RuntimeError: `work` raised; with its traceback.
+            HsrloopError: `work` raised it.
+            RuntimeError: `work` raised something else; with its traceback.
         """
         self._drain()
         count = len(self._processes)
@@ -107,6 +110,8 @@ class WorkerPool(Generic[Task, Result]):
         except (EOFError, OSError):
             raise self._died(which) from None
         self._waiting[which] -= 1
+        if isinstance(failure, HsrloopError):
+            raise failure
         if failure:
             raise RuntimeError(f"a loader process failed:\n{failure}")
         result: Result = answer
@@ -148,7 +153,9 @@ def _serve(
         except (EOFError, OSError):
             return
         try:
-            answer: tuple[Result | None, str] = (work(task, slots[turn]), "")
+            answer: tuple[Result | None, str | HsrloopError] = (work(task, slots[turn]), "")
+        except HsrloopError as error:
+            answer = (None, error)
         except Exception:  # whatever it is, the parent raises it
             answer = (None, traceback.format_exc())
         try:

@@ -27,7 +27,7 @@ from hsrloop.data.plan import AugmentPlan
 from hsrloop.data.sets.dataset import DatasetSpec, ImageRef, load_dataset
 from hsrloop.data.sets.scan import ORIENTATION, decode, image_size
 from hsrloop.data.val_loader import ValLoader
-from hsrloop.errors import OutputError
+from hsrloop.errors import DatasetError, OutputError
 from hsrloop.records import Batch, Position
 
 SIDE = 96
@@ -145,6 +145,34 @@ def test_an_image_that_breaks_later_is_grey_and_said_once(
     with TrainLoader(spec.train, store, config(mosaic=0, mixup=0)) as loader:
         batches = list(loader.batches(Position(0, 0)))
     assert sum(len(batch.images) for batch in batches) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_that_is_gone_is_not_trained_on_as_grey(
+    workers: int, spec: DatasetSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A few images may break; of most of them their disk is gone, and the run must end."""
+    store = ImageStore(spec.train, imgsz=SIDE)
+    for ref in spec.train[:5]:
+        ref.path.unlink()
+    with TrainLoader(spec.train, store, config(mosaic=0, mixup=0), workers=workers) as loader:
+        assert len(list(loader.batches(Position(0, 0))))
+        for ref in spec.train[5:]:
+            ref.path.unlink()
+        with pytest.raises(DatasetError, match=r"[678] of 8 images are gone") as raised:
+            for epoch in range(9):
+                list(loader.batches(Position(epoch, 0)))
+    assert "\n" not in str(raised.value) and "--resume" in str(raised.value)
+    if not workers:
+        assert caplog.text.count("became unreadable") == 5 and "More are not named" in caplog.text
+
+
+def test_damaged_images_are_grey_however_many(spec: DatasetSpec) -> None:
+    """What is wrong with them `check` says; the files are there."""
+    for ref in spec.train:
+        ref.path.write_bytes(b"damaged")
+    with TrainLoader(spec.train, ImageStore(spec.train, imgsz=SIDE), config()) as loader:
+        assert sum(len(batch.images) for batch in loader.batches(Position(0, 0))) == 8
 
 
 @pytest.mark.parametrize("height", [1, 7, 99, 100, 427, 480])

@@ -20,7 +20,8 @@ from hsrloop.data.pixels.kept import MOST_MAPPED, KeptImages, data_set_around, s
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.data.sets.scan import Unreadable, decode_bytes, read_bytes
 from hsrloop.data.threads import in_threads
-from hsrloop.errors import OutputError
+from hsrloop.errors import DatasetError, OutputError
+from hsrloop.paths import is_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 SPARE = 2  # how much larger than imgsz a JPEG is decoded at least, where it is that large
 FORMAT = 2  # of what is stored; raise it when the same image would become other bytes
+_MOST_NAMED = 5  # images that became unreadable
 GREY = 114  # what stands for no image. Source: ultralytics@8.4.190, data/augment.py
 
 
@@ -97,6 +99,7 @@ class ImageStore:
         self.imgsz = imgsz
         self.interpolation = interpolation
         self.broken: set[int] = set()
+        self._gone = 0  # of those
         self._refs = refs
         self._shapes = [stored_size(ref.height, ref.width, imgsz) for ref in refs]
         sizes = [3 * height * width for height, width in self._shapes]
@@ -285,14 +288,24 @@ class ImageStore:
         return cv2.resize(pixels, (width, height), interpolation=method)
 
     def _grey(self, index: int, error: Unreadable) -> np.ndarray:
-        """Return what stands for an image that cannot be decoded; say so the first time."""
+        """Return what stands for an image that cannot be decoded; say so the first time.
+
+        Raises:
+            DatasetError: the files of most images are gone, with their disk or folder.
+        """
+        path = self._refs[index].path
         if index not in self.broken:
             self.broken.add(index)
-            logger.warning(
-                "%s became unreadable: %s. It is grey from now on, without labels.",
-                self._refs[index].path,
-                error,
-            )
+            self._gone += not is_file(path)
+            if self._gone > max(_MOST_NAMED, len(self._refs) // 2):
+                raise DatasetError(
+                    f"{self._gone} of {len(self._refs)} images are gone, the last of them {path}. "
+                    "Bring their folder or disk back; a run that had begun goes on with --resume."
+                )
+            if len(self.broken) <= _MOST_NAMED:
+                text = "%s became unreadable: %s. It is grey from now on, without labels.%s"
+                more = " More are not named." if len(self.broken) == _MOST_NAMED else ""
+                logger.warning(text, path, error, more)
         return np.full((*self._shapes[index], 3), GREY, np.uint8)
 
     def _shrink(self, ref: ImageRef) -> int:
