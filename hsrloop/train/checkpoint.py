@@ -34,7 +34,7 @@ from hsrloop.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 1
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # giving another file up helps
 KEY = "hsrloop"
 _KINDS = {"config": {}, "sources": {}, "names": [""], "fingerprint": "", "threads": 0}
 LAST = "last.pt"
@@ -86,7 +86,7 @@ def write_atomically(
         if refused is None:
             raise
         reason = refused.strerror or str(refused)
-        remedy = " Free space." if refused.errno in FULL else ""
+        remedy = " Free space." if refused.errno in (*_FULL, errno.EFBIG) else ""
         raise OutputError(f"cannot write {path}: {reason}.{remedy}") from refused
 
 
@@ -171,7 +171,7 @@ def write(path: Path, whole: Mapping[str, Any], *, previous: Path | None) -> Non
         attempt()
     except OutputError as error:
         cause = error.__cause__
-        full = isinstance(cause, OSError) and cause.errno in FULL
+        full = isinstance(cause, OSError) and cause.errno in _FULL
         if not full or previous is None or not is_file(previous):
             raise
         with contextlib.suppress(OSError):
