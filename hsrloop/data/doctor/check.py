@@ -134,13 +134,14 @@ def _note_material(
     """
     if folders.annotated is None:
         return set()
-    if "train" not in scans and "val" not in scans:
+    alone = folders.suffice and "train" not in scans
+    if alone and "val" not in scans:
         reason = "there are neither training nor validation images; add val"
         notes.add("unusable", [Problem("unusable", manifest.yaml, reason)], split="val")
         return set()
     try:
         sources = annotated_sources(folders.annotated, manifest.names)
-        if folders.suffice and "train" not in scans:
+        if alone:
             load_synthesis(
                 TrainConfig(), folders, _without_training(manifest, scans), threads=_THREADS
             )

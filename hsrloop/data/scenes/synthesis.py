@@ -74,7 +74,8 @@ def find_folders(config: TrainConfig, dataset: str | Path) -> Folders:
             found[name] = place
         elif given is not None:
             option = f"--{name}-dir"
-            raise DatasetError(f"{option} {given} is no folder. Give {LAYOUT}, or drop {option}.")
+            wanted = LAYOUT if name == "annotated" else "a folder of images"
+            raise DatasetError(f"{option} {given} is no folder. Give {wanted}, or drop {option}.")
     return Folders(**found)
 
 
