@@ -25,16 +25,14 @@ from hsrloop.train.build import (
     KERNELS,
     Built,
     Loaders,
-    build_state,
     dataset_of,
     load_data,
     load_model,
-    step_settings,
 )
 from hsrloop.train.graphs import StepGraphs
 from hsrloop.train.guard import Guard
 from hsrloop.train.loop import set_modes
-from hsrloop.train.precision import autocast_dtype, set_kernels
+from hsrloop.train.precision import set_kernels
 from hsrloop.train.recovery import find_first_rung, must_fit, with_recovery
 from hsrloop.train.rehearsal import Rehearsal
 from hsrloop.train.state import TrainState
@@ -120,21 +118,11 @@ def workbench(resolved: Resolved, emit: Emit) -> Iterator[Workbench]:
     config = resolved.config
     if config.model.endswith(".yaml"):
         _quieten(base.module)
-    amp_dtype = autocast_dtype(config, info, base.module, device, emit)
-    half = amp_dtype is torch.float16
     with must_fit(info):
-        state = build_state(config, base.module, device, fresh_share=1.0, amp=half)
-    settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
+        built = Built.of(resolved, spec, synthesis, info, base.module, fresh_share=1.0, emit=emit)
+    state, settings = built.state, built.settings
     transaction, graphs = Transaction(state), StepGraphs()
     governor = SpinGovernor() if device.type == "cpu" else None
-    built = Built(
-        resolved=resolved,
-        spec=spec,
-        synthesis=synthesis,
-        info=info,
-        state=state,
-        settings=settings,
-    )
     try:
         with must_fit(info, when="while measuring"), _settled(built, transaction, emit) as loaders:
             graphs.prepare(state, settings, transaction, loaders.train.sizes, emit)

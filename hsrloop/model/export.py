@@ -37,9 +37,8 @@ def export(path: Path, form: str, *, imgsz: int) -> Path:
     Raises:
         DependencyError: the exporter's libraries are missing or do not fit together.
     """
-    from hsrloop.model.yolo import (
-        import_ultralytics,  # loads torch, which a check need not wait for
-    )
+    # Loads torch, which a check need not wait for.
+    from hsrloop.model.yolo import import_ultralytics
 
     ultralytics = import_ultralytics()
     try:

@@ -38,7 +38,7 @@ from hsrloop.ops import averaging, detections, loss_gpu, matching, norm, silu
 from hsrloop.records import DeviceInfo, Rung
 from hsrloop.train.compiled import compiled_for
 from hsrloop.train.images import train_images, val_image_store
-from hsrloop.train.precision import place
+from hsrloop.train.precision import autocast_dtype, place
 from hsrloop.train.state import TrainState, initial_grad_scale
 from hsrloop.train.step import StepSettings
 from hsrloop.words import few
@@ -52,11 +52,6 @@ KERNELS = (
 
 VAL_THREADS = 4
 """At most, that letterbox for a GPU: one makes 4,000 images of 640 px a second (measured)."""
-
-SYNTHESIS_SETTINGS = (
-    *("synthetic_ratio", "synthetic_images", "max_objects", "object_scale_min"),
-    *("object_scale_max", "object_degrees", "max_occlusion", "negative_share"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +84,42 @@ class Built:
     info: DeviceInfo
     state: TrainState
     settings: StepSettings
+
+    @classmethod
+    def of(
+        cls,
+        resolved: Resolved,
+        spec: DatasetSpec,
+        synthesis: Synthesis,
+        info: DeviceInfo,
+        module: nn.Module,
+        *,
+        fresh_share: float | None,
+        emit: Emit,
+    ) -> Built:
+        """Put a network on the device, with the state and the settings of its first step.
+
+        Args:
+            module: is moved, not copied.
+            fresh_share: see `build_state`.
+
+        Raises:
+            DeviceError: as `autocast_dtype`.
+            DependencyError: as `step_settings`.
+        """
+        config, device = resolved.config, torch.device(torch_device(info))
+        amp_dtype = autocast_dtype(config, info, module, device, emit)
+        half = amp_dtype is torch.float16
+        state = build_state(config, module, device, fresh_share=fresh_share, amp=half)
+        settings = step_settings(config, module, device, amp_dtype=amp_dtype)
+        return cls(
+            resolved=resolved,
+            spec=spec,
+            synthesis=synthesis,
+            info=info,
+            state=state,
+            settings=settings,
+        )
 
     @property
     def images(self) -> Sequence[ImageRef]:
@@ -132,47 +163,6 @@ def load_data(config: TrainConfig, dataset: str) -> tuple[DatasetSpec, Synthesis
         cutouts = synthesis.scenes.cutouts if synthesis.scenes else ()
         warn_about_classes(spec, {cutout.label for cutout in cutouts if cutout.label >= 0})
     return spec, synthesis
-
-
-def ignored_synthesis(resolved: Resolved, spec: DatasetSpec, synthesis: Synthesis) -> list[str]:
-    """Return a line for each reason why settings of synthesis have no effect."""
-    given = [name for name in SYNTHESIS_SETTINGS if resolved.meant(name)]
-    if synthesis.scenes is None:
-        if resolved.config.synthetic_ratio == 0:
-            given = [name for name in given if name != "synthetic_ratio"]  # it says so itself
-        return _ignored(given, synthesis.text)
-    counts, vain = "synthetic_ratio", "synthetic_images"
-    if not spec.train:
-        counts, vain = vain, counts
-    why = f"with {len(spec.train)} real images, {counts} counts"
-    lines = _ignored([name for name in given if name == vain], why)
-    if resolved.config.negative_share and not synthesis.scenes.backgrounds:
-        why = "without backgrounds, every image shows an object"
-        lines += _ignored([name for name in given if name == "negative_share"], why)
-    return lines
-
-
-def _ignored(names: Sequence[str], why: str) -> list[str]:
-    """Return a line that says so; none where nothing is."""
-    verb = "is" if len(names) == 1 else "are"
-    return [f"{', '.join(names)} {verb} ignored: {why}"] if names else []
-
-
-def ignored_elsewhere(resolved: Resolved, kind: str, *, scratch: bool) -> list[str]:
-    """Return a line for each reason why settings that the user wants have no effect.
-
-    Args:
-        kind: of the training device, "cuda" or "cpu".
-        scratch: the network has no weights yet.
-    """
-    config, lines = resolved.config, list[str]()
-    for vain, names, why in (
-        (kind == "cpu", ("amp", "amp_dtype", "cuda_graphs"), "training runs on the CPU"),
-        (scratch, ("pretrained_lr_scale", "head_lr_scale"), "the network starts from scratch"),
-    ):
-        given = [name for name in names if resolved.meant(name) and getattr(config, name)]
-        lines += _ignored(given if vain else [], why)
-    return lines
 
 
 def load_model(

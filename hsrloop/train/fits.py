@@ -108,7 +108,6 @@ class Fits:
     def _write(self, results: dict[str, Any]) -> None:
         newest = dict(list(results.items())[-KEPT:])
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, json.dumps(newest, indent=1) + "\n")
         except (OSError, OutputError) as error:  # the next start rehearses again
             _LOG.debug("%s is not written: %s", self.path, error)

@@ -32,21 +32,18 @@ from hsrloop.train import checkpoint, folder
 from hsrloop.train.build import (
     KERNELS,
     Built,
-    build_state,
     carried_over,
     dataset_of,
-    ignored_elsewhere,
-    ignored_synthesis,
     load_data,
     load_model,
-    step_settings,
 )
 from hsrloop.train.checkpoint import LAST, RunIdentity, Saved
 from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
+from hsrloop.train.ignored import ignored_elsewhere, ignored_synthesis
 from hsrloop.train.images import check_augment_device
 from hsrloop.train.loop import Runtime, run_to_end
-from hsrloop.train.precision import autocast_dtype, set_kernels
+from hsrloop.train.precision import set_kernels
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.recovery import find_first_rung, must_fit, sizes_trained, with_recovery
 from hsrloop.train.rehearsal import Rehearsal
@@ -197,14 +194,12 @@ def _prepare(
     identity = identity_of(resolved, spec, synthesis, fresh_share)
     torch.manual_seed(config.seed)  # v8 draws nothing; whatever one day does, does so repeatably
     with must_fit(info):
-        amp_dtype = autocast_dtype(config, info, base.module, device, hub.emit)
-        state = build_state(
-            config,
-            base.module,
-            device,
+        built = Built.of(
+            *(resolved, spec, synthesis, info, base.module),
             fresh_share=identity.fresh_share,
-            amp=amp_dtype is torch.float16,
+            emit=hub.emit,
         )
+    state = built.state
     choose = config.micro_batch == AUTO
     if saved is not None:
         check_same(saved, identity, hub.emit)
@@ -213,15 +208,6 @@ def _prepare(
         choose = wishes.choose
     needed = checkpoint.bytes_needed(state, config) + REPORTS_BYTES
     folder.check_writable(place, needed - folder.checkpoint_bytes(run_dir))
-    settings = step_settings(config, base.module, device, amp_dtype=amp_dtype)
-    built = Built(
-        resolved=resolved,
-        spec=spec,
-        synthesis=synthesis,
-        info=info,
-        state=state,
-        settings=settings,
-    )
     return _Ready(built=built, identity=identity, choose=choose)
 
 

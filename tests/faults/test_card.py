@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsrloop.bench import workbench as bench_module
 from hsrloop.bench.measures import said_of
 from hsrloop.bench.workbench import workbench
 from hsrloop.config import Resolved, resolve
 from hsrloop.errors import ResourceError
 from hsrloop.events import Note, Recovered
 from hsrloop.records import DeviceInfo, Rung
-from hsrloop.train import build, compiled, ladder, pace, recovery, run, step, validation
+from hsrloop.train import build, compiled, ladder, pace, recovery, step, validation
 from hsrloop.train.compiled import Compiled
 from hsrloop.train.detector import Detector
 from hsrloop.train.run import train
@@ -183,7 +182,7 @@ def test_a_run_says_so_before_it_makes_its_folder(
     def full(*_: Any, **__: Any) -> Any:
         raise gpu_error()
 
-    monkeypatch.setattr(run, "build_state", full)
+    monkeypatch.setattr(build, "build_state", full)
     with pytest.raises(ResourceError, match="GPU memory ran out before training began"):
         train(settings())
     assert not list((tmp_path / "runs").glob("*/weights"))
@@ -307,7 +306,7 @@ def test_a_network_that_finds_no_room_on_the_bench_is_said_in_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise gpu_error()
 
-    monkeypatch.setattr(bench_module, "build_state", full)
+    monkeypatch.setattr(build, "build_state", full)
     with (
         pytest.raises(ResourceError, match="^GPU memory ran out before training began"),
         workbench(settings(), recorder.handle),

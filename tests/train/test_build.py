@@ -12,7 +12,8 @@ from hsrloop.config import HEAD_LR_SCALE, KNOWN_LR_SCALE, PRETRAINED_LR_SCALE, T
 from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.scenes.synthesis import find_folders
 from hsrloop.data.sets.manifest import read_manifest
-from hsrloop.train.build import carried_over, ignored_elsewhere, layer_rates, load_data
+from hsrloop.train.build import carried_over, layer_rates, load_data
+from hsrloop.train.ignored import ignored_elsewhere
 from tests.conftest import write_material
 
 MIDDLE = (KNOWN_LR_SCALE + PRETRAINED_LR_SCALE) / 2

@@ -11,7 +11,8 @@ from hsrloop.config import resolve
 from hsrloop.data.scenes.synthesis import Synthesis
 from hsrloop.errors import CheckpointError
 from hsrloop.events import Note
-from hsrloop.train.build import ignored_synthesis, load_data
+from hsrloop.train.build import load_data
+from hsrloop.train.ignored import ignored_synthesis
 from hsrloop.train.run import train
 from tests.conftest import write_material, write_tiny_dataset
 from tests.train.conftest import Recorder, run_settings
