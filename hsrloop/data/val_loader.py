@@ -117,12 +117,15 @@ class ValLoader:
                 _lay(pixels[place], self._store[indices[place]], left, top)
 
         list(mapped(lay, range(0, count, _AT_A_TIME)))
-        counts = [len(self._refs[i].labels) for i in indices]
+        kept = [0 if i in self._store.broken else len(self._refs[i].labels) for i in indices]
+        shown = list(zip(indices, kept, strict=True))
+        boxes = [self._boxes[i][:n] for i, n in shown]
+        labels = [self._refs[i].labels[:n] for i, n in shown]
         return ValBatch(
             images=images.permute(0, 3, 1, 2),
-            boxes_xyxy_px=torch.from_numpy(np.concatenate([self._boxes[i] for i in indices])),
-            labels=torch.from_numpy(np.concatenate([self._refs[i].labels for i in indices])),
-            image_index=torch.from_numpy(np.repeat(np.arange(count), counts)),
+            boxes_xyxy_px=torch.from_numpy(np.concatenate(boxes)),
+            labels=torch.from_numpy(np.concatenate(labels)),
+            image_index=torch.from_numpy(np.repeat(np.arange(count), kept)),
             indices=torch.tensor(list(indices)),
             gains=torch.from_numpy(frames[:, :2].astype(np.float32)),
             pads=torch.from_numpy(frames[:, 2:].astype(np.float32)),

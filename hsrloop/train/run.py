@@ -159,7 +159,19 @@ def _train(
         )
         guard = Guard(state, run_dir)
         power = closing.enter_context(Power(hub.emit))
-        reason = _go(ready, saver, guard, governor, profiler, power.emit, stop, fits)
+        runtime = partial(
+            Runtime,
+            config=ready.built.resolved.config,
+            identity=ready.identity,
+            saver=saver,
+            settings=ready.built.settings,
+            guard=guard,
+            emit=power.emit,
+            stop=stop,
+            governor=governor,
+            profiler=profiler,
+        )
+        reason = _go(ready, runtime, power.emit, fits)
     return _finish(state, resolved, run_dir, reason, server, hub)
 
 
@@ -212,16 +224,13 @@ def _prepare(
 
 
 def _go(
-    ready: _Ready,
-    saver: Saver,
-    guard: Guard,
-    governor: SpinGovernor | None,
-    profiler: StepProfiler | None,
-    emit: Callable[[Event], None],
-    stop: Callable[[], bool],
-    fits: Path | None,
+    ready: _Ready, runtime: partial[Runtime], emit: Callable[[Event], None], fits: Path | None
 ) -> str:
-    """Run to the end, on smaller settings where memory runs out; return how it ended."""
+    """Run to the end, on smaller settings where memory runs out; return how it ended.
+
+    Args:
+        runtime: lacks what is made anew for each attempt.
+    """
     built, config = ready.built, ready.built.resolved.config
     state, transaction = built.state, Transaction(built.state)
     rehearsal = Rehearsal.of(built, transaction, emit, fits)
@@ -229,24 +238,15 @@ def _go(
 
     def attempt() -> str:
         with built.loaders(emit) as loaders:
-            runtime = Runtime(
-                config=config,
-                identity=ready.identity,
-                saver=saver,
+            own = runtime(
                 train_loader=loaders.train,
                 val_loader=loaders.val,
-                settings=built.settings,
                 transaction=transaction,
-                guard=guard,
-                emit=emit,
-                stop=stop,
-                governor=governor,
                 pressure=watch(str(state.device)),
-                profiler=profiler,
             )
             rehearsal.run()
-            saver.reserve(state)
-            return run_to_end(state, runtime)
+            own.saver.reserve(state)
+            return run_to_end(state, own)
 
     return with_recovery(attempt, state, transaction, config=config, info=built.info, emit=emit)
 

@@ -343,6 +343,18 @@ def test_one_giant_group_is_still_split(tmp_path: Path) -> None:
     assert hold_out(paths[:1], seed=0) == []
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_film_and_many_backgrounds_both_splits_show_objects(seed: int, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(50)]
+    for i, path in enumerate(paths):
+        cv2.imwrite(str(path), scene(0 if i < 30 else i))
+    useful = [i < 30 for i in range(50)]
+    held = hold_out(paths, seed=seed, useful=useful)
+    assert len(held) == 5 and all(useful[i] for i in held)
+    few = [i in (3, 7) for i in range(50)]
+    assert sum(few[i] for i in hold_out(paths, seed=seed, useful=few)) == 1
+
+
 def test_the_fingerprint_follows_content_and_not_place(tiny_dataset: Path, tmp_path: Path) -> None:
     first = load_dataset(tiny_dataset).fingerprint
     shutil.copytree(tiny_dataset.parent, tmp_path / "moved")

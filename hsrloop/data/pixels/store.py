@@ -99,7 +99,6 @@ class ImageStore:
         self.imgsz = imgsz
         self.interpolation = interpolation
         self.broken: set[int] = set()
-        self._gone = 0  # of those
         self._refs = refs
         self._shapes = [stored_size(ref.height, ref.width, imgsz) for ref in refs]
         sizes = [3 * height * width for height, width in self._shapes]
@@ -124,6 +123,8 @@ class ImageStore:
         cached = self._images.get(index)
         if cached is not None:
             return cached
+        if index in self.broken:  # also if it can be decoded again: its labels are left out
+            return self._blank(index)
         pixels = self._taken(index)
         if pixels is None:
             pixels = self._decoded(index)
@@ -294,18 +295,22 @@ class ImageStore:
             DatasetError: the files of most images are gone, with their disk or folder.
         """
         path = self._refs[index].path
-        if index not in self.broken:
-            self.broken.add(index)
-            self._gone += not is_file(path)
-            if self._gone > max(_MOST_NAMED, len(self._refs) // 2):
+        self.broken.add(index)
+        broken = len(self.broken)
+        if broken & (broken - 1) == 0 and not is_file(path):  # seldom: it looks at all files
+            gone = sum(not is_file(ref.path) for ref in self._refs)
+            if gone > len(self._refs) // 2:
                 raise DatasetError(
-                    f"{self._gone} of {len(self._refs)} images are gone, the last of them {path}. "
+                    f"{gone} of {len(self._refs)} images are gone, one of them {path}. "
                     "Bring their folder or disk back; a run that had begun goes on with --resume."
                 )
-            if len(self.broken) <= _MOST_NAMED:
-                text = "%s became unreadable: %s. It is grey from now on, without labels.%s"
-                more = " More are not named." if len(self.broken) == _MOST_NAMED else ""
-                logger.warning(text, path, error, more)
+        if broken <= _MOST_NAMED:
+            text = "%s became unreadable: %s. It is grey from now on, without labels.%s"
+            more = " More are not named." if broken == _MOST_NAMED else ""
+            logger.warning(text, path, error, more)
+        return self._blank(index)
+
+    def _blank(self, index: int) -> np.ndarray:
         return np.full((*self._shapes[index], 3), GREY, np.uint8)
 
     def _shrink(self, ref: ImageRef) -> int:

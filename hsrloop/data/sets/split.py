@@ -17,27 +17,30 @@ def hold_out(
     """Return the indices of a tenth of the images, whole groups of look-alikes at a time.
 
     Repeatable for a seed and a list of names; at least one image and never all of them, for two or
-    more. When look-alikes chain most of the set into one group, a run of neighbours is cut from it.
+    more. Where look-alikes chain all that show an object into groups too large to be taken, a run
+    of neighbours is cut from the largest.
 
     Args:
-        useful: which images show an object; the first group taken has one, if any has.
+        useful: which images show an object, all if not given; the first taken is such a one, if any
+            is.
     """
     count = len(paths)
     target = max(1, round(SHARE * count))
     if count < 2:
         return []
     groups = group_alike(paths, threads=threads)
-    order = [int(i) for i in np.random.default_rng(seed).permutation(len(groups))]
-    if useful is not None:
-        first = next((g for g in order if any(useful[i] for i in groups[g])), order[0])
-        order = [first, *(g for g in order if g != first)]
-    chosen: list[int] = []
-    for which in order:
-        if len(chosen) >= target:
-            break
-        if len(chosen) + len(groups[which]) <= max(target, int(1.5 * target)):
-            chosen += groups[which]
-    if not chosen:
-        largest = max(groups, key=len)
-        chosen = largest[-target:]
+    order = [groups[int(i)] for i in np.random.default_rng(seed).permutation(len(groups))]
+    most = max(target, int(1.5 * target))
+    small = [group for group in order if len(group) <= most]
+    show = set(range(count)) if useful is None else {i for i in range(count) if useful[i]}
+    first = next((group for group in small if show.intersection(group)), None)
+    if first is None:
+        largest = max(groups, key=lambda group: len(show.intersection(group)))
+        run = [i for i in largest if i in show] or largest
+        chosen = run[-min(target, max(1, len(run) // 2)) :]
+    else:
+        chosen = list(first)
+    for group in small:
+        if len(chosen) < target and group is not first and len(chosen) + len(group) <= most:
+            chosen += group
     return sorted(chosen)
