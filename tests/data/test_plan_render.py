@@ -119,6 +119,18 @@ def test_polygon_rows_give_the_tight_box_of_the_turned_shape() -> None:
         assert (boxes[1, 2:] - boxes[1, :2] >= 40 - 1e-3).all()
 
 
+def test_a_concave_polygon_is_cut_into_pieces() -> None:
+    """One arm of a horseshoe is left of the image, the other in it; the corner is in neither."""
+    arms = [[-0.3, -0.6], [0.6, -0.6], [0.6, -0.5], [-0.2, -0.5], [-0.2, 0.5], [0.6, 0.5]]
+    horseshoe = np.array([*arms, [0.6, 0.6], [-0.3, 0.6]])
+    unit, identity = np.array([0.0, 0, 1, 1]), np.eye(2, 3)
+    np.testing.assert_allclose(polygon_extent(horseshoe, unit, identity), [0, 0.5, 0.6, 0.6])
+    mirrored = np.array([[-1.0, 0, 1], [0, 1, 0]])
+    np.testing.assert_allclose(polygon_extent(horseshoe, unit, mirrored), [0.4, 0.5, 1, 0.6])
+    around = np.array([[-1.0, -1], [2, -1], [2, 2], [-1, 2]])
+    np.testing.assert_allclose(polygon_extent(around, unit, identity), unit)
+
+
 def test_a_polygon_is_cut_at_the_edge_not_clamped() -> None:
     triangle = np.array([[0.5, 0.2], [1.5, 0.5], [0.5, 0.8]])
     identity = np.array([[1.0, 0, 0], [0, 1, 0]])

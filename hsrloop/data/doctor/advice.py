@@ -38,7 +38,7 @@ ADVICE: dict[str, _Advice] = {
         "Copy it again from where it came, or delete it and its label file.",
     ),
     "listed-missing": _Advice(
-        "warning", "listed image", "no such file", "Not used.",
+        "warning", "listed image", "no such image", "Not used.",
         "Copy the images, or take their lines out of the list.",
     ),
     "kind-unread": _Advice(

@@ -107,10 +107,17 @@ def _folders(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> Iterator[tuple[Path, Path | None]]:
     """Yield the images of one object's folder with their masks."""
+    place = folder / "masks"
+    found = [path for path in place.iterdir() if path.is_file()] if place.is_dir() else []
+    masks = {path.stem + path.suffix.lower(): path for path in sorted(found)}
     for place in (folder / "images", folder):
         if not place.is_dir():
             continue
         for path in sorted(place.iterdir()):
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                masks = [folder / "masks" / f"{path.stem}{end}.png" for end in ("_mask", "")]
-                yield path, next((mask for mask in masks if mask.is_file()), None)
+                yield path, next((masks[n] for n in _mask_names(path) if n in masks), None)
+
+
+def _mask_names(path: Path) -> list[str]:
+    """Return what an image's mask may be called, in small letters but for its stem."""
+    return [f"{path.stem}{end}.png" for end in ("_mask", "")]

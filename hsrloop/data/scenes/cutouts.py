@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from hsrloop.data.sets.scan import Unreadable, decode
+from hsrloop.data.sets.scan import Unreadable, decode, decode_as, read_bytes
 from hsrloop.data.threads import in_threads
 from hsrloop.errors import DatasetError
 
@@ -226,6 +226,8 @@ def _crop(path: Path, mask_path: Path | None) -> _Crop:
         solid = (cv2.resize(solid * 255, size, interpolation=cv2.INTER_AREA) > OBJECT).view(
             np.uint8
         )
+        if not solid.any():
+            raise Unreadable(f"its mask has only specks, which vanish at {WORKING_PX} px")
     cleaned = _mended(_eroded(solid))
     # Touching all four sides is a tight crop, not an object that the frame cuts.
     return _Crop(rgb, cleaned * 255, max(w, h) / max(height, width), 0 < touched < 4)
@@ -234,20 +236,21 @@ def _crop(path: Path, mask_path: Path | None) -> _Crop:
 def _pixels(path: Path, mask_path: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Return RGB pixels and the mask of one file, or of a photograph and its mask."""
     if mask_path is None:
-        data = np.fromfile(path, np.uint8)
-        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-        if pixels is None:
-            raise Unreadable("it cannot be decoded")
+        pixels = decode_as(cv2.IMREAD_UNCHANGED, read_bytes(path))
         if pixels.ndim != 3 or pixels.shape[2] != 4:
-            raise Unreadable("it has neither a mask nor transparency")
+            stem = path.stem
+            raise Unreadable(
+                "it has neither a mask nor transparency; its mask would be "
+                f"masks/{stem}_mask.png or masks/{stem}.png"
+            )
         if pixels.dtype != np.uint8:
             pixels = (pixels / 257).astype(np.uint8)
         return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), pixels[..., 3]
     rgb = decode(path)
-    data = np.fromfile(mask_path, np.uint8)
-    mask = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if data.size else None
-    if mask is None:
-        raise Unreadable(f"its mask {mask_path.name} cannot be decoded")
+    try:
+        mask = decode_as(cv2.IMREAD_GRAYSCALE, read_bytes(mask_path))
+    except Unreadable as error:
+        raise Unreadable(f"its mask {mask_path.name}: {error}") from None
     if mask.shape != rgb.shape[:2]:
         (h, w), (height, width) = mask.shape, rgb.shape[:2]
         raise Unreadable(f"its mask is {w} x {h} px, the image {width} x {height}")

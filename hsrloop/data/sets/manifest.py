@@ -63,8 +63,8 @@ class _Notes:
     def remark(self, kind: str, text: str, *, line: int = 0) -> None:
         self.remarks.append(Problem(kind, self.file, text, line))
 
-    def fault(self, text: str, *, kind: str = "yaml") -> None:
-        self.faults.append(Problem(kind, self.file, text))
+    def fault(self, text: str, *, kind: str = "yaml", line: int = 0) -> None:
+        self.faults.append(Problem(kind, self.file, text, line))
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,8 +92,8 @@ def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest
         DatasetError: nothing can be made of the file. Smaller things are `faults` of the manifest.
     """
     file = yaml_file(path)
-    data, lines = _parse(file)
     notes = _Notes(file)
+    data, lines = _parse(notes)
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     names = _names(notes, data)
@@ -114,8 +114,9 @@ def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest
     )
 
 
-def _parse(file: Path) -> tuple[dict[Any, Any], tuple[int, ...]]:
+def _parse(notes: _Notes) -> tuple[dict[Any, Any], tuple[int, ...]]:
     """Return the mapping in the file and the line of each value in its `names`."""
+    file = notes.file
     text = _text(file)
     try:
         loader = _Loader(text)
@@ -137,7 +138,20 @@ def _parse(file: Path) -> tuple[dict[Any, Any], tuple[int, ...]]:
         raise DatasetError(
             f"{file} holds {_kind(data)}; it must map train, val and names to values."
         )
-    return data, _name_lines(node)
+    lines, names = _name_lines(node)
+    _fault_repeats(notes, node, "")
+    _fault_repeats(notes, names, " in names")
+    return data, lines
+
+
+def _fault_repeats(notes: _Notes, node: yaml.Node | None, where: str) -> None:
+    """Note keys of a mapping that are given twice: YAML would silently take the last."""
+    first: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        line, name = key.start_mark.line + 1, key.value
+        if isinstance(key, yaml.ScalarNode) and first.setdefault(name, line) != line:
+            text = f"'{name[:80]}' is given twice{where}, the first time in line {first[name]}"
+            notes.fault(text, line=line)
 
 
 def _text(file: Path) -> str:
@@ -165,16 +179,16 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _name_lines(node: yaml.Node | None) -> tuple[int, ...]:
-    """Return the line of each value of `names`, in the order written."""
+def _name_lines(node: yaml.Node | None) -> tuple[tuple[int, ...], yaml.Node | None]:
+    """Return the line of each value of `names`, in the order written, and the node of it."""
     assert isinstance(node, yaml.MappingNode), "it made a mapping"
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value == "names":
             if isinstance(value, yaml.SequenceNode):
-                return tuple(item.start_mark.line + 1 for item in value.value)
+                return tuple(item.start_mark.line + 1 for item in value.value), value
             if isinstance(value, yaml.MappingNode):
-                return tuple(item.start_mark.line + 1 for _, item in value.value)
-    return ()
+                return tuple(item.start_mark.line + 1 for _, item in value.value), value
+    return (), None
 
 
 def _names(notes: _Notes, data: dict[Any, Any]) -> tuple[str, ...]:
@@ -368,7 +382,11 @@ def _listed(manifest: Manifest, notes: _Notes, file: Path) -> tuple[list[Path], 
         return found, missing
     for number, line in enumerate(text.splitlines(), 1):
         entry = line.strip()
-        if not entry or Path(entry).suffix.lower() not in SUFFIXES:
+        if not entry or entry.startswith("#"):
+            continue
+        if Path(entry).suffix.lower() not in SUFFIXES:
+            text = f"{entry[:200]} is no image of a kind that is read"
+            missing.append(Problem("listed-missing", file, text, number))
             continue
         bases = (
             [file.parent, manifest.root] if entry.startswith("./") else [manifest.root, file.parent]

@@ -47,9 +47,8 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             kind = image.format or ""
-            # Pillow decodes all of a PNG to find its EXIF, which may come after the pixels.
             chunks = _png_chunks(path) if kind == "PNG" else []
-            tag = 1 if kind == "PNG" else image.getexif().get(ORIENTATION, 1)
+            tag = _orientation(image) if kind in ("JPEG", "MPO") else 1
             if not (chunks[-1:] == [b"IEND"] or _ends_well(path, kind)):
                 image.load()
     except (UnidentifiedImageError, ImportError):  # Ultralytics, if loaded, asks for a HEIF library
@@ -62,8 +61,18 @@ def image_size(path: Path) -> tuple[int, int]:
         return (width, height) if tag in (5, 6, 7, 8) else (height, width)
     if kind == "PNG" and b"eXIf" not in chunks:
         return height, width
-    pixels = decode(path)
+    try:
+        pixels = decode(path)
+    except MemoryError:
+        raise Unreadable(f"there is no memory for its {width} x {height} px") from None
     return int(pixels.shape[0]), int(pixels.shape[1])
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return what EXIF says; Pillow's own `getexif` also asks XMP, which OpenCV does not."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return int(exif.get(ORIENTATION, 1))
 
 
 def _ends_well(path: Path, kind: str) -> bool:
@@ -120,15 +129,27 @@ def decode_bytes(data: np.ndarray, *, shrink: int = 1) -> np.ndarray:
             half the time or less, since it is never made whole; other kinds gain nothing.
 
     Raises:
+        Unreadable, MemoryError: as `decode_as`.
+    """
+    return cv2.cvtColor(decode_as(_DECODE[shrink], data), cv2.COLOR_BGR2RGB)
+
+
+def decode_as(flag: int, data: np.ndarray) -> np.ndarray:
+    """Return what `cv2.imdecode` makes of an image file's bytes, (n,) uint8.
+
+    Raises:
         Unreadable: it cannot be decoded.
+        MemoryError: for want of memory.
     """
     try:
-        pixels = cv2.imdecode(data, _DECODE[shrink]) if data.size else None
+        pixels = cv2.imdecode(data, flag) if data.size else None
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(" ".join(str(error).split())) from None
         raise Unreadable(" ".join(str(error).split())) from None
     if pixels is None:
         raise Unreadable("it cannot be decoded")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels
 
 
 @contextlib.contextmanager
