@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from hsrloop.cli.run import check_png
+from hsrloop.cli.run import check_outside, check_png, places_of
 from hsrloop.config import TrainConfig
 from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.scenes.synthesis import find_folders
 from hsrloop.data.sets.manifest import Manifest, read_manifest
 from hsrloop.errors import OutputError
 from hsrloop.hardware.threads import prepare_environment
-from hsrloop.paths import expanded, is_folder
+from hsrloop.paths import is_folder
 from hsrloop.report.checkup import CheckBar, checkup, checkup_json, clean
 from hsrloop.report.console import make_console
 
@@ -58,10 +58,4 @@ def _check_place(plot: Path, manifest: Manifest) -> None:
         raise OutputError(f"--plot {plot} is a folder. Give a file.")
     if not is_folder(plot.absolute().parent):
         raise OutputError(f"--plot {plot}: its folder does not exist. Make it first.")
-    entries = [entry for split in manifest.splits.values() for entry in split]
-    for place in (manifest.root, *(manifest.root / expanded(entry) for entry in entries)):
-        if plot.resolve().is_relative_to(place.resolve()):
-            raise OutputError(
-                f"--plot {plot} lies inside the data set {place}, which is never written to. "
-                "Choose another folder."
-            )
+    check_outside(plot, "--plot", (manifest.root, *places_of(manifest)))

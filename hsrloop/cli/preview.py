@@ -8,8 +8,9 @@ import click
 import numpy as np
 
 from hsrloop.cli.layers import Request, resolve_explicit
-from hsrloop.cli.run import need_dataset, prepare
+from hsrloop.cli.run import check_outside, need_dataset, places_of, prepare
 from hsrloop.config import TrainConfig
+from hsrloop.data.sets.manifest import read_manifest
 from hsrloop.errors import OutputError
 
 _COLUMNS = 6
@@ -25,6 +26,8 @@ def write_preview(request: Request, sheet: Path, *, images: int) -> int:
     config, dataset = resolved.config.check_together(), need_dataset(resolved)
     if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise OutputError(f"--output {sheet}: it must end in .png or .jpg.")
+    manifest = read_manifest(dataset, train_optional=True)
+    check_outside(sheet, "--output", places_of(manifest))  # it would be trained on
     prepare()
 
     from hsrloop.report.plots import contact_sheet, save_picture
@@ -40,7 +43,7 @@ def preview_tiles(
     config: TrainConfig, dataset: str, *, images: int
 ) -> tuple[list[np.ndarray], str]:
     """Return (S, S, 3) uint8 RGB pictures with boxes and class names, and what there is."""
-    from hsrloop.data.pixels.render import Renderer
+    from hsrloop.data.pixels.render import Renderer, without_broken
     from hsrloop.data.pixels.store import ImageStore
     from hsrloop.data.scenes.cutouts import CutoutStore
     from hsrloop.data.stream import TrainStream
@@ -57,7 +60,7 @@ def preview_tiles(
         plan = stream.plan(0, index, mosaic=True)
         picture = np.empty((config.imgsz, config.imgsz, 3), np.uint8)
         renderer.pixels(plan, store, stream.images, picture, cutouts)
-        boxes, labels, _ = stream.labels(plan, config.imgsz)
+        boxes, labels = without_broken(stream.labels(plan, config.imgsz), store.broken)
         tiles.append(draw_boxes(picture, boxes, labels, spec.names))
     return tiles, synthesis.text
 

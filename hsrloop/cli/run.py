@@ -6,7 +6,7 @@ import atexit
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explic
 from hsrloop.cli.options import VALIDATION_SETTINGS
 from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
+from hsrloop.data.sets.manifest import Manifest
 from hsrloop.errors import CheckpointError, ConfigError, OutputError
 from hsrloop.model.export import check_export
 from hsrloop.paths import exists, expanded, has_folder, is_file, is_folder
@@ -135,6 +136,26 @@ def check_png(file: Path, option: str) -> None:
     """
     if file.suffix.lower() != ".png":
         raise OutputError(f"{option} {file}: it must end in .png.")
+
+
+def check_outside(file: Path, option: str, places: Iterable[Path]) -> None:
+    """Check that a picture will not lie inside a data set.
+
+    Raises:
+        OutputError: it would, in one of the places.
+    """
+    for place in places:
+        if file.resolve().is_relative_to(place.resolve()):
+            raise OutputError(
+                f"{option} {file} lies inside the data set {place}, which is never written to. "
+                "Choose another folder."
+            )
+
+
+def places_of(manifest: Manifest) -> list[Path]:
+    """Return the folders, lists and images that a data.yaml names."""
+    entries = [entry for split in manifest.splits.values() for entry in split]
+    return [manifest.root / expanded(entry) for entry in entries]
 
 
 def fetch_weights(names: Sequence[str], *, dest: Path) -> int:

@@ -72,3 +72,15 @@ def test_a_name_that_is_no_pictures_is_refused_before_the_work(
     monkeypatch.setattr(preview_module, "preview_tiles", None)
     result = invoke("preview", "-d", tiny_dataset, "-o", tmp_path / "sheet.txt")
     assert result.exit_code == 2 and "it must end in .png or .jpg." in result.stderr
+    sheet = tiny_dataset.parent / "images/train/sheet.png"
+    result = invoke("preview", "-d", tiny_dataset, "-o", sheet)
+    assert result.exit_code == 2 and "lies inside the data set" in result.stderr
+
+
+def test_a_broken_image_is_shown_without_its_boxes(tiny_dataset: Path) -> None:
+    image = sorted((tiny_dataset.parent / "images/train").iterdir())[0]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60] + bytes(20) + whole[80:])  # its chunks are whole, not what is in
+    tiles, _ = preview_tiles(TrainConfig(imgsz=96, mosaic=0, hsv_v=0), str(tiny_dataset), images=8)
+    flat = [tile for tile in tiles if (tile == tile[0, 0]).all()]
+    assert len(flat) == 1

@@ -13,11 +13,21 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hsrloop.cli.stop import Stop
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Let children hear of a terminal that closes, also where `nohup` started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 CODE = """
 import sys, time

@@ -60,8 +60,29 @@ def test_what_cannot_be_used_is_counted_and_located(
     assert "(largest value 1)" in caplog.text
     assert "its mask is 80 x 60 px, the image 160 x 120" in caplog.text
     assert "bare.jpg: it has neither a mask nor transparency" in caplog.text
+    assert "its mask would be masks/bare_mask.png or masks/bare.png" in caplog.text
     (annotated / "disc/masks/o1_mask.png").write_bytes(b"no mask")
     assert read(annotated) == []
+    assert "its mask o1_mask.png: it cannot be decoded" in caplog.text
+
+
+def test_odd_files_are_left_out_like_others(
+    annotated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = annotated / "square/images"
+    (images / "link.png").symlink_to(images / "gone.png")
+    (images / "folder.png").mkdir()
+    specks = np.zeros((1600, 1600), np.uint8)
+    specks[::400, ::400] = 255
+    cv2.imwrite(str(images / "specks.jpg"), np.zeros((1600, 1600, 3), np.uint8))
+    cv2.imwrite(str(annotated / "square/masks/specks.png"), specks)
+    (annotated / "square/masks/o1_mask.png").rename(annotated / "square/masks/o1_mask.PNG")
+    with caplog.at_level(logging.WARNING):
+        found = read(annotated)
+    assert [c.path.name for c in found if c.label == 0] == ["o0.png", "o1.png"]
+    assert "3 bad cut-outs left out" in caplog.text
+    assert "specks.jpg: its mask has only specks" in caplog.text
+    assert "link.png: [Errno 2]" in caplog.text and "folder.png: [Errno 21]" in caplog.text
 
 
 def test_an_object_that_the_frame_cuts_is_used_only_where_there_is_no_other(

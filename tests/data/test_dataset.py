@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hsrloop.data.doctor.check import check_dataset
+from hsrloop.data.pixels.store import ImageStore
 from hsrloop.data.sets.alike import group_alike
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.labels import label_path, parse_labels
@@ -279,6 +280,15 @@ def test_sizes_are_those_of_the_pixels_for_every_kind_and_turn(tiny_dataset: Pat
     for kind in ("jpg", "png", "webp", "tif", "bmp"):
         named = {} if kind == "bmp" else {"exif": exif}
         picture.save(images / f"turned.{kind}", **named)
+    xmp = (
+        b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF "
+        b"xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'><rdf:Description rdf:about='' "
+        b"xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation='6'/></rdf:RDF></x:xmpmeta>"
+    )
+    picture.save(images / "xmp.jpg", "JPEG")
+    plain = (images / "xmp.jpg").read_bytes()
+    block = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp
+    (images / "xmp.jpg").write_bytes(plain[:2] + block + plain[2:])
     picture.convert("CMYK").save(images / "cmyk.jpg")
     picture.convert("L").save(images / "grey.png")
     picture.convert("RGBA").save(images / "alpha.png")
@@ -287,6 +297,34 @@ def test_sizes_are_those_of_the_pixels_for_every_kind_and_turn(tiny_dataset: Pat
         assert decode(ref.path).shape == (ref.height, ref.width, 3), ref.path
     sizes = {ref.path.name: (ref.height, ref.width) for ref in load_dataset(tiny_dataset).train}
     assert sizes["turned.jpg"] == (30, 20) and sizes["alpha.png"] == (20, 30)
+    assert sizes["xmp.jpg"] == (20, 30)
+
+
+def test_want_of_memory_is_no_damage(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image left out or grey for it would be so for the whole run."""
+    spec = load_dataset(tiny_dataset)
+
+    def too_much(*_: object) -> np.ndarray:
+        error = cv2.error("Failed to allocate 9 bytes")
+        error.code = cv2.Error.StsNoMem
+        raise error
+
+    monkeypatch.setattr(cv2, "imdecode", too_much)
+    store = ImageStore(spec.train, imgsz=64)
+    with pytest.raises(MemoryError, match="Failed to allocate"):
+        store[0]
+    assert not store.broken
+
+
+def test_what_is_given_twice_in_data_yaml_is_an_error(tiny_dataset: Path) -> None:
+    text = "train: images/train\nval: images/val\n"
+    for names, said in (
+        ("names:\n  0: cup\n  1: banana\n  1: apple\n", r"yaml:6: '1' is given twice in names"),
+        ("names: [a, b, c]\ntrain: images/val\n", r"yaml:4: 'train' is given twice, the first"),
+    ):
+        tiny_dataset.write_text(text + names)
+        with pytest.raises(DatasetError, match=said):
+            load_dataset(tiny_dataset)
 
 
 def test_nothing_usable_is_an_error_that_says_why(tiny_dataset: Path) -> None:

@@ -7,12 +7,11 @@ read, is a fault; only a file that says nothing raises.
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hsrloop.data.sets.document import Notes, parse
 from hsrloop.data.sets.places import SUFFIXES, UNREAD_SUFFIXES, files_below, moved, read_regular
 from hsrloop.errors import DatasetError
 from hsrloop.paths import exists, expanded, is_folder
@@ -20,10 +19,6 @@ from hsrloop.records import Problem
 
 SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000  # a guess: beyond it, nc is a mistake that would fill the memory
-_MOST_BYTES = (
-    16 << 20
-)  # a guess: reading takes a second a MiB; 100,000 images listed are half of it
-_MOST_KEYS = 200_000  # of one mapping once aliases are merged; a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +47,6 @@ class Listing:
     faults: tuple[Problem, ...] = ()
 
 
-@dataclass(slots=True)
-class _Notes:
-    """What is noticed on the way through one file."""
-
-    file: Path
-    remarks: list[Problem] = field(default_factory=list)
-    faults: list[Problem] = field(default_factory=list)
-
-    def remark(self, kind: str, text: str, *, line: int = 0) -> None:
-        self.remarks.append(Problem(kind, self.file, text, line))
-
-    def fault(self, text: str, *, kind: str = "yaml", line: int = 0) -> None:
-        self.faults.append(Problem(kind, self.file, text, line))
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader in which merged aliases cannot grow without bound."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge `<<` keys into a mapping."""
-        super().flatten_mapping(node)
-        if len(node.value) > _MOST_KEYS:
-            raise yaml.constructor.ConstructorError(
-                None, None, "merged aliases grow without bound", node.start_mark
-            )
-
-
 def yaml_file(path: str | Path) -> Path:
     """Return the data.yaml that a path means; a folder stands for the one in it."""
     file = expanded(path).absolute()  # not resolved: labels lie beside a link
@@ -92,8 +60,8 @@ def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest
         DatasetError: nothing can be made of the file. Smaller things are `faults` of the manifest.
     """
     file = yaml_file(path)
-    notes = _Notes(file)
-    data, lines = _parse(notes)
+    notes = Notes(file)
+    data, lines = parse(notes)
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     names = _names(notes, data)
@@ -114,84 +82,7 @@ def read_manifest(path: str | Path, *, train_optional: bool = False) -> Manifest
     )
 
 
-def _parse(notes: _Notes) -> tuple[dict[Any, Any], tuple[int, ...]]:
-    """Return the mapping in the file and the line of each value in its `names`."""
-    file = notes.file
-    text = _text(file)
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        data = loader.construct_document(node) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = (
-            " Write Windows paths with forward slashes." if "escape" in str(error.problem) else ""
-        )
-        hint = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else hint
-        raise DatasetError(f"{file}:{line}: not valid YAML: {error.problem}.{hint}") from None
-    except RecursionError:
-        raise DatasetError(f"{file} is not valid YAML: nested too deeply.") from None
-    # A value that does not fit its tag, as in `2024-13-45` or `!!int ""`, raises any of the others.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise DatasetError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{file} holds {_kind(data)}; it must map train, val and names to values."
-        )
-    lines, names = _name_lines(node)
-    _fault_repeats(notes, node, "")
-    _fault_repeats(notes, names, " in names")
-    return data, lines
-
-
-def _fault_repeats(notes: _Notes, node: yaml.Node | None, where: str) -> None:
-    """Note keys of a mapping that are given twice: YAML would silently take the last."""
-    first: dict[str, int] = {}
-    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-        line, name = key.start_mark.line + 1, key.value
-        if isinstance(key, yaml.ScalarNode) and first.setdefault(name, line) != line:
-            text = f"'{name[:80]}' is given twice{where}, the first time in line {first[name]}"
-            notes.fault(text, line=line)
-
-
-def _text(file: Path) -> str:
-    try:
-        size = file.stat().st_size
-        if size > _MOST_BYTES:
-            raise DatasetError(
-                f"{file} has {size >> 20} MiB; a data.yaml has at most {_MOST_BYTES >> 20}. Give "
-                "the right file, or list images in .txt files."
-            )
-        return read_regular(file).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DatasetError(
-            f"{file} does not exist. Give the path of a data.yaml with --dataset."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{file} is not UTF-8 text ({error.reason}). Save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise DatasetError(f"{file} cannot be read: {error.strerror}.") from None
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _name_lines(node: yaml.Node | None) -> tuple[tuple[int, ...], yaml.Node | None]:
-    """Return the line of each value of `names`, in the order written, and the node of it."""
-    assert isinstance(node, yaml.MappingNode), "it made a mapping"
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value == "names":
-            if isinstance(value, yaml.SequenceNode):
-                return tuple(item.start_mark.line + 1 for item in value.value), value
-            if isinstance(value, yaml.MappingNode):
-                return tuple(item.start_mark.line + 1 for _, item in value.value), value
-    return (), None
-
-
-def _names(notes: _Notes, data: dict[Any, Any]) -> tuple[str, ...]:
+def _names(notes: Notes, data: dict[Any, Any]) -> tuple[str, ...]:
     file, names, nc = notes.file, data.get("names"), _nc(notes, data.get("nc"))
     if names is None:
         if nc is None:
@@ -218,7 +109,7 @@ def _names(notes: _Notes, data: dict[Any, Any]) -> tuple[str, ...]:
     return tuple(name if isinstance(name, str) else _brief(name) for name in names)
 
 
-def _compare_names(notes: _Notes, names: tuple[str, ...], lines: tuple[int, ...]) -> None:
+def _compare_names(notes: Notes, names: tuple[str, ...], lines: tuple[int, ...]) -> None:
     """Remark on names that stand for several classes."""
     first: dict[str, int] = {}
     for i, name in enumerate(names):
@@ -240,7 +131,7 @@ def _brief(value: Any) -> str:
     return form.repr(value)
 
 
-def _ordered(notes: _Notes, names: dict[Any, Any]) -> list[Any]:
+def _ordered(notes: Notes, names: dict[Any, Any]) -> list[Any]:
     """Return a map's values by class number; one missing in between gets a name of its own."""
     numbers: dict[int, Any] = {}
     for key, value in names.items():
@@ -261,7 +152,7 @@ def _ordered(notes: _Notes, names: dict[Any, Any]) -> list[Any]:
     return [numbers.get(i, f"class_{i}") for i in range(count)]
 
 
-def _nc(notes: _Notes, value: Any) -> int | None:
+def _nc(notes: Notes, value: Any) -> int | None:
     if value is None:
         return None
     try:
@@ -283,7 +174,7 @@ def _keypoint_columns(shape: Any) -> int:
     return 0
 
 
-def _entries(notes: _Notes, split: str, value: Any) -> tuple[str, ...]:
+def _entries(notes: Notes, split: str, value: Any) -> tuple[str, ...]:
     if value is None or value == "" or value == []:
         return ()
     values = value if isinstance(value, list) else [value]
@@ -293,7 +184,7 @@ def _entries(notes: _Notes, split: str, value: Any) -> tuple[str, ...]:
     return tuple(entry for entry in values if isinstance(entry, str))
 
 
-def _root(notes: _Notes, value: Any) -> Path:
+def _root(notes: Notes, value: Any) -> Path:
     """Return the folder that entries are relative to."""
     folder = notes.file.parent
     if value is None or value == "":
@@ -317,7 +208,7 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
     """
     files: dict[Path, None] = {}
     folders: list[Path] = []
-    notes = _Notes(manifest.yaml)
+    notes = Notes(manifest.yaml)
     missing: list[Problem] = []
     unused: dict[Path, None] = {}
     for entry in manifest.splits[split]:
@@ -350,7 +241,7 @@ def list_images(manifest: Manifest, split: str, *, optional: bool = False) -> Li
     )
 
 
-def _locate(manifest: Manifest, notes: _Notes, split: str, entry: str) -> Path | None:
+def _locate(manifest: Manifest, notes: Notes, split: str, entry: str) -> Path | None:
     direct = manifest.root / expanded(entry)
     if exists(direct):
         return direct
@@ -371,7 +262,7 @@ def _locate(manifest: Manifest, notes: _Notes, split: str, entry: str) -> Path |
     return found
 
 
-def _listed(manifest: Manifest, notes: _Notes, file: Path) -> tuple[list[Path], list[Problem]]:
+def _listed(manifest: Manifest, notes: Notes, file: Path) -> tuple[list[Path], list[Problem]]:
     """Return the images that a .txt file names, and those that are not there."""
     found: list[Path] = []
     missing: list[Problem] = []
