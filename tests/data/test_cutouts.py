@@ -97,6 +97,10 @@ def test_an_object_that_the_frame_cuts_is_used_only_where_there_is_no_other(
     assert [(c.label, c.path.name) for c in found] == [(0, "o1.png"), (1, "o0.png"), (1, "o1.png")]
     assert "1 cut-outs left out: the frame" in caplog.text
     assert "2 cut-outs are cut by the frame, and used" in caplog.text
+    corner = np.zeros((40, 60, 4), np.uint8)
+    corner[:30, :50] = 255
+    cv2.imwrite(str(annotated / "square/images/corner.png"), corner)
+    assert read_cutout(annotated / "square/images/corner.png", None, 0).cut
     tight = np.full((40, 60, 4), 255, np.uint8)
     cv2.imwrite(str(annotated / "square/images/tight.png"), tight)
     assert not read_cutout(annotated / "square/images/tight.png", None, 0).cut

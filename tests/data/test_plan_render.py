@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hsrloop.data.pixels import render as render_module
 from hsrloop.data.pixels.render import Renderer, render
 from hsrloop.data.pixels.store import GREY
-from hsrloop.data.plan import AugmentPlan, AugmentSettings, draw_plan, plan_labels
+from hsrloop.data.plan import AugmentPlan, AugmentSettings, Layer, draw_plan, plan_labels
 from hsrloop.data.polygon import polygon_extent
 from hsrloop.data.sampler import epoch_order, sample_rng
 from hsrloop.data.sets.dataset import ImageRef
@@ -117,6 +118,58 @@ def test_polygon_rows_give_the_tight_box_of_the_turned_shape() -> None:
         boxes, _, _ = plan_labels(plan, (ref,), 100)
         np.testing.assert_allclose(boxes[0], [30, 30, 70, 70], atol=0.2)
         assert (boxes[1, 2:] - boxes[1, :2] >= 40 - 1e-3).all()
+
+
+def labelled(
+    box: list[float],
+    affine: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
+    *,
+    zoom: float = 1.0,
+    outlined: bool = False,
+) -> int:
+    """Return how many labels are left of one box, xyxy, in a square image at 1000 px."""
+    x1, y1, x2, y2 = box
+    row = np.float32([[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]])
+    outline = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]) if outlined else None
+    refs = [ImageRef(Path("a.png"), 50, 50, row, np.array([0]), (outline,))]
+    plan = AugmentPlan((Layer(0, affine, (0.0, 0.0, 1.0, 1.0)),), zoom)
+    return len(plan_labels(plan, refs, 1000)[0])
+
+
+@pytest.mark.parametrize("share, outlined", [(0.1, False), (0.01, True)])
+def test_boxes_are_dropped_just_beyond_the_peers_thresholds(share: float, outlined: bool) -> None:
+    """Source: ultralytics@8.4.190, data/augment.py, box_candidates and its two callers."""
+    assert labelled([0.5, 0.5, 0.5021, 0.6]) and not labelled([0.5, 0.5, 0.5019, 0.6])
+    assert labelled([0, 0.5, 0.99, 0.5 + 0.00995]) and not labelled([0, 0.5, 0.99, 0.5 + 0.00985])
+    for left, kept in ((1.1 * share, 1), (0.9 * share, 0)):
+        moved = (1, 0, -0.5 * (1 - left), 0, 1, 0)  # so much of the box stays in view
+        assert labelled([0, 0.2, 0.5, 0.7], moved, outlined=outlined) == kept
+    # What a zoom makes smaller is all there; a share of what it would be without is not meant.
+    zoom = 0.5 * math.sqrt(share)
+    small = (zoom, 0, 0, 0, zoom, 0)
+    assert labelled([0, 0.2, 0.5, 0.7], small, zoom=zoom, outlined=outlined)
+
+
+def test_a_drawn_plan_is_what_it_was() -> None:
+    """Whatever changes it makes other images of every seed, and of every run that is resumed."""
+    refs = PaintedStore().refs
+    plan = draw_plan(7, 1, 2, refs, dataclasses.replace(ALL, mixup=1.0, fliplr=1.0))
+    assert plan.mix is not None
+    numbers = [plan.zoom, plan.mix.zoom, plan.mix_weight, *(plan.hsv_gains or ())]
+    for layer in (plan.layers[1], plan.mix.layers[0]):
+        numbers += [*layer.affine, *layer.visible]
+    assert [x.source for x in (*plan.layers, *plan.mix.layers)] == [2, 1, 3, 3, 1, 0, 2, 3]
+    expected = [
+        1.317618531712, 1.426063168095, 0.452929573119,
+        0.002108548644, -0.698094154348, 0.315052917277,
+        -1.309353665177, -0.149643639949, 0.542438079016,
+        -0.095917671521, 1.314417871452, -0.299197912891,
+        0.0, 0.0, 0.625, 1.0,
+        -1.414212826422, 0.185484353228, 1.290619202237,
+        0.099021089776, 1.423872612603, -1.699967955058,
+        0.0, 0.448211838883, 0.625, 1.0,
+    ]  # fmt: skip
+    np.testing.assert_allclose(numbers, expected, atol=1e-9)
 
 
 def test_a_concave_polygon_is_cut_into_pieces() -> None:
