@@ -1,4 +1,7 @@
-"""Validation: a network, a set of images, and the metrics as Ultralytics 8.4.190 defines them."""
+"""Validation: a network, a set of images, and the metrics as Ultralytics 8.4.190 defines them.
+
+Boxes that reach beyond an image are cut at its edge, as they are for training; there they are not.
+"""
 
 from __future__ import annotations
 
