@@ -13,7 +13,7 @@ import pytest
 from hsrloop.data.doctor.advice import ADVICE
 from hsrloop.data.doctor.check import check_dataset
 from hsrloop.data.doctor.names import ros_name
-from hsrloop.data.sets.alike import Groups, difference_hash
+from hsrloop.data.sets.alike import NEAR, Groups, difference_hash, group_alike, hash_of
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.manifest import read_manifest
 from hsrloop.records import CheckReport, Finding
@@ -114,10 +114,13 @@ def test_a_moved_object_before_a_fixed_camera_is_another_picture(tmp_path: Path)
     yaml = write_tiny_dataset(tmp_path)
     for place, x in (("train/left", 40), ("val/right", 200)):
         table = photo(5)
-        cv2.circle(table, (x, 120), 30, (0, 0, 0), -1)
+        cv2.circle(table, (x, 120), 12, (0, 0, 0), -1)
         add(tmp_path, f"{place}.png", table)
     kinds = {finding.kind for finding in check(yaml).findings}
     assert not kinds & {"copy-across", "alike-across", "burst-across"}
+    pictures = [tmp_path / "images/train/left.png", tmp_path / "images/val/right.png"]
+    assert bin(hash_of(pictures[0]) ^ hash_of(pictures[1])).count("1") <= NEAR
+    assert group_alike(pictures) == [[0], [1]]
 
 
 def test_roboflows_versions_of_a_picture_belong_together(tmp_path: Path) -> None:

@@ -14,15 +14,14 @@ import numpy as np
 from hsrloop.config import TrainConfig
 from hsrloop.data.doctor import objects
 from hsrloop.data.doctor.advice import by_kind, finding, worst_first
-from hsrloop.data.doctor.leaks import Album, leaks, repeats
+from hsrloop.data.doctor.leaks import leaks, repeats
 from hsrloop.data.doctor.names import name_findings
 from hsrloop.data.doctor.strays import stray_labels
 from hsrloop.data.scenes.cutout_files import annotated_sources
 from hsrloop.data.scenes.synthesis import Folders, load_synthesis
-from hsrloop.data.sets.alike import Look, look_at
+from hsrloop.data.sets.alike import Album, Look, look_at
 from hsrloop.data.sets.dataset import (
     DatasetSpec,
-    ImageRef,
     SplitScan,
     scan_split,
     why_unusable,
@@ -82,7 +81,7 @@ def check_dataset(
         scans[split] = scan
         _note_split(notes, manifest, split, scan, imgsz)
     notes.found += by_kind(stray_labels(listings.values(), manifest.root))
-    _note_repeats(notes, manifest, albums)
+    _note_repeats(notes, manifest, scans, albums)
     pasted = _note_material(notes, manifest, folders, scans) if folders is not None else set()
     notes.found += objects.class_findings(manifest, scans, pasted)
     return _report(manifest, imgsz, scans, notes.found)
@@ -110,7 +109,7 @@ def _look(scan: SplitScan, progress: Callable[[int, int], None] | None) -> Album
     scan.lines = [scan.lines[i] for i in kept]
     scan.digests = [scan.digests[i] for i in kept]
     scan.unlabelled = [path for path in scan.unlabelled if path not in gone]
-    return Album(scan.refs, looks)
+    return Album([ref.path for ref in scan.refs], looks)
 
 
 def _note_split(
@@ -165,14 +164,16 @@ def _without_training(manifest: Manifest, scans: dict[str, SplitScan]) -> Datase
     )
 
 
-def _note_repeats(notes: _Findings, manifest: Manifest, albums: dict[str, Album]) -> None:
+def _note_repeats(
+    notes: _Findings, manifest: Manifest, scans: dict[str, SplitScan], albums: dict[str, Album]
+) -> None:
     """Note pictures that are there more than once, within a split and across."""
     for split, album in albums.items():
-        notes.found += repeats(album, split)
+        notes.found += repeats(scans[split].refs, album, split)
     if "val" not in albums:
         if not manifest.splits["val"]:
             notes.add("no-val", [Problem("no-val", manifest.yaml, "")])
-    elif "train" in albums and _files(albums["val"].refs) == _files(albums["train"].refs):
+    elif "train" in albums and _files(albums["val"]) == _files(albums["train"]):
         notes.add("val-is-train", [Problem("val-is-train", manifest.yaml, "")])
         albums = {split: album for split, album in albums.items() if split != "val"}
     for split in ("val", "test"):
@@ -180,8 +181,8 @@ def _note_repeats(notes: _Findings, manifest: Manifest, albums: dict[str, Album]
             notes.found += leaks(albums["train"], albums[split], split)
 
 
-def _files(refs: Sequence[ImageRef]) -> set[str]:
-    return {os.path.realpath(ref.path) for ref in refs}
+def _files(album: Album) -> set[str]:
+    return {os.path.realpath(path) for path in album.paths}
 
 
 def _report(

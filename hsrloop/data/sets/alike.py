@@ -20,21 +20,70 @@ BURST = 12  # of 64 bits: neighbours by file name; a guess
 SAME_CELL = 18.0  # of a grid, at most, in the same picture. Measured: re-encoding moves a cell
 # by up to 4, other light by 20, a turned container before a fixed camera by 10 to 40.
 _UNREADABLE = np.full((8, 9), 114, np.uint8)
+_BURST_STEP = 2  # between the numbers of neighbours in a burst
 _COPY_MARK = re.compile(r"\.rf\.[0-9a-f]{8,}$")  # Roboflow's copies of one picture
 
 
-def group_alike(paths: list[Path], *, threads: int = 4) -> list[list[int]]:
+def group_alike(paths: Sequence[Path], *, threads: int = 4) -> list[list[int]]:
     """Return groups of indices: near-duplicates, bursts, and Roboflow's copies of one picture."""
-    hashes = np.array(list(in_threads(hash_of, paths, threads=threads)), dtype=np.uint64)
-    groups = Groups(len(paths))
-    by_stem: dict[tuple[Path, str], int] = {}
-    for i, apart in enumerate(distances(hashes)):
-        path = paths[i]
-        groups.join(i, [by_stem.setdefault((path.parent, original_stem(path)), i)])
-        groups.join(i, np.flatnonzero(apart <= NEAR) + i + 1)
-        if len(apart) and apart[0] <= BURST and _consecutive(path, paths[i + 1]):
-            groups.join(i, [i + 1])
-    return groups.lists()
+    looks = [look or _NO_LOOK for look in in_threads(look_at, paths, threads=threads)]
+    return Album(paths, looks).groups()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What is kept of a picture to compare it with others."""
+
+    digest: bytes  # of the file
+    hash: int
+    grid: np.ndarray  # (256,) float32: 16 x 16 cells, mean 0, standard deviation 50
+
+
+_NO_LOOK = Look(b"", 0, np.full(256, np.nan, np.float32))  # is like none
+
+
+class Album:
+    """Pictures, ready to be compared."""
+
+    def __init__(self, paths: Sequence[Path], looks: Sequence[Look]) -> None:
+        self.paths = paths
+        self.looks = looks
+        self.hashes = np.array([look.hash for look in looks], dtype=np.uint64)
+        self._grids = np.array([look.grid for look in looks], dtype=np.float32).reshape(-1, 256)
+
+    def same(self, look: Look, candidates: np.ndarray) -> np.ndarray:
+        """Return those of the candidates (indices) that show the same picture, best first."""
+        worst = np.abs(self._grids[candidates] - look.grid).max(axis=1, initial=0.0)
+        order = np.argsort(worst, kind="stable")
+        found: np.ndarray = candidates[order][worst[order] <= SAME_CELL]
+        return found
+
+    def series(self) -> dict[Place, list[int]]:
+        """Return for each place in a series which pictures lie within a burst's step of it."""
+        near: dict[Place, list[int]] = defaultdict(list)
+        for i, path in enumerate(self.paths):
+            name, number = place_in_series(path)
+            if name:
+                for step in range(-_BURST_STEP, _BURST_STEP + 1):
+                    if step:
+                        near[name, number + step].append(i)
+        return near
+
+    def groups(self) -> list[list[int]]:
+        """Return the indices in groups that look alike, each in one, most of them alone."""
+        groups = Groups(len(self.paths))
+        members: dict[tuple[Path, str], list[int]] = defaultdict(list)
+        for i, path in enumerate(self.paths):
+            members[path.parent, original_stem(path)].append(i)
+        for same in members.values():
+            groups.join(same[0], same[1:])
+        series = self.series()
+        for i, apart in enumerate(distances(self.hashes)):
+            near = groups.apart(i, np.flatnonzero(apart <= NEAR) + i + 1)
+            groups.join(i, self.same(self.looks[i], near))
+            following = [j for j in series.get(place_in_series(self.paths[i]), []) if j > i]
+            groups.join(i, [j for j in following if apart[j - i - 1] <= BURST])
+        return groups.lists()
 
 
 class Groups:
@@ -98,15 +147,6 @@ def original_stem(path: Path) -> str:
     return _COPY_MARK.sub("", path.stem)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Look:
-    """What is kept of a picture to compare it with others."""
-
-    digest: bytes  # of the file
-    hash: int
-    grid: np.ndarray  # (256,) float32: 16 x 16 cells, mean 0, standard deviation 50
-
-
 def look_at(path: Path) -> Look | None:
     """Read an image once, decoding no more than an eighth of its size; None if it does not decode.
 
@@ -133,9 +173,16 @@ def hash_of(path: Path) -> int:
     return difference_hash(_UNREADABLE if grey is None else grey)
 
 
-def _consecutive(a: Path, b: Path) -> bool:
-    """Return whether two names differ by a small step of their last number, as a camera counts."""
-    first, second = re.findall(r"\d+", a.stem), re.findall(r"\d+", b.stem)
-    if a.parent != b.parent or not first or len(first) != len(second) or first[:-1] != second[:-1]:
-        return False
-    return 0 < int(second[-1]) - int(first[-1]) <= 2
+Place = tuple[str, int]
+
+
+def place_in_series(path: Path) -> Place:
+    """Return a camera's name for a picture, without its last number, and that number."""
+    head, number, tail = re.fullmatch(r"(.*?)(\d{0,18})(\D*)", original_stem(path), re.S).groups()  # type: ignore[union-attr]
+    return (f"{head}#{tail}", int(number)) if number else ("", 0)
+
+
+def version_of(path: Path) -> str:
+    """Return what Roboflow's versions of one picture share; a name of its own for others."""
+    stem = original_stem(path)
+    return stem if stem != path.stem else str(path)
