@@ -386,11 +386,22 @@ def test_of_a_film_and_many_backgrounds_both_splits_show_objects(seed: int, tmp_
     paths = [tmp_path / f"{i}.png" for i in range(50)]
     for i, path in enumerate(paths):
         cv2.imwrite(str(path), scene(0 if i < 30 else i))
-    useful = [i < 30 for i in range(50)]
-    held = hold_out(paths, seed=seed, useful=useful)
-    assert len(held) == 5 and all(useful[i] for i in held)
-    few = [i in (3, 7) for i in range(50)]
-    assert sum(few[i] for i in hold_out(paths, seed=seed, useful=few)) == 1
+    held = hold_out(paths, seed=seed, shown=[{0} if i < 30 else () for i in range(50)])
+    assert len(held) == 5 and held[:3] == [27, 28, 29]  # a tenth of each
+    few = hold_out(paths, seed=seed, shown=[{0} if i in (3, 7) else () for i in range(50)])
+    assert len({3, 7}.intersection(few)) == 1
+    assert not hold_out(paths, seed=seed, shown=[{0} if i == 3 else () for i in range(50)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_class_keeps_an_image_to_train_on(seed: int, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for i, path in enumerate(paths):
+        cv2.imwrite(str(path), scene(i))
+    shown = [{0, i} if i < 12 else {0, 12 + i % 2} for i in range(20)]  # eleven are there once
+    held = hold_out(paths, seed=seed, shown=shown)
+    assert len(held) == 2 and (min(held) == 0 or min(held) >= 12)
+    assert not hold_out(paths, seed=seed, shown=[{i} for i in range(20)])
 
 
 def test_the_fingerprint_follows_content_and_not_place(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -261,9 +261,9 @@ def _ensure_validation(manifest: Manifest, scans: dict[str, SplitScan], seed: in
                 )
             return False
     why = "no val in data.yaml" if val is None else "val is the same images as train"
-    useful = [len(ref.labels) > 0 for ref in train.refs]
-    picked = set(hold_out([ref.path for ref in train.refs], seed=seed, useful=useful))
-    if not picked or not any(use for i, use in enumerate(useful) if i not in picked):
+    shown = [set(ref.labels.tolist()) for ref in train.refs]
+    picked = set(hold_out([ref.path for ref in train.refs], seed=seed, shown=shown))
+    if not picked:
         logger.warning(
             "%s: %s and too few pictures with objects to hold some out: all %d are used for both.",
             manifest.yaml, why, len(train.refs),

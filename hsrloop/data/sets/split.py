@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +14,57 @@ SHARE = 0.1
 
 
 def hold_out(
-    paths: list[Path], *, seed: int, useful: list[bool] | None = None, threads: int = 4
+    paths: Sequence[Path],
+    *,
+    seed: int,
+    shown: Sequence[Collection[int]] | None = None,
+    threads: int = 4,
 ) -> list[int]:
     """Return the indices of a tenth of the images, whole groups of look-alikes at a time.
 
-    Repeatable for a seed and a list of names; at least one image and never all of them, for two or
-    more. Where look-alikes chain all that show an object into groups too large to be taken, a run
-    of neighbours is cut from the largest.
+    A tenth of those that show objects, and of the others. Repeatable for a seed and a list of
+    names. Every class keeps an image to train on, and one at least of those returned shows an
+    object; none are returned where that cannot be. Where look-alikes chain so many into groups too
+    large to be taken that half of what is wanted is missing, a run of neighbours is cut from the
+    largest.
 
     Args:
-        useful: which images show an object, all if not given; the first taken is such a one, if any
-            is.
+        shown: classes in each image; if not given, all show the same.
     """
     count = len(paths)
-    target = max(1, round(SHARE * count))
-    if count < 2:
-        return []
+    shown = [{0}] * count if shown is None else [set(classes) for classes in shown]
+    left = Counter(number for classes in shown for number in classes)
     groups = group_alike(paths, threads=threads)
     order = [groups[int(i)] for i in np.random.default_rng(seed).permutation(len(groups))]
-    most = max(target, int(1.5 * target))
-    small = [group for group in order if len(group) <= most]
-    show = set(range(count)) if useful is None else {i for i in range(count) if useful[i]}
-    first = next((group for group in small if show.intersection(group)), None)
-    if first is None:
-        largest = max(groups, key=lambda group: len(show.intersection(group)))
-        run = [i for i in largest if i in show] or largest
-        chosen = run[-min(target, max(1, len(run) // 2)) :]
-    else:
-        chosen = list(first)
-    for group in small:
-        if len(chosen) < target and group is not first and len(chosen) + len(group) <= most:
-            chosen += group
+
+    def spared(taken: Sequence[int]) -> bool:
+        """Return whether every class keeps an image without those."""
+        times = Counter(number for i in taken for number in shown[i])
+        return all(left[number] > gone for number, gone in times.items())
+
+    showing = [group for group in order if any(shown[i] for i in group)]
+    chosen = _some(showing, spared)
+    wanted = _target(showing)
+    if 2 * len(chosen) < wanted:
+        rest = [group for group in showing if not set(group).intersection(chosen)]
+        for i in reversed(max(rest, key=len, default=[])):
+            if len(chosen) < wanted and shown[i] and spared([*chosen, i]):
+                chosen.append(i)
+    if chosen:
+        chosen += _some([group for group in order if not any(shown[i] for i in group)], spared)
     return sorted(chosen)
+
+
+def _target(groups: Sequence[Sequence[int]]) -> int:
+    count = sum(map(len, groups))
+    return max(min(count, 1), round(SHARE * count))
+
+
+def _some(groups: Sequence[Sequence[int]], spared: Callable[[Sequence[int]], bool]) -> list[int]:
+    """Return the members of the first groups that make a tenth, or half as many again at most."""
+    target, chosen = _target(groups), list[int]()
+    most = max(target, int(1.5 * target))
+    for group in groups:
+        if len(chosen) < target and len(chosen) + len(group) <= most and spared([*chosen, *group]):
+            chosen += group
+    return chosen
