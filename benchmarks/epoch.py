@@ -33,6 +33,7 @@ from hsrloop.train import loop, run, saver  # noqa: E402
 from hsrloop.train.detector import KeptDetector  # noqa: E402
 from hsrloop.train.graphs import StepGraphs  # noqa: E402
 from hsrloop.train.guard import Guard  # noqa: E402
+from hsrloop.train.meter import Meter  # noqa: E402
 
 # What is timed: where it is found, by which name, and what it is called.
 PARTS: tuple[tuple[Any, str, str], ...] = (
@@ -40,7 +41,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (StepGraphs, "begin", "beginning steps"),
     (StepGraphs, "train_step", "starting steps"),
     (Guard, "persists", "waiting for steps"),
-    (loop._Meter, "settle", "waiting for the last ones"),
+    (Meter, "settle", "waiting for the last ones"),
     (loop, "unsound", "are weights numbers?"),
     (KeptDetector, "of", "validation: the detector"),
     (Evaluator, "settle", "validation: waiting, matching"),

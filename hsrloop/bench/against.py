@@ -26,6 +26,7 @@ import yaml
 
 from hsrloop.bench.peer import ROW
 from hsrloop.bench.results import Row, Spread
+from hsrloop.bench.scratch import scratch
 from hsrloop.config import Resolved, TrainConfig
 from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.sets.labels import label_path
@@ -39,6 +40,7 @@ from hsrloop.train.loop import tail_epochs
 from hsrloop.words import counted
 
 Cell = Mapping[str, Any]
+_PATIENCE_S = 10  # for a process to save and end
 _LAST_WORDS = 2000  # characters of a failed process' output that are shown
 
 # What both call by the same name, and mean alike.
@@ -48,7 +50,15 @@ SHARED = (
     *("scale", "shear", "flipud", "fliplr", "mosaic", "mixup", "amp", "freeze", "workers"),
 )
 # What only ours knows, passed on as it was asked for.
-_OURS = ("cache", "close_mosaic", "compile", "cuda_graphs", "augment_device", "micro_batch")
+_OURS = (
+    *("cache", "close_mosaic", "compile", "cuda_graphs", "augment_device", "micro_batch"),
+    "trust_checkpoint",
+)
+# What the contest decides, or what other settings follow from.
+_DECIDED = (
+    *("dataset", "model", "device", "output", "tensorboard", "dynamic_synthetic", "patience"),
+    *("gpu_tier", "auto_scale", "amp_dtype"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +71,18 @@ class Contest:
     threads: int
     judged: bool  # its validator looks at the weights too
     limit_s: float | None = None  # of one training
+    meant: tuple[str, ...] = ()  # settings that the user wants and that only ours knows
 
     def ours(self, *, epochs: int, seed: int) -> dict[str, Any]:
         """Train with our command line and return its times and metrics."""
-        with tempfile.TemporaryDirectory() as output:
-            names = (*SHARED, *_OURS)
+        with tempfile.TemporaryDirectory(dir=self.data.parent) as output:
+            names = (*SHARED, *_OURS, *self.meant)
             given = {k: getattr(self.config, k) for k in names} | {"epochs": epochs, "seed": seed}
             command = [sys.executable, "-m", "hsrloop", "train", "-d", str(self.data)]
             command += ["-m", self.config.model, "-o", output, "--device", self.device]
             command += ["--no-tensorboard", "--no-dynamic-synthetic", "--set", "patience=0"]
             command += [a for k, v in given.items() for a in ("--set", f"{k}={_spelled(v)}")]
-            _run(command, self.limit_s)
+            self._run(command)
             (run_dir,) = Path(output).iterdir()
             lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
             epochs_done = [e for e in map(json.loads, lines) if e["event"] == "EpochDone"]
@@ -97,12 +108,16 @@ class Contest:
         """Ask `hsrloop.bench.peer`."""
         device = self.device.removeprefix("cuda:")
         whole = {"data": str(self.data), "device": device, **request}
-        said = _run([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(whole)], self.limit_s)
+        said = self._run([sys.executable, "-m", "hsrloop.bench.peer", json.dumps(whole)])
         if "NMS time limit" in said:
             raise DependencyError("Ultralytics' NMS ran into its time limit: its metrics are void.")
         lines = [line for line in said.splitlines() if line.startswith(ROW)]
         row: dict[str, Any] = json.loads(lines[-1].removeprefix(ROW))
         return row
+
+    def _run(self, command: Sequence[str]) -> str:
+        """Run a process and return all it said; what it leaves behind goes with the data."""
+        return _run(command, self.limit_s, self.data.parent)
 
 
 def against_ultralytics(
@@ -139,9 +154,15 @@ def against_ultralytics(
     def tell(done: int) -> None:
         emit(Progress(task="trainings, Ultralytics' and ours", done=done, total=total))
 
-    with tempfile.TemporaryDirectory(prefix="hsrloop-against-") as scratch:
-        data, images = copy_set(dataset_of(resolved), Path(scratch), seed=config.seed)
-        contest = Contest(config, data, device, usable_cores(), judged, limit_s)
+    others = (*SHARED, *_OURS, *_DECIDED)
+    meant = tuple(
+        name
+        for name in resolved.sources
+        if name not in others and resolved.meant(name) and getattr(config, name) is not None
+    )
+    with scratch("against") as folder:
+        data, images = copy_set(dataset_of(resolved), folder, seed=config.seed)
+        contest = Contest(config, data, device, usable_cores(), judged, limit_s, meant)
         mine: list[Cell] = []
         peers: list[Cell] = []
         tell(0)
@@ -216,23 +237,35 @@ def copy_set(dataset: str, folder: Path, *, seed: int) -> tuple[Path, int]:
     return path, len(spec.train)
 
 
-def _run(command: Sequence[str], limit_s: float | None) -> str:
-    """Run a process and return all it said."""
-    env = as_found(os.environ)
+def _run(command: Sequence[str], limit_s: float | None, temporary: Path) -> str:
+    """Run a process and return all it said; it does not outlive an interrupt."""
+    env = as_found(os.environ) | {"TMPDIR": str(temporary)}
     env.pop("OMP_NUM_THREADS", None)
     what = " ".join(word for word in command[1:4] if not word.startswith("{"))
-    try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, check=False, timeout=limit_s
-        )
-    except subprocess.TimeoutExpired as error:
-        said = "".join(_text(part) for part in (error.stdout, error.stderr))
-        text = f"{what} took more than {limit_s:.0f} s: {said[-_LAST_WORDS:]}"
-        raise DependencyError(text) from error
-    said = done.stdout + done.stderr
-    if done.returncode:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said = "".join(process.communicate(timeout=limit_s))
+        except BaseException as error:
+            _end(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            said = "".join(_text(part) for part in (error.stdout, error.stderr))
+            text = f"{what} took more than {limit_s:.0f} s: {said[-_LAST_WORDS:]}"
+            raise DependencyError(text) from error
+    if process.returncode:
         raise DependencyError(f"{what} failed: {said[-_LAST_WORDS:]}")
     return said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask a process to end, with those it has started; insist if it does not."""
+    process.terminate()
+    try:
+        process.communicate(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _text(said: bytes | str | None) -> str:

@@ -35,12 +35,13 @@ from hsrloop.bench.results import Row, Spread
 from hsrloop.bench.workbench import Emit, Workbench, workbench
 from hsrloop.config import Resolved
 from hsrloop.data.val_loader import ValLoader
-from hsrloop.events import Progress
+from hsrloop.events import Note, Progress
 from hsrloop.hardware.peak import peak_bytes, reset_peak
 from hsrloop.records import Batch, Position
 from hsrloop.train.detector import KeptDetector
 from hsrloop.train.evaluate import evaluate
-from hsrloop.train.loop import REPORT_EVERY_S, by_step
+from hsrloop.train.loop import by_step
+from hsrloop.train.meter import REPORT_EVERY_S
 from hsrloop.train.profile import RECORDED, SKIPPED, WARM, StepProfiler
 from hsrloop.train.step import to_input
 
@@ -188,6 +189,10 @@ def measure(
         HsrloopError: as a run would raise.
     """
     with workbench(resolved, emit) as bench:
+        batch, images = bench.config.batch, bench.loaders.train.n_samples
+        if images < batch:
+            text = f"batch is {batch}, but a step has {images}: the data set has no more images"
+            emit(Note(text=text, level="warning"))
         rows = [MEASURES[part](bench, effort) for part in parts]
         if profile is not None:
             record_steps(bench, profile)
@@ -203,6 +208,8 @@ def record_steps(bench: Workbench, folder: Path) -> None:
         profiler.step()
     profiler.close()
     stream.close()
+    if profiler.written:
+        bench.emit(Note(text=f"Written: {folder}/profile.txt, tensorboard/"))
 
 
 def said_of(bench: Workbench) -> dict[str, Any]:
@@ -213,7 +220,7 @@ def said_of(bench: Workbench) -> dict[str, Any]:
         "device": bench.info.name,
         "model": Path(config.model).name,
         "imgsz": bench.state.rung.imgsz,
-        "batch": config.batch,
+        "batch": min(config.batch, bench.loaders.train.n_samples),
         "micro_batch": bench.state.rung.micro_batch,
         "precision": precision.removeprefix("torch."),
         "compile": config.compile,
@@ -298,8 +305,7 @@ def _timed(
 
     Args:
         of: the work whose memory, watts and utilisation are read; warm by then, so that what
-            autotuning and compiling took is not among it. On the CPU memory is the process' most
-            so far.
+            autotuning and compiling took is not among it.
     """
     peak = 0
 
@@ -315,9 +321,16 @@ def _timed(
         reading.pause()
         peak = max(peak, peak_bytes(bench.device) + bench.state.recorded_bytes)
 
+    def observed(work: Work) -> Work:
+        def run(steps: int) -> None:
+            work(steps)
+            bench.observe()
+
+        return run
+
     with power(nvml_reader(bench.info.uuid)) as reading:
         seconds = in_turn(
-            works,
+            {name: observed(work) for name, work in works.items()},
             rounds=effort.rounds,
             seconds=effort.seconds,
             device=bench.device,

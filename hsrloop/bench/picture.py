@@ -66,7 +66,8 @@ def draw_bars(report: Report) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     if any(bare):
         figure.legend(loc="outside lower right", ncols=2, frameon=False)
-    figure.suptitle(report.host, fontsize=6, color=_INK, wrap=True, parse_math=False)
+    said = "\n".join(text for text in (report.said(), report.host) if text)
+    figure.suptitle(said, fontsize=6, color=_INK, wrap=True, parse_math=False)
     return figure
 
 

@@ -77,6 +77,10 @@ class Report:
     rows: Sequence[Row]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def said(self) -> str:
+        """Return the settings as one line."""
+        return ", ".join(f"{key} {value}" for key, value in self.settings.items())
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         rows = [row.to_json() for row in self.rows]

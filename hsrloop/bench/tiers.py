@@ -7,10 +7,8 @@ fits such a card is remembered apart from what fits the user's, and no longer th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from hsrloop.bench.meters import (
     stopwatch_of,
 )
 from hsrloop.bench.results import Row, Spread
+from hsrloop.bench.scratch import scratch
 from hsrloop.bench.workbench import at_hand
 from hsrloop.config import Resolved
 from hsrloop.errors import ConfigError, HsrloopError
@@ -178,10 +177,7 @@ def memory_of(tier: Tier, device: torch.device, total_bytes: int) -> Iterator[No
 
 @contextmanager
 def threads_of(device: torch.device) -> Iterator[None]:
-    """Let the CPU have the threads of a process of its own: one that used a GPU has a single one.
-
-    On the CPU memory is the process' most so far, whatever used it.
-    """
+    """Let the CPU have threads as in a process of its own: one that used a GPU has a single one."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(threads_at_start())
@@ -198,19 +194,19 @@ def _measured(tier: Tier, asked: Resolved, info: DeviceInfo, steps: int) -> Row:
     reset_peak(device)
     failure, ended, peak = "", {}, 0
     with (
-        tempfile.TemporaryDirectory(prefix="hsrloop-tier-") as output,
+        scratch("tier") as output,
         memory_of(tier, device, info.total_bytes),
         threads_of(device),
         power(reader) as reading,
     ):
         watch = StepWatch(steps, reading=reading, stopwatch=stopwatch_of(device))
-        endless = config.replace(output=output, epochs=10_000, patience=0, tensorboard=False)
+        endless = config.replace(output=str(output), epochs=10_000, patience=0, tensorboard=False)
         try:
             outcome = train(
                 Resolved(endless, asked.sources),
                 sinks=[watch],
                 stop=watch,
-                fits=Path(output) / FILE,
+                fits=output / FILE,
             )
             ended, peak = {"micro_batch": outcome.rung.micro_batch}, outcome.peak_memory_bytes
         except HsrloopError as error:

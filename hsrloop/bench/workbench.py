@@ -71,6 +71,10 @@ class Workbench:
             self.state, batches, settings=self.settings, lr=lr, transaction=self.transaction
         )
         self.guard.persists(self.state)
+        self.observe()
+
+    def observe(self) -> None:
+        """Let threads spin as the machine allows; to be called after each thing that is timed."""
         if self.governor is not None:
             self.governor.observe()
 

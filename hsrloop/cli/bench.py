@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsrloop.cli.layers import Request, add_machine, check_asked, resolve_explicit
-from hsrloop.cli.run import check_file_place, check_png, from_anywhere, prepare
+from hsrloop.cli.run import (
+    check_file_place,
+    check_outside,
+    check_png,
+    from_anywhere,
+    places_of,
+    prepare,
+    write_json,
+)
+from hsrloop.cli.stop import Stop
 from hsrloop.config import Resolved
+from hsrloop.data.sets.manifest import read_manifest
 from hsrloop.errors import ConfigError, OutputError
 from hsrloop.events import Note
 
@@ -56,8 +65,16 @@ class Wanted:
             )
         if self.seconds is not None and not math.isfinite(self.seconds):
             raise ConfigError(f"--seconds is {self.seconds}; it must be a number up to 600.")
+        if set(self.parts) == {TIERS} and (self.rounds, self.seconds) != (None, None):
+            raise ConfigError(
+                "--rounds and --seconds are nothing to tiers, which takes a few steps of each. "
+                "Drop them, or name another part too."
+            )
         if self.profile is not None and (self.against or set(self.parts) == {TIERS}):
-            raise ConfigError("--profile records steps of this machine's own settings.")
+            raise ConfigError(
+                "--profile records steps of this machine's own settings. Name a part other than "
+                "tiers, and leave --against out."
+            )
 
 
 def run_bench(
@@ -76,10 +93,12 @@ def run_bench(
     if wanted.profile is not None:
         make_folder(wanted.profile, "--profile")
     asked = resolve_explicit(request)
+    _check_apart(asked, json_file, plot)
     if TIERS in wanted.parts:
         _check_left_to_tiers(asked)
     check_asked(asked)
     prepare(asked.config.device)
+    Stop("Stopped: nothing is written.").listen()
     resolved = from_anywhere(add_machine(request, asked))
 
     from hsrloop.bench.machine import OthersWork, describe_host
@@ -94,21 +113,28 @@ def run_bench(
             rows, settings = _measured(given, wanted, sink)
     finally:
         sink.close()
-    for warning in (unevenness(rows), disturbance(others.cores()) if wanted.against else None):
+    for warning in (unevenness(rows), disturbance(others.cores(), wanted.against)):
         if warning is not None:
             sink.handle(Note(text=warning, level="warning"))
     report = Report(host=describe_host(), rows=rows, settings=settings)
     console.print(report.host, soft_wrap=True)
-    console.print(", ".join(f"{key} {value}" for key, value in settings.items()), soft_wrap=True)
+    if settings:
+        console.print(report.said(), soft_wrap=True)
     console.print(tables(rows))
-    if wanted.profile is not None:
-        console.print(f"Written: {wanted.profile}/profile.txt, tensorboard/", soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        console.print(f"Written: {json_file}", soft_wrap=True)
-    if plot is not None:
-        save_bars(report, plot)
-        console.print(f"Written: {plot}", soft_wrap=True)
+    outputs: list[tuple[Path | None, Callable[[Path], None]]] = [
+        (json_file, partial(write_json, value=report.to_json())),
+        (plot, partial(save_bars, report)),
+    ]
+    failed: list[OutputError] = []
+    for file, write in outputs:
+        if file is not None:
+            try:
+                write(file)
+                console.print(f"Written: {file}", soft_wrap=True)
+            except OutputError as error:  # the other is wanted all the more
+                failed.append(error)
+    if failed:
+        raise failed[0]
     return 0
 
 
@@ -124,14 +150,40 @@ def unevenness(rows: Sequence[Row]) -> str | None:
     )
 
 
-def disturbance(cores: float) -> str | None:
-    """Return a warning where other programs kept so many cores busy while two were compared."""
+def disturbance(cores: float, against: bool) -> str | None:
+    """Return a warning where other programs kept so many cores busy meanwhile.
+
+    Args:
+        against: two trainers were compared.
+    """
     if cores <= _OTHERS_CORES:
         return None
-    return (
-        f"other programs kept {cores:.1f} cores busy meanwhile: they take from the two sides "
-        "unequally, so the ratios cannot be used. End them, and measure again."
+    effect = (
+        "they take from the two sides unequally, so the ratios cannot be used"
+        if against
+        else "speeds are lower than this machine's, and shares of the bare step's are uncertain"
     )
+    return (
+        f"other programs kept {cores:.1f} cores busy meanwhile: {effect}. "
+        "End them, and measure again."
+    )
+
+
+def _check_apart(asked: Resolved, json_file: Path | None, plot: Path | None) -> None:
+    """Refuse outputs in each other's place or in that of what is read.
+
+    Raises:
+        OutputError: one would be lost.
+        DatasetError: there is no such data set.
+    """
+    if json_file is not None and plot is not None and json_file.resolve() == plot.resolve():
+        raise OutputError(f"--json and --plot are both {plot}. Name two files.")
+    if asked.config.dataset is None:
+        return
+    manifest = read_manifest(asked.config.dataset, train_optional=True)
+    for file, option in ((json_file, "--json"), (plot, "--plot")):
+        if file is not None:
+            check_outside(file, option, (manifest.yaml, *places_of(manifest)))
 
 
 def _check_left_to_tiers(asked: Resolved) -> None:
@@ -191,10 +243,11 @@ def data_set(resolved: Resolved) -> Iterator[Resolved]:
     if resolved.config.dataset is not None:
         yield resolved
         return
+    from hsrloop.bench.scratch import scratch
     from hsrloop.cli.tabletop import write_data_set
 
-    with tempfile.TemporaryDirectory(prefix="hsrloop-bench-") as folder:
-        yaml = write_data_set(Path(folder), **_SCENES, seed=0)
+    with scratch("bench") as folder:
+        yaml = write_data_set(folder, **_SCENES, seed=0)
         yield with_settings(resolved, dataset=str(yaml))
 
 

@@ -284,7 +284,8 @@ def bench(
 
     Parts: step, loader, validate, train (loader and step together), all four when none is named;
     tiers: a short run with each tier's defaults, on a large card with a smaller one's memory.
-    Efficiency is the share of the bare step's speed: forward, loss, backward and optimizer alone.
+    Efficiency is the share of the bare step's speed (forward, loss, backward, optimizer; median of
+    the rounds' own); host waits is how often the processor waits for the GPU in a step.
     Without --dataset a small one is painted; without weights at hand the network is untrained.
     """
     from hsrloop.cli.bench import Wanted, run_bench

@@ -22,7 +22,7 @@ from hsrloop.errors import CheckpointError, ConfigError, OutputError
 from hsrloop.model.export import check_export
 from hsrloop.paths import exists, expanded, has_folder, is_file, is_folder
 from hsrloop.report.console import ConsoleSink, make_console
-from hsrloop.report.files import SPELLED_OUT, json_text
+from hsrloop.report.files import SPELLED_OUT, json_text, replace_text
 from hsrloop.report.scores import scores_json, scores_table
 
 _LOG = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def start_validation(request: Request, *, json_file: Path | None) -> int:
         return stop.exit_code
     console.print(scores_table(metrics))
     if json_file is not None:
-        text = json_text({"model": resolved.config.model, **scores_json(metrics)}, indent=2)
-        json_file.write_text(text + "\n", encoding="utf-8", errors=SPELLED_OUT)
+        write_json(json_file, {"model": resolved.config.model, **scores_json(metrics)})
         console.print(f"Written: {json_file}", soft_wrap=True)
     return 0
 
@@ -126,6 +125,22 @@ def check_file_place(file: Path, option: str) -> None:
         raise OutputError(f"{option} {file} cannot be written ({error.strerror}).") from None
     if new:
         file.unlink()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write what --json asks for.
+
+    Raises:
+        OutputError: the disk does not take it; what the file held is still there.
+    """
+    text, target = json_text(value, indent=2) + "\n", file.resolve()
+    try:
+        if is_file(target) or not exists(target):
+            replace_text(target, text)
+        else:  # a pipe or a device
+            target.write_text(text, encoding="utf-8", errors=SPELLED_OUT)
+    except OSError as error:
+        raise OutputError(f"--json {file} cannot be written ({error.strerror}).") from None
 
 
 def check_png(file: Path, option: str) -> None:

@@ -19,8 +19,8 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class Interrupted(KeyboardInterrupt):
     """A signal came before there was anything to save; the command ends with `exit_code`."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__("Stopped before the first step: nothing had to be saved.")
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(text)
         self.exit_code = 128 + signum
 
 
@@ -29,11 +29,16 @@ class Stop:
 
     Signals count from `listen` on. `signum` is the first one received, 0 before. Until the question
     was asked for the first time there is nothing to save, and a signal raises `Interrupted`.
+
+    Args:
+        text: what is said then.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, text: str = "Stopped before the first step: nothing had to be saved."
+    ) -> None:
         self.signum = 0
-        self._asked = False
+        self._asked, self._text = False, text
 
     def __call__(self) -> bool:
         """Return whether the run shall save and return."""
@@ -63,7 +68,7 @@ class Stop:
             os._exit(128 + signum)  # files are replaced atomically, so nothing is left half-written
         self.signum = signum
         if not self._asked:
-            raise Interrupted(signum)
+            raise Interrupted(signum, self._text)
         os.write(2, _ASKED)  # the only output that is safe inside a handler
 
 

@@ -63,12 +63,12 @@ class SpinGovernor:
         """Whether spinning is shortened now."""
         return self._release is not None
 
-    def observe(self) -> None:
-        """Look at the time since the last look, and react."""
-        now = self._clock()
+    def observe(self) -> bool:
+        """Look at the time since the last look, and react; return whether anything was changed."""
+        now, before = self._clock(), self.engaged
         spent = now - self._since
         if spent < INTERVAL_S:
-            return
+            return False
         waited = self._delay()
         share = (waited - self._waited) / spent
         self._since, self._waited = now, waited
@@ -76,6 +76,7 @@ class SpinGovernor:
             self._release = self._hold()
         elif self._release is not None and share < RELEASE_BELOW:
             self.close()
+        return self.engaged != before
 
     def close(self) -> None:
         """Spin as before; may be called twice."""

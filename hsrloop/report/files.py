@@ -31,13 +31,22 @@ def _finite(value: Any) -> Any:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a power cut, sees the old content or the new."""
+    """Write `text` to `path` so that a reader, or a power cut, sees the old content or the new.
+
+    Raises:
+        OSError: the disk does not take it; the old content is still there.
+    """
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8", errors=SPELLED_OUT, newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w", encoding="utf-8", errors=SPELLED_OUT, newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def append(path: Path, data: bytes, *, sync: bool = False) -> None:

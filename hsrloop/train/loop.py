@@ -5,58 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
 from hsrloop.config import TrainConfig
-from hsrloop.data.loader import TrainLoader
-from hsrloop.data.val_loader import ValLoader
-from hsrloop.events import EpochDone, Event, Note, Progress, StepDone
-from hsrloop.hardware.contention import SpinGovernor
-from hsrloop.hardware.pressure import Pressure, memory_use
+from hsrloop.events import EpochDone, Note, Progress
+from hsrloop.hardware.pressure import memory_use
 from hsrloop.model.yolo import set_train_mode
 from hsrloop.ops.ranges import named
 from hsrloop.ops.schedule import lr_factor
 from hsrloop.records import Batch, Metrics, Rung
 from hsrloop.train.capsule import diverged
-from hsrloop.train.checkpoint import LAST, RunIdentity
+from hsrloop.train.checkpoint import LAST
 from hsrloop.train.compiled import consider
-from hsrloop.train.detector import KeptDetector
 from hsrloop.train.evaluate import evaluate
-from hsrloop.train.graphs import StepGraphs
-from hsrloop.train.guard import Guard, LastStep, unsound
-from hsrloop.train.ladder import SOUND_MICRO_BATCH, MemoryThrashing, rung_above
-from hsrloop.train.profile import StepProfiler
-from hsrloop.train.saver import Saver
+from hsrloop.train.guard import LastStep, unsound
+from hsrloop.train.ladder import SOUND_MICRO_BATCH, rung_above
+from hsrloop.train.meter import Meter
+from hsrloop.train.runtime import Runtime
 from hsrloop.train.state import LOSS_NAMES, METRIC_NAMES, TrainState
-from hsrloop.train.step import StepSettings, Transaction
 
-REPORT_EVERY_S = 0.5
 ROOM = "room"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Runtime:
-    """What a run stands on at a position; rebuilt, never changed."""
-
-    config: TrainConfig
-    identity: RunIdentity
-    saver: Saver
-    train_loader: TrainLoader
-    val_loader: ValLoader
-    settings: StepSettings
-    transaction: Transaction
-    guard: Guard
-    emit: Callable[[Event], None]
-    stop: Callable[[], bool]
-    governor: SpinGovernor | None = None  # on the CPU: keeps busy neighbours from stalling us
-    pressure: Pressure | None = None  # on a GPU: notices that its memory is too full
-    profiler: StepProfiler | None = None
-    graphs: StepGraphs = field(default_factory=StepGraphs)
-    detector: KeptDetector = field(default_factory=KeptDetector)
 
 
 def tail_epochs(config: TrainConfig) -> int:
@@ -141,7 +110,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
     transaction, graphs = runtime.transaction, runtime.graphs
     mosaic = planned < config.epochs - tail_epochs(config)
     batches = loader.batches(state.position, mosaic=mosaic)
-    with _Meter(state, runtime) as meter:
+    with Meter(state, runtime) as meter:
         graphs.prepare(state, runtime.settings, transaction, loader.sizes, runtime.emit)
         for micro_batches in by_step(batches):
             step = planned * len(loader) + state.position.sample // config.batch
@@ -164,7 +133,7 @@ def train_epoch(state: TrainState, runtime: Runtime) -> bool:
             if runtime.governor is not None:
                 runtime.governor.observe()
             if runtime.profiler is not None:
-                runtime.profiler.step()
+                meter.apart(runtime.profiler.step)
             if runtime.stop():
                 return False
             if runtime.saver.due(state):
@@ -313,88 +282,3 @@ def _interrupt(state: TrainState, runtime: Runtime) -> str:
     state.due.append(LAST)
     runtime.saver.finish(state)
     return "interrupted"
-
-
-class _Meter:
-    """Measures an epoch and reports its steps, at most every REPORT_EVERY_S seconds."""
-
-    def __init__(self, state: TrainState, runtime: Runtime) -> None:
-        self._state, self._runtime = state, runtime
-        self._started = self._reported = self._accounted = time.monotonic()
-        self._samples = self._judged_samples = 0
-        self._judged = self._started
-        if runtime.pressure is not None:
-            runtime.pressure.resume()
-        self._first = state.position.sample
-        if self._first == 0:
-            state.epoch_s = 0.0
-
-    def __enter__(self) -> _Meter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Count the time also when memory ran out; a device in that state is not waited for."""
-        if kind is None:
-            self.settle()
-        else:
-            self._account()
-
-    def count(self, samples: int) -> None:
-        self._samples += samples
-        now = time.monotonic()
-        if now - self._reported >= REPORT_EVERY_S:
-            self._reported = now
-            self._runtime.emit(self._event(now))
-
-    def judge(self) -> None:
-        """Look, after a report, at how the GPU's memory does.
-
-        Raises:
-            MemoryThrashing: it is too full to work with.
-        """
-        pressure = self._runtime.pressure
-        if pressure is None or self._reported <= self._judged:
-            return
-        now = time.monotonic()
-        samples, seconds = self._samples - self._judged_samples, now - self._judged
-        self._judged, self._judged_samples = now, self._samples
-        problem = pressure.observe(samples, seconds)
-        if problem is not None:
-            raise MemoryThrashing(problem)
-
-    def settle(self) -> None:
-        """Add the time spent to the run's and the epoch's; CUDA is waited for."""
-        if self._state.device.type == "cuda":
-            torch.cuda.synchronize(self._state.device)
-        self._account()
-
-    def _account(self) -> None:
-        now = time.monotonic()
-        spent, self._accounted = now - self._accounted, now
-        self._state.epoch_s += spent
-        self._state.elapsed_s += spent
-
-    def _event(self, now: float) -> StepDone:
-        state, runtime = self._state, self._runtime
-        total = runtime.train_loader.n_samples
-        rate = self._samples / max(now - self._started, 1e-9)
-        position = state.position
-        epoch_done = position.sample == 0
-        done = total if epoch_done else position.sample
-        epoch = position.epoch - 1 if epoch_done else position.epoch
-        epochs_left = runtime.config.epochs - state.epochs_skipped - epoch - 1
-        losses = runtime.guard.losses(state)
-        val_s = state.val_s_per_epoch * (epochs_left + 1)
-        cuda = state.device.type == "cuda"
-        return StepDone(
-            epoch=epoch + 1,
-            epochs=runtime.config.epochs - state.epochs_skipped,
-            step=state.steps,
-            samples=done,
-            epoch_samples=total,
-            **{name: losses[name] for name in LOSS_NAMES},
-            images_per_s=rate,
-            epoch_left_s=(total - done) / rate,
-            run_left_s=(total - done + epochs_left * total) / rate + val_s,
-            memory_bytes=state.peak_bytes if cuda else 0,
-        )

@@ -14,6 +14,7 @@ from hsrloop.data.pixels.bank import BANK_SHARE, BYTES_PER_PIXEL
 from hsrloop.data.pixels.store import stored_size
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Note, Progress
+from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.memory import gpu_memory, release_gpu_memory
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, cause_of
 from hsrloop.train.loop import set_modes
@@ -97,24 +98,44 @@ def choose_micro_batch(
         chosen = min(known.micro_batch, batch)
         text = f"micro_batch {chosen}, as chosen by an earlier run on this machine"
     else:
-        taken = _room_for(images, rehearsal)
         sizes = sizes_to_try(batch)
-
-        def tried(size: int) -> float:
-            rehearsal.emit(Progress(task=TASK, done=sizes.index(size), total=len(sizes)))
-            return rate(rehearsal, size, clock)
-
-        pace = measure(sizes, tried)
-        state.forget_peak()
-        del taken
-        rehearsal.emit(Progress(task=TASK, done=len(sizes), total=len(sizes)))
-        chosen, text = pace.best, str(pace)
+        pace = _tried(rehearsal, images, sizes, clock) if len(sizes) > 1 else None
+        chosen = sizes[0] if pace is None else pace.best
+        text = str(pace or f"micro_batch {chosen}: a batch of {batch} leaves no other to try")
     state.rung = dataclasses.replace(state.rung, micro_batch=chosen, val_batch=chosen)
     rehearsal.emit(Note(text=text))
 
 
-def rate(rehearsal: Rehearsal, size: int, clock: Clock) -> float:
-    """Return the images/s of training passes of `size` images; the state stays as it was."""
+def _tried(
+    rehearsal: Rehearsal, images: Sequence[ImageRef], sizes: Sequence[int], clock: Clock
+) -> Pace:
+    state, emit = rehearsal.state, rehearsal.emit
+    taken = _room_for(images, rehearsal)
+    governor = SpinGovernor() if state.device.type == "cpu" else None
+
+    def tried(size: int) -> float:
+        emit(Progress(task=TASK, done=sizes.index(size), total=len(sizes)))
+        return rate(rehearsal, size, clock, governor)
+
+    try:
+        pace = measure(sizes, tried)
+    finally:
+        if governor is not None:
+            governor.close()
+    state.forget_peak()
+    del taken
+    emit(Progress(task=TASK, done=len(sizes), total=len(sizes)))
+    return pace
+
+
+def rate(
+    rehearsal: Rehearsal, size: int, clock: Clock, governor: SpinGovernor | None = None
+) -> float:
+    """Return the images/s of training passes of `size` images; the state stays as it was.
+
+    Args:
+        governor: what a run has on the CPU. Passes before it reacted do not count.
+    """
     state, before = rehearsal.state, rehearsal.state.rung
     state.rung = dataclasses.replace(before, micro_batch=size)
     batch = worst_batch(
@@ -131,6 +152,8 @@ def rate(rehearsal: Rehearsal, size: int, clock: Clock) -> float:
                 forward_backward(state, batch, rehearsal.settings)
                 _wait(state.device)
                 passes += 1
+                if governor is not None and governor.observe():
+                    started, passes = clock(), 0
             return size * passes / (clock() - started)
     finally:
         state.rung = before

@@ -11,9 +11,12 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from hsrloop.events import Event, Note
 from hsrloop.ops.ranges import RANGES
+from hsrloop.report.files import replace_text
 
 SKIPPED, WARM, RECORDED = 3, 1, 3  # steps: caches fill, the profiler settles, what is kept
 TOP = 10
+_STEP = "ProfilerStep*"  # torch's name for what lies between two calls of `step`
+_SHOWN = {"render": "  of it render"}  # which is done while data is made, where the CPU does it
 
 
 class StepProfiler:
@@ -37,6 +40,7 @@ class StepProfiler:
             experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
         )
         self._seen = 0
+        self.written = False  # whole
         self._profile.start()
 
     def step(self) -> None:
@@ -71,7 +75,8 @@ class StepProfiler:
         tensorboard_trace_handler(str(traces))(recorded)
         steps = min(self._seen - SKIPPED - WARM, RECORDED)
         text = summary(recorded.key_averages(), steps=max(steps, 1), cuda=self._cuda)
-        (self._folder / "profile.txt").write_text(text, encoding="utf-8")
+        replace_text(self._folder / "profile.txt", text)
+        self.written = True
         self._emit(Note(text=f"profiled {max(steps, 1)} steps:\n{text}"))
 
 
@@ -85,9 +90,10 @@ def summary(averages: Sequence[Any], *, steps: int, cuda: bool) -> str:
     """
     own = {a.key: a for a in averages}
     lines = [f"{'ms a step':<44}{'host':>10}" + (f"{'GPU':>10}" if cuda else "")]
+    lines += [_line("step", a, steps, cuda, whole=True) for a in averages if a.key == _STEP]
     for name in RANGES:
         if name in own:
-            lines.append(_line(name, own[name], steps, cuda, whole=True))
+            lines.append(_line(_SHOWN.get(name, name), own[name], steps, cuda, whole=True))
     skipped = {*RANGES, *(a.key for a in averages if a.key.startswith("ProfilerStep"))}
     operators = [a for a in averages if a.key not in skipped]
     operators.sort(key=lambda a: -(a.self_device_time_total if cuda else a.self_cpu_time_total))

@@ -42,7 +42,7 @@ from hsrloop.train.guard import Guard
 from hsrloop.train.hub import Hub
 from hsrloop.train.ignored import ignored_elsewhere, ignored_synthesis
 from hsrloop.train.images import check_augment_device
-from hsrloop.train.loop import Runtime, run_to_end
+from hsrloop.train.loop import run_to_end
 from hsrloop.train.precision import set_kernels
 from hsrloop.train.profile import StepProfiler
 from hsrloop.train.recovery import find_first_rung, must_fit, sizes_trained, with_recovery
@@ -55,6 +55,7 @@ from hsrloop.train.resume import (
     restore,
     resumed_settings,
 )
+from hsrloop.train.runtime import Runtime
 from hsrloop.train.saver import Saver
 from hsrloop.train.state import METRIC_NAMES, TrainState
 from hsrloop.train.step import Transaction

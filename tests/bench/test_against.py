@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -36,8 +37,9 @@ class Processes:
         self.requests: list[dict[str, Any]] = []
         self.failing = False
 
-    def run(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+    def start(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
         said = ""
+        assert Path(env["TMPDIR"]).is_dir()
         assert not {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF"} & set(env)
         if "hsrloop.bench.peer" in command:
             request = json.loads(command[-1])
@@ -62,13 +64,16 @@ class Processes:
             lines = [json.dumps(times)] * int(given["epochs"])
             (run_dir / "events.jsonl").write_text("\n".join(lines))
             (run_dir / "training_result.json").write_text('{"peak_memory_bytes": 2147483648}')
-        return SimpleNamespace(returncode=int(self.failing), stdout=said, stderr="last words")
+        done = SimpleNamespace(
+            returncode=int(self.failing), communicate=lambda timeout: (said, "last words")
+        )
+        return contextlib.nullcontext(done)
 
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     made = Processes()
-    monkeypatch.setattr(subprocess, "run", made.run)
+    monkeypatch.setattr(subprocess, "Popen", made.start)
     return made
 
 

@@ -233,9 +233,11 @@ def test_other_programs_beside_a_comparison_are_warned_of(
     times = iter([(100.0, 10.0, 5.0), (130.0, 25.0, 15.0)])
     monkeypatch.setattr(machine, "_busy_s", lambda: next(times))
     assert machine.OthersWork().cores() == 1.5
-    assert disturbance(0.3) is None
-    text = disturbance(1.5)
-    assert text is not None and text.startswith("other programs kept 1.5 cores busy")
+    assert disturbance(0.3, True) is None
+    for against, effect in ((True, "the ratios cannot be used"), (False, "speeds are lower")):
+        text = disturbance(1.5, against)
+        assert text is not None and text.startswith("other programs kept 1.5 cores busy")
+        assert effect in text
 
 
 def test_work_of_this_process_and_of_those_it_ended_is_its_own() -> None:
@@ -261,7 +263,8 @@ def test_a_comparison_asks_what_others_did_meanwhile(
     more = ["--against", "ultralytics"] if against else []
     done = CliRunner().invoke(main, [*arguments, *more])
     assert done.exit_code == 0, done.output
-    assert ("other programs kept 1.5 cores busy" in done.output) is against
+    assert "other programs kept 1.5 cores busy" in done.output
+    assert ("ratios cannot be used" in done.output) is against
 
 
 @pytest.mark.parametrize("other", [("tiers",), ("--against", "ultralytics")])
@@ -291,7 +294,9 @@ def test_the_command_measures_all_parts(tiny_dataset: Path, tmp_path: Path) -> N
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["step", "loader", "validation", "train"]
     profiled = (tmp_path / "new" / "profile" / "profile.txt").read_text()
-    assert all(f"\n{name} " in profiled for name in ("data", "render", "forward", "optimizer"))
+    ranges = ("step", "data", "  of it render", "forward", "optimizer")
+    assert all(f"\n{name} " in profiled for name in ranges)
+    assert "Written: " in done.output and "profile.txt" in done.output
     assert list((tmp_path / "new" / "profile" / "tensorboard").glob("*.pt.trace.json"))
     assert all(row["images_per_s"]["median"] > 0 for row in rows.values())
     assert rows["step"]["host_waits"] == rows["train"]["host_waits"] == 0

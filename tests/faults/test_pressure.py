@@ -14,7 +14,7 @@ from hsrloop.events import Climbed, Recovered
 from hsrloop.hardware import pressure
 from hsrloop.hardware.pressure import MemoryUse, Pressure, Reading
 from hsrloop.records import Rung
-from hsrloop.train import checkpoint, ladder, loop, run
+from hsrloop.train import checkpoint, ladder, loop, meter, run
 from hsrloop.train.ladder import CLIMB_AFTER_EPOCHS, Cause, MemoryThrashing, cause_of, rung_above
 from hsrloop.train.run import train
 from hsrloop.train.state import TrainState
@@ -53,7 +53,7 @@ def test_a_thrashing_run_steps_down_and_ends_as_planned(
     retries = itertools.count()
     gauges = iter([Pressure(lambda: Reading(next(retries), 0.5))])
     monkeypatch.setattr(run, "watch", lambda device: next(gauges, None))
-    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0.0)  # a window for each step
+    monkeypatch.setattr(meter, "REPORT_EVERY_S", 0.0)  # a window for each step
     monkeypatch.setattr(pressure, "SETTLING", 0)
     monkeypatch.setattr(pressure, "GROWING", 2)
     outcome = train(settings(epochs=3), sinks=[recorder])

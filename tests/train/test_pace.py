@@ -117,7 +117,7 @@ def test_an_earlier_choice_is_taken_over(made: Rehearsal, monkeypatch: pytest.Mo
 def test_a_run_keeps_what_was_chosen_when_it_goes_on(
     settings: Callable[..., Resolved], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, clock: 1.0 / size)
+    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, *_: 1.0 / size)
     shape = {"batch": 8, "epochs": 2}
     stopped = train(settings(**shape, micro_batch="auto"), sinks=[recorder], stop=StopAfter(0))
     assert any("micro_batch 4 is chosen" in note.text for note in recorder.of(Note))
@@ -127,7 +127,7 @@ def test_a_run_keeps_what_was_chosen_when_it_goes_on(
     resumed = train(resolve([]), resume=last)
     planned = train(settings(**shape, micro_batch=4))
     assert differences(state_of(resumed.run_dir), state_of(planned.run_dir)) == []
-    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, clock: float(size))
+    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, *_: float(size))
     more = resolve([("command line", {"epochs": 3})])
     assert train(more, resume=last).reason == "completed"
     rung = checkpoint.read(last).state["rung"]
