@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 
 import psutil
 import torch
 
-_CLEAR = Path("/proc/self/clear_refs")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -21,6 +22,10 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":  # `getrusage` also counts what a process was before it was this one
+        told = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())
+        if told is not None:
+            return int(told[1]) * 1024
     import resource  # absent on Windows
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -30,7 +35,7 @@ def peak_bytes(device: torch.device) -> int:
 def reset_peak(device: torch.device) -> None:
     """Let `peak_bytes` count from here on; elsewhere than on Linux a process' is its most so far.
 
-    Source: proc(5), clear_refs.
+    Source: proc(5), clear_refs and status.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -104,6 +104,18 @@ def test_both_take_turns_with_the_same_settings(asked: Resolved, processes: Proc
     assert ours.note == "2 pairs" and "in 18 s, the peer 19 s" in longer.note
 
 
+def test_what_only_ours_knows_is_handed_on_where_it_is_meant(
+    tiny_dataset: Path, processes: Processes
+) -> None:
+    given = {"dataset": str(tiny_dataset), "model": "yolov8n.yaml", "epochs": 1, "imgsz": 64}
+    meant = {"llrd": True, "ema_decay": 0.5, "trust_checkpoint": True, "patience": 3}
+    asked = resolve([("command line", {**given, **meant})])
+    against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None, judged=False)
+    (ours,) = processes.ours
+    assert (ours["llrd"], ours["ema_decay"], ours["trust_checkpoint"]) == ("true", "0.5", "true")
+    assert ours["patience"] == "0" and "checkpoint_minutes" not in ours
+
+
 def test_without_judging_there_is_one_process_a_side(asked: Resolved, processes: Processes) -> None:
     rows = against_ultralytics(asked, pairs=1, device="cpu", emit=lambda _: None, judged=False)
     assert processes.order == ["ours", "peer"]

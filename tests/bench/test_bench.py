@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -19,6 +21,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from hsrloop.bench import machine, meters, tiers
+from hsrloop.bench.measures import MEASURES, Effort
 from hsrloop.bench.meters import (
     LAG_S,
     PowerReading,
@@ -31,9 +34,13 @@ from hsrloop.bench.meters import (
 )
 from hsrloop.bench.picture import draw_bars
 from hsrloop.bench.results import Report, Row, Spread, cells, markdown, table, tables
+from hsrloop.bench.scratch import scratch
+from hsrloop.bench.workbench import workbench
 from hsrloop.cli.bench import disturbance, unevenness
 from hsrloop.cli.main import main
-from hsrloop.config import Resolved
+from hsrloop.config import Resolved, resolve
+from hsrloop.errors import OutputError
+from hsrloop.hardware.contention import SpinGovernor
 from hsrloop.hardware.memory import usable_cores
 from hsrloop.report.console import make_console
 
@@ -327,6 +334,7 @@ def test_only_the_parts_named_are_measured(tiny_dataset: Path, tmp_path: Path) -
     [
         (["--seconds", "nan"], "--seconds is nan; it must be a number up to 600."),
         (["--plot", "bars.jpg"], "--plot bars.jpg: it must end in .png."),
+        (["--json", "a.png", "--plot", "./a.png"], "--json and --plot are both a.png."),
     ],
 )
 def test_odd_values_are_refused_in_one_line(
@@ -353,6 +361,66 @@ def test_what_each_tier_decides_cannot_be_given_beside_tiers(
     done = CliRunner().invoke(main, ["bench", "tiers", *arguments])
     assert done.exit_code == 2 and said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--seconds"])
+def test_what_tiers_would_ignore_is_refused(option: str) -> None:
+    done = CliRunner().invoke(main, ["bench", "tiers", option, "2"])
+    assert done.exit_code == 2 and "are nothing to tiers" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["data.yaml", "images/train/x.png"])
+def test_no_output_lands_in_the_data_set(place: str, tiny_dataset: Path) -> None:
+    before = tiny_dataset.read_bytes()
+    file = tiny_dataset.parent / place
+    done = CliRunner().invoke(main, ["bench", "-d", str(tiny_dataset), "--json", str(file)])
+    assert done.exit_code == 2 and "lies inside the data set" in done.stderr
+    assert tiny_dataset.read_bytes() == before and (file == tiny_dataset or not file.exists())
+
+
+def test_a_full_disk_costs_neither_the_old_json_nor_the_picture(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsrloop.cli.bench._measured", lambda *_: (ROWS, {"imgsz": 64}))
+    monkeypatch.setattr("hsrloop.cli.bench.prepare", lambda *_: None)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    file, picture = tmp_path / "old.json", tmp_path / "bars.png"
+    file.write_text("old")
+    done = CliRunner().invoke(
+        main, ["bench", "-d", str(tiny_dataset), "--json", str(file), "--plot", str(picture)]
+    )
+    assert done.exit_code == 2
+    assert f"--json {file} cannot be written (No space left on device)." in done.stderr
+    assert (
+        file.read_text() == "old" and picture.stat().st_size and len(list(tmp_path.iterdir())) == 3
+    )
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"is full\. Set TMPDIR"), scratch("bench") as folder:
+        (folder / "some").touch()
+        raise OSError(errno.ENOSPC, "No space left on device", "photograph.jpg")
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError), scratch("bench") as folder:
+        (folder / "some").read_bytes()
+
+
+def test_threads_are_governed_in_every_part(tiny_dataset: Path, monkeypatch: Any) -> None:
+    """Beside a busy neighbour threads that spin are ten times slower; also what is compared."""
+    seen: list[str] = []
+    asked = {"dataset": str(tiny_dataset), "model": "yolov8n.yaml", "device": "cpu"}
+    resolved = resolve([("test", {**asked, "imgsz": 64, "batch": 2})])
+    for part in ("validate", "loader", "step"):
+        with workbench(resolved, lambda _: None) as bench:
+            monkeypatch.setattr(SpinGovernor, "observe", lambda _, part=part: seen.append(part))
+            MEASURES[part](bench, Effort(rounds=1, seconds=0.001))
+    # Finding out how many steps a round has takes two turns of each work; then there is one.
+    assert seen.count("validate") == 6 and seen.count("loader") == 3
+    assert seen.count("step") > 6, "each step of training too"
 
 
 def test_a_file_cannot_either(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hsrloop.cli.stop import Stop
@@ -186,3 +187,24 @@ def test_under_nohup_a_terminal_that_closes_is_no_matter() -> None:
         signal.signal(signal.SIGHUP, before)
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), kept, strict=True):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_benchmark_and_all_it_made(
+    signum: signal.Signals, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    command = [sys.executable, "-m", "hsrloop", "bench", "--against", "ultralytics", "-d"]
+    command += [str(tiny_dataset), "-m", "yolov8n.yaml", "--imgsz", "64", "--epochs", "500"]
+    env = {**os.environ, "TMPDIR": str(place)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(place.glob("hsrloop-against-*/*/*/results.csv")):  # ours trains
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signum)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and b"Stopped: nothing is written." in said
+    assert children and not psutil.wait_procs(children, timeout=10)[1]
+    assert not list(place.iterdir())
