@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
@@ -83,6 +84,23 @@ class SpinGovernor:
         if self._release is not None:
             self._release()
             self._release = None
+
+
+@contextmanager
+def governed(device: str) -> Iterator[Callable[[], bool]]:
+    """Yield what is to be called after each piece of work: `SpinGovernor.observe`, on the CPU.
+
+    Args:
+        device: kind of it; on others nothing spins, and False is always returned.
+    """
+    if device != "cpu":
+        yield lambda: False
+        return
+    governor = SpinGovernor()
+    try:
+        yield governor.observe
+    finally:
+        governor.close()
 
 
 def open_second_pool() -> Callable[[], None]:

@@ -14,7 +14,7 @@ from hsrloop.data.pixels.bank import BANK_SHARE, BYTES_PER_PIXEL
 from hsrloop.data.pixels.store import stored_size
 from hsrloop.data.sets.dataset import ImageRef
 from hsrloop.events import Note, Progress
-from hsrloop.hardware.contention import SpinGovernor
+from hsrloop.hardware.contention import governed
 from hsrloop.hardware.memory import gpu_memory, release_gpu_memory
 from hsrloop.train.ladder import SOUND_MICRO_BATCH, cause_of
 from hsrloop.train.loop import set_modes
@@ -111,17 +111,13 @@ def _tried(
 ) -> Pace:
     state, emit = rehearsal.state, rehearsal.emit
     taken = _room_for(images, rehearsal)
-    governor = SpinGovernor() if state.device.type == "cpu" else None
+    with governed(state.device.type) as observe:
 
-    def tried(size: int) -> float:
-        emit(Progress(task=TASK, done=sizes.index(size), total=len(sizes)))
-        return rate(rehearsal, size, clock, governor)
+        def tried(size: int) -> float:
+            emit(Progress(task=TASK, done=sizes.index(size), total=len(sizes)))
+            return rate(rehearsal, size, clock, observe)
 
-    try:
         pace = measure(sizes, tried)
-    finally:
-        if governor is not None:
-            governor.close()
     state.forget_peak()
     del taken
     emit(Progress(task=TASK, done=len(sizes), total=len(sizes)))
@@ -129,12 +125,12 @@ def _tried(
 
 
 def rate(
-    rehearsal: Rehearsal, size: int, clock: Clock, governor: SpinGovernor | None = None
+    rehearsal: Rehearsal, size: int, clock: Clock, observe: Callable[[], bool] = lambda: False
 ) -> float:
     """Return the images/s of training passes of `size` images; the state stays as it was.
 
     Args:
-        governor: what a run has on the CPU. Passes before it reacted do not count.
+        observe: of `governed`. Passes before it reacted do not count.
     """
     state, before = rehearsal.state, rehearsal.state.rung
     state.rung = dataclasses.replace(before, micro_batch=size)
@@ -152,7 +148,7 @@ def rate(
                 forward_backward(state, batch, rehearsal.settings)
                 _wait(state.device)
                 passes += 1
-                if governor is not None and governor.observe():
+                if observe():
                     started, passes = clock(), 0
             return size * passes / (clock() - started)
     finally:

@@ -13,6 +13,7 @@ from hsrloop.data.sets.dataset import load_dataset
 from hsrloop.data.val_loader import ValLoader
 from hsrloop.errors import first_line
 from hsrloop.events import Event, Note, Sink
+from hsrloop.hardware.contention import governed
 from hsrloop.hardware.memory import release_gpu_memory
 from hsrloop.hardware.probe import probe, torch_device
 from hsrloop.model.base import load_base
@@ -68,14 +69,22 @@ def _validate(resolved: Resolved, hub: Hub, stop: Callable[[], bool]) -> Metrics
     store = val_image_store(config.replace(cache=False), spec.val, budget_bytes=0, emit=hub.emit)
 
     def attempt(batch: int) -> Metrics | None:
-        with closing(ValLoader(spec.val, store, batch=batch, device=device)) as loader:
+        with (
+            closing(ValLoader(spec.val, store, batch=batch, device=device)) as loader,
+            governed(info.kind) as observe,
+        ):
+
+            def asked() -> bool:
+                observe()
+                return stop()
+
             return evaluate(
                 base.module,
                 loader,
                 names=spec.names,
                 device=device,
                 on_progress=hub.progress("validating"),
-                stop=stop,
+                stop=asked,
             )
 
     with closing(store), must_fit(info, when="while validating"):

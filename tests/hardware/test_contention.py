@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
+from hsrloop.hardware import contention
 from hsrloop.hardware.contention import SpinGovernor, open_second_pool, run_delay_s
 
 
@@ -89,3 +91,17 @@ def test_the_second_pool_is_a_sleeping_thread_that_ends() -> None:
 def test_the_delay_of_this_process_never_falls() -> None:
     first = run_delay_s()
     assert 0.0 <= first <= run_delay_s()
+
+
+def test_what_is_governed_is_the_cpu_and_spins_as_before_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine()
+    watch = governor(machine)
+    monkeypatch.setattr(contention, "SpinGovernor", lambda: watch)
+    machine.pass_time(1.0, 0.9)
+    with contention.governed("cuda") as observe:
+        assert not observe() and not watch.engaged
+    with contention.governed("cpu") as observe:
+        assert observe() and watch.engaged
+    assert not watch.engaged and machine.pools == 0

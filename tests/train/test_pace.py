@@ -93,6 +93,21 @@ def test_the_faster_one_is_chosen_and_nothing_else_of_the_state_changes(
     assert differences({**after, "rung": 0}, {**before, "rung": 0}) == []
 
 
+def test_passes_before_threads_were_governed_do_not_count(
+    made: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be ten times slower, whatever the size."""
+    clock = SlowInPasses(monkeypatch)
+    reacts = iter([False, True, *[False] * 9])
+
+    def observe() -> bool:
+        if reacted := next(reacts):
+            clock.now += 100
+        return reacted
+
+    assert pace.rate(made, 4, clock, observe) == 4.0
+
+
 def test_room_is_kept_for_images_that_fit_under_the_cap(
     card_memory: CardMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
