@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[80, 20])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     prepare_environment(cores=max(options.threads))
     keep_freed_memory()

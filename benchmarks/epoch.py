@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--without-checkpoints", action="store_true")
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first one is left out")

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--without-waking", dest="waking", action="store_false")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         start(options, Path(cache) / "warm")  # torch and the photographs into the page cache

@@ -56,7 +56,7 @@ def main() -> None:
         "--only", type=_pattern, help="a regular expression: parts whose names it is found in"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--output", type=Path, default=None, help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     scope = SMOKE if options.smoke else FULL
     device = "cpu" if options.smoke else "auto"

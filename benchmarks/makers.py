@@ -139,7 +139,7 @@ def one_core_options(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--images", type=int, default=64, help="per round")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -6,12 +6,25 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hsrloop.bench.machine import describe_host  # noqa: E402
+from hsrloop.errors import HsrloopError  # noqa: E402
 
 __all__ = ["describe_host", "results_folder", "unused", "write_markdown"]
+
+
+def _said(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line what the user can mend."""
+    if issubclass(kind, HsrloopError):
+        print(f"Error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _said
 
 
 def results_folder(given: Path | None = None) -> Path:

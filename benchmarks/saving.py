@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=96)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     found: dict[str, list[float]] = {
         name: []

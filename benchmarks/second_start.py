@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default, required=default is None)
     parser.add_argument("--photographs", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     spec = load_dataset(options.data)
     with tempfile.TemporaryDirectory() as scratch:

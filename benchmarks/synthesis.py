@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", action="append", choices=ARMS, help="just this arm; may repeat")
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     if options.real % options.batch:
         parser.error("--real must be a multiple of --batch, or steps are not equal")

@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="the peer's loader processes")
     parser.add_argument("--speedup", type=float, default=1.8, help="accuracy: from `speed`")
     parser.add_argument("--only", action="append", help="accuracy: just this trainer; may repeat")
-    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--output", type=Path, help="folder of results; benchmarks/results")
     options = parser.parse_args()
     options.data = [str(Path(d).resolve()) for d in options.data]
     options.model = str(Path(options.model).resolve())
