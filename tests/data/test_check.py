@@ -160,6 +160,11 @@ def test_look_alikes_in_a_split_are_one_group(tmp_path: Path) -> None:
     (group,) = found(check(yaml), "alike", "train").problems
     assert group.file.name == "burst_000.png"
     assert group.text == "with burst_001.png, burst_002.png, burst_003.png and 2 more"
+    folder = tmp_path / "images/train"
+    (folder / "a").mkdir()
+    (folder / "burst_001.png").rename(folder / "a" / "burst_001.png")
+    (group,) = found(check(yaml), "alike", "train").problems
+    assert group.file.parent.name == "a" and "../burst_000.png" in group.text
 
 
 def test_groups_of_all_alike_cost_no_pairs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -96,8 +97,9 @@ def _alike(album: Album) -> list[Problem]:
     found = []
     for group in album.groups():
         if len(group) > 1:
-            names = [album.paths[i].name for i in group[1:]]
+            first, *others = (album.paths[i] for i in group)
+            names = [os.path.relpath(path, first.parent) for path in others]
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             text = f"with {', '.join(names[:_SHOWN])}{more}"
-            found.append(Problem("alike", album.paths[group[0]], text))
+            found.append(Problem("alike", first, text))
     return found
