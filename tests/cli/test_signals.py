@@ -189,7 +189,7 @@ def test_under_nohup_a_terminal_that_closes_is_no_matter() -> None:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_benchmark_and_all_it_made(
     signum: signal.Signals, tiny_dataset: Path, tmp_path: Path
 ) -> None:

@@ -317,7 +317,7 @@ def test_a_network_that_finds_no_room_on_the_bench_is_said_in_one_line(
 def test_a_benchmark_chooses_the_micro_batch_where_it_is_asked_to(
     settings: Settings, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, clock: 1.0 if size == 4 else 0.5)
+    monkeypatch.setattr(pace, "rate", lambda rehearsal, size, *_: 1.0 if size == 4 else 0.5)
     with workbench(settings(micro_batch="auto"), recorder.handle) as bench:
         assert said_of(bench)["micro_batch"] == 4
     assert any("micro_batch 4 is chosen" in note.text for note in recorder.of(Note))
