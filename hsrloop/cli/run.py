@@ -154,7 +154,7 @@ def check_png(file: Path, option: str) -> None:
 
 
 def check_outside(file: Path, option: str, places: Iterable[Path]) -> None:
-    """Check that a picture will not lie inside a data set.
+    """Check that an output will not lie inside a data set.
 
     Raises:
         OutputError: it would, in one of the places.

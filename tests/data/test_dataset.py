@@ -327,6 +327,12 @@ def test_what_is_given_twice_in_data_yaml_is_an_error(tiny_dataset: Path) -> Non
             load_dataset(tiny_dataset)
 
 
+def test_what_a_mapping_overrides_of_a_merged_one_is_given_once(tiny_dataset: Path) -> None:
+    merged = "base: &b {train: nowhere, val: images/val}\nmore: &m {nc: 3}\n<<: *b\n<<: *m\n"
+    tiny_dataset.write_text(f"{merged}train: images/train\nnames: [square, disc, bar]\n")
+    assert len(load_dataset(tiny_dataset).train) == 8
+
+
 def test_nothing_usable_is_an_error_that_says_why(tiny_dataset: Path) -> None:
     root = tiny_dataset.parent
     for file in (root / "labels/train").iterdir():

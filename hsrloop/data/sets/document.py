@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hsrloop.data.sets.places import read_regular
 from hsrloop.errors import DatasetError
 from hsrloop.records import Problem
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`, which may be there several times
 _MOST_BYTES = 16 << 20  # a guess: a second a MiB; 100,000 images listed are half of it
 _MOST_KEYS = 200_000  # of one mapping once aliases are merged; a guess
 
@@ -32,7 +34,26 @@ class Notes:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader in which merged aliases cannot grow without bound."""
+    """A safe loader in which merged aliases cannot grow without bound.
+
+    It knows which keys of a mapping are given twice as written: once merged, a key of `<<` that the
+    mapping overrides stands in it twice as well.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._repeated: dict[int, list[tuple[str, int, int]]] = {}  # by id of the node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping."""
+        node = super().compose_mapping_node(anchor)
+        assert isinstance(node, yaml.MappingNode)
+        self._repeated[id(node)] = list(_repeated(node))
+        return node
+
+    def repeated(self, node: yaml.Node | None) -> list[tuple[str, int, int]]:
+        """Return key, line and first line of what a mapping gives again; nothing for others."""
+        return self._repeated.get(id(node), [])
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge `<<` keys into a mapping."""
@@ -72,19 +93,21 @@ def parse(notes: Notes) -> tuple[dict[Any, Any], tuple[int, ...]]:
             f"{file} holds {_kind(data)}; it must map train, val and names to values."
         )
     lines, names = _name_lines(node)
-    _fault_repeats(notes, node, "")
-    _fault_repeats(notes, names, " in names")
+    for mapping, where in ((node, ""), (names, " in names")):  # YAML would silently take the last
+        for key, line, first in loader.repeated(mapping):
+            text = f"'{key[:80]}' is given twice{where}, the first time in line {first}"
+            notes.fault(text, line=line)
     return data, lines
 
 
-def _fault_repeats(notes: Notes, node: yaml.Node | None, where: str) -> None:
-    """Note keys of a mapping that are given twice: YAML would silently take the last."""
+def _repeated(node: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
     first: dict[str, int] = {}
-    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-        line, name = key.start_mark.line + 1, key.value
-        if isinstance(key, yaml.ScalarNode) and first.setdefault(name, line) != line:
-            text = f"'{name[:80]}' is given twice{where}, the first time in line {first[name]}"
-            notes.fault(text, line=line)
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            line = key.start_mark.line + 1
+            if key.value in first:
+                yield key.value, line, first[key.value]
+            first.setdefault(key.value, line)
 
 
 def _text(file: Path) -> str:
